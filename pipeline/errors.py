@@ -1,0 +1,12 @@
+"""The two ways in which a command ends early without being at fault."""
+
+
+class UserError(ValueError):
+    """A mistake of the user's: one line that names the key, file or flag, and the mend.
+
+    Commands print it on stderr without a traceback and exit with status 2.
+    """
+
+
+class Stopped(Exception):
+    """A signal asked the command to stop: what is finished is kept, exit status 3."""

@@ -1,0 +1,262 @@
+"""The store `.work/`: finished pieces addressed by content, and the folders of unfinished runs.
+
+```
+.work/<kind>/<key>/            a piece: its files, and piece.json, which makes it complete
+.work/tmp/<kind>-<key>-<pid>/  a piece being made, renamed into place when it is whole
+.work/locks/<kind>-<key>       one flock a key: two experiments never make a piece twice
+```
+
+`piece.json` keeps size, mtime and sha256 of each file. A file whose size or mtime differs is
+hashed again; a bad piece is discarded and made anew. Outs of DVC stages are hard links to these
+files, so a bad file is made writable before it is unlinked: so DVC also replaces its cached object.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from pipeline import atomic, stage
+from pipeline.errors import UserError
+from pipeline.machine import Machine, project_root
+
+INDEX = "piece.json"
+
+
+class Store:
+    """Pieces of finished work under one folder."""
+
+    def __init__(self, root: Path, fresh: bool = False) -> None:
+        self.root = root
+        self.fresh = fresh
+
+    @classmethod
+    def open(cls, machine: Machine) -> "Store":
+        """The store of this project: `machine.work_dir`, else `.work` beside `dvc.yaml`."""
+        root = machine.work_dir or project_root() / ".work"
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"work_dir: cannot use {root}: {error.strerror}") from None
+        return cls(root.absolute(), machine.fresh)
+
+    def folder(self, kind: str, key: str) -> Path:
+        """A working folder that grows under its key, such as a training run's."""
+        folder = self.root / kind / key
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @contextlib.contextmanager
+    def lock(self, kind: str, key: str, wait: bool = True) -> Iterator[None]:
+        """Hold the key's lock; it is released by the kernel when the process dies.
+
+        Raises:
+            UserError: ``wait`` is false and another process holds it.
+        """
+        path = self.root / "locks" / f"{kind}-{key}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise UserError(
+                    f"another process works on {kind}/{key[:12]}; wait until it ends"
+                ) from None
+            yield
+
+    def find(self, kind: str, key: str) -> Path | None:
+        """The folder of a complete piece, or None; a piece whose bytes changed is discarded."""
+        folder = self.root / kind / key
+        index_path = folder / INDEX
+        try:
+            index = json.loads(index_path.read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            self._discard_as_bad(kind, key, INDEX)
+            return None
+        touched = False
+        for name, entry in index.items():
+            try:
+                status = (folder / name).stat()
+            except FileNotFoundError:
+                self._discard_as_bad(kind, key, name)
+                return None
+            if (status.st_size, status.st_mtime_ns) == (entry["size"], entry["mtime_ns"]):
+                continue
+            if atomic.sha256_file(folder / name) != entry["sha256"]:
+                self._discard_as_bad(kind, key, name)
+                return None
+            entry["mtime_ns"], touched = status.st_mtime_ns, True
+        if touched:
+            atomic.write_json(index_path, index)
+        return folder
+
+    @contextlib.contextmanager
+    def make(self, kind: str, key: str) -> Iterator[Path]:
+        """Yield an empty folder; what is in it when the block ends well becomes the piece."""
+        self._remove_dead(kind, key)
+        temporary = self.root / "tmp" / f"{kind}-{key}-{os.getpid()}"
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            index = {}
+            for path in sorted(temporary.iterdir()):
+                atomic.fsync_file(path)
+                status = path.stat()
+                index[path.name] = {
+                    "size": status.st_size,
+                    "mtime_ns": status.st_mtime_ns,
+                    "sha256": atomic.sha256_file(path),
+                }
+            atomic.write_json(temporary / INDEX, index)
+            final = self.root / kind / key
+            final.parent.mkdir(parents=True, exist_ok=True)
+            self.discard(kind, key)
+            os.rename(temporary, final)
+            atomic.fsync_folder(final.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def discard(self, kind: str, key: str) -> None:
+        """Remove a piece, if it is there; its files are made writable first (see the module)."""
+        folder = self.root / kind / key
+        if not folder.exists():
+            return
+        (folder / INDEX).unlink(missing_ok=True)
+        for path in folder.iterdir():
+            unlink_bad(path)
+        folder.rmdir()
+
+    def _discard_as_bad(self, kind: str, key: str, name: str) -> None:
+        print(f"warning: {kind}/{key[:12]}/{name} in the store is damaged; making it anew")
+        self.discard(kind, key)
+
+    def _remove_dead(self, kind: str, key: str) -> None:
+        """Remove what dead processes left of this piece; the caller holds the key's lock."""
+        for path in (self.root / "tmp").glob(f"{kind}-{key}-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def merged_key(chunk_keys: Sequence[str]) -> str:
+    """The key of the shard that the validation documents of these chunks are merged into."""
+    return atomic.sha256_json(list(chunk_keys))
+
+
+def unlink_bad(path: Path) -> None:
+    """Unlink a damaged file, its inode made writable first.
+
+    DVC trusts a cached object that is read-only; the cache holds the same inode by hard link, and
+    mode 0644 makes DVC hash it, find it changed, and replace it.
+    """
+    path.chmod(0o644)
+    path.unlink()
+
+
+def publish(files: Mapping[str, Path | bytes], out: Path) -> None:
+    """Make ``out`` a folder of exactly ``files``: name within it -> file to hard-link, or bytes.
+
+    Where links do not work (another file system) the files are copied. The folder is built under
+    a temporary name and put in place by rename.
+    """
+    temporary, old = (out.with_name(f".{out.name}.{word}") for word in ("new", "old"))
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for name, source in files.items():
+        target = temporary / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(source, bytes):
+            atomic.write_bytes(target, source)
+            continue
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+    temporary.mkdir(parents=True, exist_ok=True)
+    if out.is_dir() and not out.is_symlink():
+        os.rename(out, old)
+    else:
+        out.unlink(missing_ok=True)
+    os.rename(temporary, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Refuse work that the disk cannot hold, before it starts.
+
+    Args:
+        needed: bytes that the work will write.
+
+    Raises:
+        UserError: naming the folder, the bytes needed and the bytes free.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder}: {what} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+            "make room, or set work_dir in machine.yaml to a bigger disk"
+        )
+
+
+def _named_by_outs(root: Path) -> set[tuple[str, str]]:
+    """The pieces that the outs in the workspace are made of, as (kind, key)."""
+
+    def load(path: Path) -> dict:
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    named = {("files", f["sha256"]) for f in load(root / "data/raw/manifest.json").get("files", [])}
+    for record in (root / "data/tokens/chunks").glob("*.json"):
+        named.add(("chunks", load(record)["chunk_key"]))
+    for shard in load(root / "data/tokens/manifest.json").get("shards", []):
+        named.add(("merged", merged_key([part["chunk_key"] for part in shard["parts"]])))
+    if run := load(root / "artifacts/checkpoint/state.json").get("run_key"):
+        named.add(("runs", run))
+    return named
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`python -m pipeline.store`: what the store holds, and `--prune` of what nothing names."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.store", description=main.__doc__)
+    parser.add_argument(
+        "--prune",
+        action="store_true",
+        help="remove pieces that no out in the workspace is made of",
+    )
+    parser.add_argument(
+        "--older-than",
+        type=float,
+        default=None,
+        metavar="DAYS",
+        help="with --prune: only pieces untouched for so many days (required)",
+    )
+    args = parser.parse_args(argv)
+    if args.prune != (args.older_than is not None):
+        parser.error("--prune and --older-than DAYS go together")
+    store = Store.open(Machine.load())
+    named = _named_by_outs(project_root())
+    print(f"{store.root}")
+    for kind_folder in sorted(p for p in store.root.iterdir() if p.name not in ("locks", "tmp")):
+        pieces, size, pruned = 0, 0, 0
+        for folder in sorted(kind_folder.iterdir()):
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            newest = max((path.stat().st_mtime for path in (*files, folder)), default=0.0)
+            stale = args.prune and time.time() - newest > args.older_than * 86400
+            if stale and (kind_folder.name, folder.name) not in named:
+                with store.lock(kind_folder.name, folder.name, wait=False):
+                    shutil.rmtree(folder)
+                pruned += 1
+            else:
+                pieces += 1
+                size += sum(path.stat().st_size for path in files)
+        note = f", {pruned} pruned" if args.prune else ""
+        print(f"  {kind_folder.name:8} {pieces:6} pieces {size / 1e6:12.1f} MB{note}")
+
+
+if __name__ == "__main__":
+    stage.run(lambda: main(sys.argv[1:]))

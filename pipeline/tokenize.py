@@ -1,0 +1,244 @@
+"""Stage `tokenize`: parquet to token shards and their manifest, by Ray tasks over chunks."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import atomic, stage, tokenizer
+from pipeline.chunks import Chunk, plan_chunks
+from pipeline.cluster import cluster, run_tasks
+from pipeline.code import code_key
+from pipeline.encode import chunk_key, encode_chunk, read_record
+from pipeline.machine import Machine
+from pipeline.manifest import (
+    NAME,
+    SPLITS,
+    Manifest,
+    Part,
+    RawManifest,
+    Shard,
+    Split,
+    Tokenizer,
+    Totals,
+)
+from pipeline.params import TokenizeParams, load_section
+from pipeline.progress import Progress
+from pipeline.shards import ShardWriter, docs_path, open_shard, read_docs
+from pipeline.store import Store, merged_key, publish, require_space
+
+RAW = Path("data/raw")
+OUT = Path("data/tokens")
+FORMAT = "llm.c"
+Record = dict[str, Any]
+
+
+def tokenize(raw: Path, out: Path, params: TokenizeParams, machine: Machine, code: str) -> Manifest:
+    """Tokenize the parquet files of ``raw`` into ``out``.
+
+    Chunks that stand in the store are not made again, so a killed run goes on where it was, and a
+    changed parameter or one more file costs only what it changes.
+
+    Args:
+        code: the code key of this stage.
+
+    Raises:
+        UserError: on missing or unreadable input, or a disk too small.
+    """
+    store = Store.open(machine)
+    source = RawManifest.load(raw)
+    column = source.text_column
+    chunks = plan_chunks(raw, source.files, column, params.shard_tokens)
+    keys = [chunk_key(chunk, column, params, code) for chunk in chunks]
+    missing = [i for i, key in enumerate(keys) if store.fresh or store.find("chunks", key) is None]
+    estimate = sum(chunk.estimated_tokens for chunk in chunks)
+    print(
+        f"tokenize: {len(source.files)} files, {len(chunks)} chunks, about {estimate:,} tokens; "
+        f"{len(chunks) - len(missing)} chunks done before, {len(missing)} to do",
+        flush=True,
+    )
+    if missing:
+        _encode_missing(missing, chunks, keys, raw, column, params, machine, store)
+    pieces = [store.root / "chunks" / key for key in keys]
+    records = [read_record(piece) for piece in pieces]
+    files: dict[str, Path | bytes] = {}
+    shards = [
+        *_link_train(pieces, records, files),
+        *_merge_val(pieces, records, params.shard_tokens, store, files),
+    ]
+    for index, piece in enumerate(pieces):
+        files[f"chunks/{index:05d}.json"] = piece / "record.json"
+    manifest = _manifest(source, params, records, shards)
+    publish({**files, NAME: atomic.json_bytes(manifest.model_dump())}, out)
+    return manifest
+
+
+def _encode_missing(
+    missing: Sequence[int],
+    chunks: Sequence[Chunk],
+    keys: Sequence[str],
+    raw: Path,
+    column: str,
+    params: TokenizeParams,
+    machine: Machine,
+    store: Store,
+) -> None:
+    # The largest first, so that the end of the run is not one worker on one chunk.
+    missing = sorted(missing, key=lambda i: (-chunks[i].estimated_tokens, i))
+    if store.fresh:
+        for index in missing:
+            store.discard("chunks", keys[index])
+    tokens = sum(chunks[i].estimated_tokens for i in missing)
+    require_space(store.root, 5 * tokens // 2, "the token shards")  # 2 bytes each, and some air
+    tasks = [(chunks[i], keys[i], raw.absolute(), column, params, store) for i in missing]
+    with cluster(machine) as cpus, Progress("tokenize", tokens, "tokens") as progress:
+        for done, (nth, _) in enumerate(run_tasks(encode_chunk, tasks, 2 * cpus, "tokenize"), 1):
+            chunk = chunks[missing[nth]]
+            progress.advance(chunk.estimated_tokens, f"{done} of {len(missing)} chunks")
+
+
+def _part(record: Record, split: Split) -> Part:
+    facts = record["splits"][split]
+    return Part(
+        chunk_key=record["chunk_key"],
+        path=record["source"]["path"],
+        rows=record["rows"],
+        tokens=facts["tokens"],
+        docs=facts["docs"],
+    )
+
+
+def _link_train(
+    pieces: Sequence[Path], records: Sequence[Record], files: dict[str, Path | bytes]
+) -> list[Shard]:
+    """Each chunk's train documents are a shard as they stand."""
+    shards: list[Shard] = []
+    for piece, record in zip(pieces, records, strict=True):
+        if (facts := record["splits"].get("train")) is None:
+            continue
+        shard = Shard(
+            name=f"train-{len(shards):05d}.bin",
+            split="train",
+            tokens=facts["tokens"],
+            docs=facts["docs"],
+            text_bytes=facts["text_bytes"],
+            sha256=facts["sha256"],
+            docs_sha256=facts["docs_sha256"],
+            parts=[_part(record, "train")],
+        )
+        files[shard.name] = piece / "train.bin"
+        files[shard.docs_name] = docs_path(piece / "train.bin")
+        shards.append(shard)
+    return shards
+
+
+def _merge_val(
+    pieces: Sequence[Path],
+    records: Sequence[Record],
+    shard_tokens: int,
+    store: Store,
+    files: dict[str, Path | bytes],
+) -> list[Shard]:
+    """The chunks' few validation documents, in chunk order, in shards of up to ``shard_tokens``."""
+    groups: list[list[int]] = []
+    size = 0
+    for index, record in enumerate(records):
+        if "val" not in record["splits"]:
+            continue
+        tokens = record["splits"]["val"]["tokens"]
+        if not groups or size + tokens > shard_tokens:
+            groups.append([])
+            size = 0
+        groups[-1].append(index)
+        size += tokens
+    shards = []
+    for number, group in enumerate(groups):
+        parts = [_part(records[i], "val") for i in group]
+        key = merged_key([part.chunk_key for part in parts])
+        with store.lock("merged", key):
+            if store.find("merged", key) is None:
+                with store.make("merged", key) as folder:
+                    writer = ShardWriter(folder / "val.bin")
+                    for index in group:
+                        path = pieces[index] / "val.bin"
+                        writer.append(open_shard(path), read_docs(path))
+                    writer.close()
+        path = store.root / "merged" / key / "val.bin"
+        shard = Shard(
+            name=f"val-{number:05d}.bin",
+            split="val",
+            tokens=sum(part.tokens for part in parts),
+            docs=sum(part.docs for part in parts),
+            text_bytes=sum(records[i]["splits"]["val"]["text_bytes"] for i in group),
+            sha256=atomic.sha256_file(path),
+            docs_sha256=atomic.sha256_file(docs_path(path)),
+            parts=parts,
+        )
+        files[shard.name] = path
+        files[shard.docs_name] = docs_path(path)
+        shards.append(shard)
+    return shards
+
+
+def dataset_key(records: Sequence[Record]) -> str:
+    """The hash of a dataset's content: per split its documents, tokens and content sum.
+
+    It does not change with the cutting into shards, with code, or with how parquet was written.
+    """
+    content = {}
+    for split in SPLITS:
+        facts = [record["splits"][split] for record in records if split in record["splits"]]
+        content[split] = [
+            sum(fact["docs"] for fact in facts),
+            sum(fact["tokens"] for fact in facts),
+            f"{sum(int(fact['content'], 16) for fact in facts) % 2**128:032x}",
+        ]
+    return atomic.sha256_json(content)
+
+
+def _manifest(
+    source: RawManifest, params: TokenizeParams, records: Sequence[Record], shards: list[Shard]
+) -> Manifest:
+    skipped: Counter[str] = Counter()
+    for record in records:
+        skipped.update(record["skipped"])
+    totals = {}
+    for split in SPLITS:
+        of_split = [shard for shard in shards if shard.split == split]
+        totals[split] = Totals(
+            shards=len(of_split),
+            docs=sum(shard.docs for shard in of_split),
+            tokens=sum(shard.tokens for shard in of_split),
+            text_bytes=sum(shard.text_bytes for shard in of_split),
+        )
+    return Manifest(
+        dataset_key=dataset_key(records),
+        format=FORMAT,
+        dtype="uint16",
+        tokenizer=Tokenizer(
+            name="gpt2",
+            ranks_sha256=tokenizer.RANKS_SHA256,
+            n_vocab=tokenizer.N_VOCAB,
+            eot=tokenizer.EOT,
+        ),
+        params=params.model_dump(),
+        source=source,
+        shards=shards,
+        totals=totals,
+        skipped=dict(skipped),
+    )
+
+
+def main() -> None:
+    """Read the parameters, tokenize, print one summary."""
+    params = load_section("tokenize", TokenizeParams)
+    manifest = tokenize(RAW, OUT, params, Machine.load(), code_key("tokenize"))
+    splits = ", ".join(
+        f"{name} {t.tokens:,} tokens of {t.docs:,} documents in {t.shards} shards"
+        for name, t in manifest.totals.items()
+    )
+    print(f"tokenize: {splits} in {OUT}; dataset_key {manifest.dataset_key[:12]}")
+
+
+if __name__ == "__main__":
+    stage.run(main)
