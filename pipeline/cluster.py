@@ -38,9 +38,10 @@ def cluster(machine: Machine) -> Iterator[int]:
         "object_store_memory": _OBJECT_STORE_BYTES,
     }
     try:
-        ray.init(
-            address=address, logging_level=logging.ERROR, **(local if address == "local" else {})
-        )
+        if address == "local":
+            ray.init("local", logging_level=logging.ERROR, **local)
+        else:
+            ray.init(address, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise UserError(
             f"RAY_ADDRESS: no Ray cluster answers at {address} ({str(error).splitlines()[0]})"

