@@ -1,0 +1,37 @@
+"""What the three commands share: how a mistake is told."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from model.errors import ModelError
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong flag in one line, `error: ...`, and leaves with status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Overrides argparse's, which prints the usage as well."""
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Runs a command. Exit status: 0 done, 2 the user's mistake in one line, 130 interrupted."""
+    try:
+        main()
+        sys.stdout.flush()
+    except (
+        ModelError,
+        FileNotFoundError,
+        FileExistsError,
+        PermissionError,
+        NotADirectoryError,
+    ) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,130 @@
+"""The numbers that define a GPT-2, validated once and then fixed."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from model.errors import ConfigError
+
+EOT = 50256
+"""Id of `<|endoftext|>`, the last of GPT-2's 50257 tokens: it stands before every document."""
+
+PAD_MULTIPLE = 128
+"""The head is multiplied in this many rows at a time by fast kernels (50257 -> 50304)."""
+
+_SIZES = {
+    # Radford et al. 2019, table 2: n_layer, n_head, n_embd
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """Size and options of a GPT-2.
+
+    Attributes:
+        n_layer: Number of transformer blocks (L).
+        n_head: Attention heads a block (H); divides `n_embd`.
+        n_embd: Width of the residual stream (C).
+        block_size: Longest sequence in tokens; the number of learned positions.
+        vocab_size: Number of tokens (V). Logits have this width.
+        document_positions: Positions restart at 0 with each document, where `documents` are given.
+        loss_chunk: Rows (tokens) of logits computed at a time in the loss. None chooses: all at
+            once while the logits are small, else as many as bound them (see `loss.py`). Changes
+            rounding only.
+        checkpoint_activations: Keep only each block's input for the backward pass and compute the
+            rest
+            again: a third more arithmetic for far less memory (gpt2-xl). Changes no result.
+
+    Raises:
+        ConfigError: A value out of its range; the message names the field.
+    """
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int = 1024
+    vocab_size: int = 50257
+    document_positions: bool = True
+    loss_chunk: int | None = None
+    checkpoint_activations: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+            _require_count(name, getattr(self, name))
+        if self.loss_chunk == 0:  # another way to write "choose"
+            object.__setattr__(self, "loss_chunk", None)
+        if self.loss_chunk is not None:
+            _require_count("loss_chunk", self.loss_chunk, or_else=" or null to choose")
+        for name in ("document_positions", "checkpoint_activations"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        if self.n_embd % self.n_head:
+            raise ConfigError(
+                f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}): "
+                f"try n_embd={self.n_head * max(1, round(self.n_embd / self.n_head))}"
+            )
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding (P): `vocab_size` up to a multiple of 128, for speed only."""
+        return -(-self.vocab_size // PAD_MULTIPLE) * PAD_MULTIPLE
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head (D)."""
+        return self.n_embd // self.n_head
+
+    @classmethod
+    def named(cls, name: str, **overrides: Any) -> GPTConfig:
+        """A published size: `gpt2` (124M), `-medium` (355M), `-large` (774M), `-xl` (1.6B).
+
+        Args:
+            name: One of the four.
+            **overrides: Fields to change, e.g. `block_size=256`.
+
+        Raises:
+            ConfigError: An unknown name or field.
+        """
+        if name not in _SIZES:
+            raise ConfigError(f"no model size {name!r}: choose one of {', '.join(_SIZES)}")
+        n_layer, n_head, n_embd = _SIZES[name]
+        return cls.from_dict({"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` gives the same config back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GPTConfig:
+        """The config of `to_dict`; fields with defaults may be absent.
+
+        Raises:
+            ConfigError: An unknown key (the nearest right one is named), or a missing one.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in fields:
+                near = difflib.get_close_matches(key, fields, n=1)
+                hint = (
+                    f": did you mean {near[0]!r}?"
+                    if near
+                    else f": the keys are {', '.join(fields)}"
+                )
+                raise ConfigError(f"unknown model key {key!r}{hint}")
+        for name, field in fields.items():
+            if field.default is dataclasses.MISSING and name not in values:
+                raise ConfigError(f"model key {name!r} is missing")
+        return cls(**values)
+
+
+def _require_count(name: str, value: object, or_else: str = "") -> None:
+    # bool is an int in Python, but n_layer=True is a mistake
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1{or_else}, not {value!r}")

@@ -1,0 +1,36 @@
+"""Writes a checkpoint in the Hugging Face layout.
+
+python -m model.export --checkpoint DIR --out DIR
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from model.command import Parser, run
+from model.config import EOT
+from model.gpt import GPT
+from model.tokenizer_files import write_tokenizer
+
+
+def main() -> None:
+    """Reads the flags, writes the model and the tokenizer files."""
+    parser = Parser(
+        prog="python -m model.export",
+        description="Write a checkpoint as transformers.GPT2LMHeadModel and lm_eval read it.",
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    args = parser.parse_args()
+
+    from pipeline import tokenizer  # text is this command's edge, not the model's
+
+    gpt = GPT.from_checkpoint(args.checkpoint)
+    gpt.to_hf(args.out)
+    if gpt.config.vocab_size == EOT + 1:
+        write_tokenizer(args.out, tokenizer.ranks(), gpt.config.block_size)
+    print(f"wrote {args.out}: load it with transformers.GPT2LMHeadModel.from_pretrained")
+
+
+if __name__ == "__main__":
+    run(main)

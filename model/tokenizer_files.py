@@ -1,0 +1,85 @@
+"""The tokenizer files of the Hugging Face layout, made from GPT-2's ranks.
+
+The ranks (`bytes -> id`) are all there is to the tokenizer, but the layout wants the merges that
+the ranks came from. They can be recovered: ids were given in the order in which tokens were merged,
+so a token's two halves are what byte-pair encoding makes of its bytes with the earlier merges
+alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+
+from model.checkpoint import write_json, write_text
+from model.config import EOT
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def write_tokenizer(folder: Path, ranks: Mapping[bytes, int], block_size: int) -> None:
+    """Writes `vocab.json`, `merges.txt`, `tokenizer_config.json` and `special_tokens_map.json`.
+
+    Args:
+        folder: An existing folder.
+        ranks: GPT-2's 50256 byte strings with their ids.
+        block_size: Longest sequence of the model.
+    """
+    letters = byte_letters()
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    vocabulary = {spell(token): rank for token, rank in sorted(ranks.items(), key=lambda x: x[1])}
+    vocabulary[END_OF_TEXT] = EOT
+    write_text(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
+    lines = [f"{spell(left)} {spell(right)}\n" for left, right in recover_merges(ranks)]
+    write_text(folder / "merges.txt", "".join(["#version: 0.2\n", *lines]))
+    special = {f"{role}_token": END_OF_TEXT for role in ("bos", "eos", "unk")}
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            **special,
+            "add_prefix_space": False,
+            "model_max_length": block_size,
+            "tokenizer_class": "GPT2Tokenizer",
+        },
+    )
+
+
+def recover_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The pairs that were merged, in order: one for each token of more than one byte."""
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) == 1:
+            continue
+        parts = _encode(token, ranks, below=rank)
+        assert len(parts) == 2, f"{token!r} is no merge of two earlier tokens"
+        merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _encode(token: bytes, ranks: Mapping[bytes, int], below: int) -> list[bytes]:
+    """Byte-pair encoding of `token` with the merges of rank under `below`."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 1:
+        pair_ranks = [ranks.get(a + b, below) for a, b in pairwise(parts)]
+        best = min(pair_ranks)
+        if best >= below:
+            break
+        i = pair_ranks.index(best)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def byte_letters() -> list[str]:
+    """A visible letter for each of the 256 bytes (`bytes_to_unicode` in openai/gpt-2)."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    letters, others = [], 0
+    for byte in range(256):
+        letters.append(chr(byte if byte in visible else 256 + others))
+        others += byte not in visible
+    return letters

@@ -1,0 +1,68 @@
+"""Attention cut at document borders, and activation checkpointing: same results by other ways."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+
+CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=300)
+
+
+@pytest.mark.parametrize("implementation", ["fused", "explicit"])
+def test_document_in_a_packed_window_equals_the_document_alone(implementation):
+    gpt = GPT(CONFIG, implementation=implementation, seed=1)
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p[:300].mul_(3)  # far from the start: attention is not uniform any more
+    tokens = torch.randint(300, (2, 60))
+    cuts = [(0, 17), (17, 18), (18, 60)]
+    documents = torch.empty_like(tokens)
+    for i, (a, b) in enumerate(cuts):
+        documents[:, a:b] = i
+    packed = gpt(tokens, documents=documents)
+    losses = gpt(tokens, tokens, "none", documents)
+    for a, b in cuts:
+        torch.testing.assert_close(packed[:, a:b], gpt(tokens[:, a:b]), atol=1e-5, rtol=0)
+        alone = gpt(tokens[:, a:b], tokens[:, a:b], "none")
+        torch.testing.assert_close(losses[:, a:b], alone, atol=1e-5, rtol=0)
+    assert (packed - gpt(tokens))[:, 20:].abs().max() > 1e-2  # it is not the same without borders
+
+
+def test_positions_that_do_not_restart():
+    gpt = GPT(dataclasses.replace(CONFIG, document_positions=False))
+    tokens = torch.randint(300, (1, 20))
+    documents = torch.tensor([[0] * 8 + [1] * 12])
+    packed = gpt(tokens, documents=documents)
+    torch.testing.assert_close(packed[:, :8], gpt(tokens[:, :8]), atol=1e-5, rtol=0)
+    assert (packed[:, 8:] - gpt(tokens[:, 8:])).abs().max() > 1e-3
+
+
+def test_one_document_is_no_mask():
+    gpt = GPT(CONFIG)
+    tokens = torch.randint(300, (2, 40))
+    one = gpt(tokens, documents=torch.zeros_like(tokens))
+    torch.testing.assert_close(one, gpt(tokens), atol=1e-5, rtol=0)
+
+
+def test_no_token_sees_the_future():
+    gpt = GPT(CONFIG)
+    tokens = torch.randint(300, (1, 40))
+    changed = tokens.clone()
+    changed[:, 25:] = torch.randint(300, (1, 15))
+    torch.testing.assert_close(gpt(tokens)[:, :25], gpt(changed)[:, :25], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_checkpointed_activations_change_no_result(autocast):
+    tokens, targets = torch.randint(300, (2, 2, 40)).unbind()
+    documents = torch.arange(40).expand(2, 40) // 15
+    runs = []
+    for checkpointed in (False, True):
+        gpt = GPT(dataclasses.replace(CONFIG, checkpoint_activations=checkpointed))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = gpt(tokens, targets, documents=documents)
+        loss.backward()
+        runs.append((loss, *(p.grad for p in gpt.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

@@ -1,0 +1,100 @@
+"""Initial weights: the formula, and that nothing but (seed, name) decides them."""
+
+import math
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from model.init import initial_std, initialise
+
+CONFIG = GPTConfig(n_layer=3, n_head=2, n_embd=64, block_size=64, vocab_size=1000)
+
+
+def test_standard_deviations_follow_the_formula():
+    rows = []
+    for name, parameter in GPT(CONFIG, seed=5).named_parameters():
+        p = parameter.detach()
+        if name == "wte.weight":
+            assert (p[1000:] == 0).all()
+            p = p[:1000]
+        expected = initial_std(name, 3)
+        rows.append(f"{name:24} {p.numel():8} {expected:.6f} {p.std():.6f}")
+        if name.endswith("bias"):
+            assert (p == 0).all()
+        elif "ln_" in name:
+            assert (p == 1).all()
+        else:
+            residual = name.endswith("c_proj.weight")
+            assert expected == pytest.approx(0.02 / math.sqrt(6) if residual else 0.02)
+            # the error of a standard deviation of n draws is its size / sqrt(2 n)
+            assert abs(p.std() / expected - 1) < 5 / math.sqrt(2 * p.numel()), name
+            assert abs(p.mean()) < 5 * expected / math.sqrt(p.numel()), name
+    print("\n".join(rows))
+
+
+def test_same_seed_same_weights_and_other_seed_others():
+    a, b, c = GPT(CONFIG, seed=1), GPT(CONFIG, seed=1), GPT(CONFIG, seed=2)
+    for (name, p), q, r in zip(a.named_parameters(), b.parameters(), c.parameters(), strict=True):
+        assert torch.equal(p, q)
+        if initial_std(name, 3):
+            assert not torch.equal(p, r), name
+
+
+def test_weights_depend_on_their_name_only():
+    """Not on what was built or drawn before, nor on the number of layers or the padding."""
+    deep = GPT(GPTConfig(n_layer=6, n_head=2, n_embd=64, block_size=64, vocab_size=1000))
+    torch.manual_seed(99)
+    torch.rand(10)
+    shallow = GPT(CONFIG)
+    for name in ("wte.weight", "wpe.weight", "h.2.attn.c_attn.weight", "h.0.mlp.c_fc.weight"):
+        assert torch.equal(deep.get_parameter(name), shallow.get_parameter(name)), name
+    tensors = [p for n, p in shallow.named_parameters() if n.endswith("c_fc.weight")]
+    assert not torch.equal(tensors[0], tensors[1])
+
+
+def test_initialising_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    GPT(CONFIG)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_meta_device_and_materialising():
+    with torch.device("meta"):
+        gpt = GPT(CONFIG)
+    assert all(p.is_meta for p in gpt.parameters())
+    gpt.to_empty(device="cpu")
+    initialise(gpt, CONFIG, seed=3)
+    made = GPT.initialised(CONFIG, seed=3)
+    for p, q, r in zip(
+        gpt.parameters(), made.parameters(), GPT(CONFIG, seed=3).parameters(), strict=True
+    ):
+        assert torch.equal(p, q)
+        assert torch.equal(p, r)
+
+
+@pytest.mark.slow
+def test_initial_loss_of_the_124m_model():
+    gpt = GPT.initialised(GPTConfig.named("gpt2"))
+    generator = torch.Generator().manual_seed(0)
+    tokens, targets = torch.randint(50257, (2, 4, 1024), generator=generator).unbind()
+    with torch.no_grad():
+        loss = gpt(tokens, targets)
+    # a tied N(0, 0.02) head over normalised channels gives logits of variance C 0.02^2
+    assert abs(loss - (math.log(50257) + 768 * 0.02**2 / 2)) < 0.03
+
+
+def test_overfits_one_batch():
+    """4 x 64 tokens to under 0.05 nats in 200 steps."""
+    torch.manual_seed(0)
+    gpt = GPT(CONFIG)
+    tokens, targets = torch.randint(1000, (2, 4, 64)).unbind()
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0)
+    for _ in range(200):
+        loss = gpt(tokens, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if loss < 0.05:
+            return
+    raise AssertionError(f"the loss is still {loss:.3f}")

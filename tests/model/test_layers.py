@@ -1,0 +1,162 @@
+"""Each operation written out against its fused kernel: values and gradients, fp32 and autocast."""
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+
+from model import GPT, GPTConfig
+from model.attention import (
+    document_mask,
+    document_positions,
+    explicit_attention,
+    fused_attention,
+)
+from model.layers import GELU, Embedding, LayerNorm, Linear
+
+TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=300)
+LAYERS = {
+    "linear": lambda kind: Linear(24, 40, kind),
+    "linear without bias": lambda kind: Linear(24, 40, kind, bias=False),
+    "layer_norm": lambda kind: LayerNorm(24, kind),
+    "gelu": lambda kind: GELU(kind),
+}
+BF16_STEP = 2.0**-8
+
+
+def twins(make):
+    """A fused and an explicit layer with the same random parameters."""
+    torch.manual_seed(0)
+    fused, explicit = make("fused"), make("explicit")
+    for a, b in zip(fused.parameters(), explicit.parameters(), strict=True):
+        with torch.no_grad():
+            a.normal_()
+            b.copy_(a)
+    return fused, explicit
+
+
+def run(layer, x, autocast):
+    """Output, gradient of the input, gradients of the parameters, for a fixed upstream."""
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    y.backward(torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype))
+    assert x.grad is not None
+    return [y, x.grad, *(p.grad for p in layer.parameters())]
+
+
+def far(a, b):
+    """Distance of two tensors by norm, relative to the second."""
+    a, b = a.detach().float(), b.detach().float()
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_explicit_layer_equals_fused(name, autocast):
+    fused, explicit = twins(LAYERS[name])
+    x = torch.randn(3, 7, 24)
+    expected, got = run(fused, x, autocast), run(explicit, x, autocast)
+    assert [t.dtype for t in got] == [t.dtype for t in expected]
+    for a, b in zip(got, expected, strict=True):
+        assert far(a, b) < (BF16_STEP if autocast else 1e-5)
+
+
+@pytest.mark.parametrize("make", [LAYERS["gelu"], LAYERS["linear"], LAYERS["layer_norm"]])
+def test_bfloat16_input_without_autocast_keeps_its_type(make):
+    fused, explicit = twins(lambda kind: make(kind).bfloat16())
+    x = torch.randn(3, 24).bfloat16()
+    assert fused(x).dtype == explicit(x).dtype == torch.bfloat16
+    assert far(explicit(x), fused(x)) < 2 * BF16_STEP
+
+
+def test_explicit_embedding_equals_fused():
+    fused, explicit = twins(lambda kind: Embedding(10, 4, kind))
+    ids = torch.tensor([[1, 9, 1], [0, 1, 5]])
+    assert torch.equal(fused(ids), explicit(ids))
+    upstream = torch.randn(2, 3, 4)
+    fused(ids).backward(upstream)
+    explicit(ids).backward(upstream)
+    torch.testing.assert_close(explicit.weight.grad, fused.weight.grad, atol=1e-6, rtol=0)
+
+
+def test_gelu_is_the_tanh_one():
+    x = torch.linspace(-4, 4, 101)
+    exact = 0.5 * x * (1 + torch.erf(x / 2**0.5))
+    assert 1e-4 < (GELU("explicit")(x) - exact).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_explicit_attention_equals_fused(masked, dtype):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 17, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    documents = torch.tensor([[0] * 5 + [1] * 12, [7] * 17])
+    mask = document_mask(documents) if masked else None
+    assert not isinstance(mask, BlockMask)
+    upstream = torch.randn(2, 3, 17, 8).to(dtype)
+    results = []
+    for attention in (explicit_attention, fused_attention):
+        y = attention(q, k, v, mask)
+        results.append((y, *torch.autograd.grad(y, (q, k, v), upstream)))
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype == dtype
+        assert far(a, b) < (1e-5 if dtype == torch.float32 else 3 * BF16_STEP)
+
+
+def test_attention_survives_scores_that_overflow_exp():
+    q = torch.full((1, 1, 3, 4), 300.0)
+    y = explicit_attention(q, q, torch.ones(1, 1, 3, 4), None)
+    torch.testing.assert_close(y, torch.ones(1, 1, 3, 4))
+
+
+def test_document_mask_and_positions():
+    documents = torch.tensor([[4, 4, 9, 9, 9, 2]])
+    assert document_positions(documents).tolist() == [[0, 1, 0, 1, 2, 0]]
+    mask = document_mask(documents)
+    assert isinstance(mask, torch.Tensor)
+    expected = [[k <= q and documents[0, q] == documents[0, k] for k in range(6)] for q in range(6)]
+    assert mask[0, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("documents", [False, True], ids=["plain", "documents"])
+def test_explicit_model_equals_fused(autocast, documents):
+    torch.manual_seed(0)
+    fused, explicit = GPT(TINY), GPT(TINY, implementation="explicit")
+    tokens, targets = torch.randint(300, (2, 2, 32)).unbind()
+    ids = torch.arange(32).expand(2, 32) // 10 if documents else None
+    results = []
+    for gpt in (fused, explicit):
+        with torch.no_grad():
+            for i, p in enumerate(gpt.parameters()):  # so that no bias is zero
+                p[:300] += 0.02 * torch.randn(
+                    p[:300].shape, generator=torch.Generator().manual_seed(i)
+                )
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits, loss = gpt(tokens, documents=ids), gpt(tokens, targets, documents=ids)
+        loss.backward()
+        results.append((logits, loss, gpt))
+    (logits, loss, _), (explicit_logits, explicit_loss, _) = results
+    assert logits.dtype == explicit_logits.dtype == (torch.bfloat16 if autocast else torch.float32)
+    assert loss.dtype == explicit_loss.dtype == torch.float32
+    assert far(explicit_logits, logits) < (0.02 if autocast else 1e-5)
+    assert abs(loss - explicit_loss) < (5e-3 if autocast else 1e-6)
+    for (name, a), b in zip(explicit.named_parameters(), fused.parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        if name.endswith("c_attn.bias"):  # its key third is mathematically zero: round-off
+            a_grad, b_grad = a.grad.view(3, -1)[[0, 2]], b.grad.view(3, -1)[[0, 2]]
+        else:
+            a_grad, b_grad = a.grad, b.grad
+        assert far(a_grad, b_grad) < (0.05 if autocast else 1e-5), name
+
+
+def test_no_layer_of_torch_nn():
+    """Every layer is our own: torch.nn gives Module, Parameter, ModuleList, ModuleDict only."""
+    allowed = {torch.nn.Module, torch.nn.ModuleList, torch.nn.ModuleDict}
+    for implementation in ("fused", "explicit"):
+        for name, module in GPT(TINY, implementation=implementation).named_modules():
+            kind = type(module)
+            assert kind in allowed or kind.__module__.startswith("model."), f"{name} is a {kind}"
+            # nor a layer of ours that inherits the work of one of theirs
+            assert {k for k in kind.__mro__ if k.__module__.startswith("torch.")} <= allowed, name

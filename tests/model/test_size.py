@@ -1,0 +1,60 @@
+"""Parameter counts and FLOPs against published figures and PyTorch's own counter."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import GPT, GPTConfig
+from model.size import flops_per_token, parameter_count
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
+def test_published_counts(name, count):
+    config = GPTConfig.named(name)
+    assert parameter_count(config) == count
+    with torch.device("meta"):
+        gpt = GPT(config)
+    padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd
+    assert sum(p.numel() for p in gpt.parameters()) == count + padding
+    tables = (config.vocab_size + config.block_size) * config.n_embd
+    assert parameter_count(config, embeddings=False) == count - tables
+
+
+@pytest.mark.parametrize("T", [16, 48])
+def test_flops_equal_those_counted_on_the_module(T):
+    config = GPTConfig(n_layer=3, n_head=2, n_embd=32, block_size=64, vocab_size=300, loss_chunk=20)
+    gpt = GPT(config, implementation="explicit")
+    tokens = torch.randint(300, (2, T))
+    with FlopCounterMode(display=False) as counter:
+        gpt(tokens, tokens).backward()
+    assert counter.get_total_flops() == 2 * T * flops_per_token(config, T)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        gpt(tokens)
+    assert counter.get_total_flops() == 2 * T * flops_per_token(config, T, backward=False)
+
+
+def test_chunked_loss_has_the_flops_of_the_plain_one():
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=64, vocab_size=300, loss_chunk=20)
+    gpt = GPT(config)
+    tokens = torch.randint(300, (2, 64))
+    hidden = gpt.hidden(tokens).detach().requires_grad_()
+    from model.loss import linear_cross_entropy
+
+    with FlopCounterMode(display=False) as counter:
+        linear_cross_entropy(hidden, gpt.wte.weight, tokens, 300, chunk=20).backward()
+    assert counter.get_total_flops() == 128 * 3 * 2 * 32 * config.padded_vocab_size
+
+
+def test_near_the_usual_estimate():
+    config = GPTConfig.named("gpt2")
+    n = parameter_count(config) - config.block_size * config.n_embd
+    estimate = 6 * n + 12 * config.n_layer * config.n_embd * 1024
+    assert flops_per_token(config, 1024) == pytest.approx(estimate, rel=2e-3)

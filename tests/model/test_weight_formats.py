@@ -1,0 +1,231 @@
+"""Checkpoints and the Hugging Face layout: what is read, what is refused and how."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model import GPT, GPTConfig, checkpoint
+from model.errors import FormatError
+from model.tokenizer_files import byte_letters, recover_merges, write_tokenizer
+
+CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=300, loss_chunk=9)
+
+
+def one_line(error):
+    return "\n" not in str(error.value)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    gpt = GPT(CONFIG, seed=1)
+    checkpoint.write(tmp_path, CONFIG, gpt.state_dict(), {"step": 3})
+    return tmp_path
+
+
+def edit(folder, change, metadata=None):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata)
+
+
+# -- our checkpoint ------------------------------------------------------------------------------
+
+
+def test_checkpoint_round_trip(saved):
+    gpt = GPT.from_checkpoint(saved)
+    assert gpt.config == CONFIG
+    for p, q in zip(gpt.parameters(), GPT(CONFIG, seed=1).parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert p.requires_grad
+    tokens = torch.randint(300, (2, 9))
+    gpt(tokens, tokens).backward()  # it can be trained on
+
+
+def test_checkpoint_layout(saved):
+    """What the training writes: the names of state_dict, the tied table once, the config."""
+    tensors = load_file(saved / "model.safetensors")
+    assert set(tensors) == set(GPT(CONFIG).state_dict())
+    assert "lm_head.weight" not in tensors
+    assert tensors["wte.weight"].shape == (384, 16)
+    assert json.loads((saved / "state.json").read_text())["model"] == CONFIG.to_dict()
+
+
+def test_linked_files_are_replaced_not_written_into(saved, tmp_path):
+    """DVC hard-links outs to its cache: writing into one would change the cached object."""
+    for name in ("model.safetensors", "state.json"):
+        (tmp_path / f"cached {name}").hardlink_to(saved / name)
+    before = (tmp_path / "cached model.safetensors").read_bytes()
+    checkpoint.write(saved, CONFIG, GPT(CONFIG, seed=9).state_dict(), {})
+    assert (tmp_path / "cached model.safetensors").read_bytes() == before
+    assert "step" in (tmp_path / "cached state.json").read_text()
+    assert not list(saved.glob("*.part"))
+    assert not list(saved.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("h.1.attn.c_proj.bias"), "'h.1.attn.c_proj.bias' is missing"),
+        (lambda t: t.update(extra=torch.zeros(1)), "'extra' is no part"),
+        (lambda t: t.update({"wpe.weight": torch.zeros(8, 16)}), r"'wpe.weight' is \(8, 16\)"),
+    ],
+)
+def test_wrong_tensors_are_named(saved, change, words):
+    edit(saved, change)
+    with pytest.raises(FormatError, match=words) as caught:
+        GPT.from_checkpoint(saved)
+    assert one_line(caught)
+
+
+def test_incomplete_checkpoints(saved, tmp_path):
+    with pytest.raises(FormatError, match=r"state\.json does not exist"):
+        GPT.from_checkpoint(tmp_path / "nowhere")
+    weights = (saved / "model.safetensors").read_bytes()
+    (saved / "model.safetensors").write_bytes(weights[:-9])
+    with pytest.raises(FormatError, match="cannot be read") as caught:
+        GPT.from_checkpoint(saved)
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(FormatError, match=r"model\.safetensors does not exist"):
+        GPT.from_checkpoint(saved)
+    for text, words in [
+        ("{", "cannot be read"),
+        ("[]", "holds no JSON object"),
+        ("{}", "no section 'model'"),
+        ('{"model": {"n_layer": 2}}', "'n_head' is missing"),
+        ('{"model": {"n_layre": 2}}', "did you mean 'n_layer'"),
+    ]:
+        (saved / "state.json").write_text(text)
+        with pytest.raises(FormatError, match=words) as caught:
+            GPT.from_checkpoint(saved)
+        assert one_line(caught)
+
+
+# -- the Hugging Face layout ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def exported(tmp_path):
+    GPT(CONFIG, seed=2).to_hf(tmp_path)
+    return tmp_path
+
+
+def test_exported_weights_have_their_shapes(exported):
+    tensors = load_file(exported / "model.safetensors")
+    assert tensors["transformer.h.0.attn.c_attn.weight"].shape == (16, 48)  # [in, out]
+    assert tensors["transformer.h.0.mlp.c_proj.weight"].shape == (64, 16)
+    assert tensors["transformer.wte.weight"].shape == (300, 16)  # no padding
+    assert "lm_head.weight" not in tensors
+
+
+def test_names_without_prefix_old_buffers_and_a_tied_head(exported):
+    """The published files have no prefix and hold masks; others store the head again."""
+
+    def change(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
+        tensors["h.1.attn.masked_bias"] = torch.tensor(-1e4)
+        tensors["lm_head.weight"] = tensors["wte.weight"].clone()
+
+    edit(exported, change)
+    gpt = GPT.from_hf(exported)
+    for p, q in zip(gpt.parameters(), GPT(CONFIG, seed=2).parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_weights_in_several_files(exported):
+    tensors = load_file(exported / "model.safetensors")
+    (exported / "model.safetensors").unlink()
+    names = sorted(tensors)
+    index = {}
+    for i, part in enumerate((names[:9], names[9:])):
+        file = f"model-{i + 1:05}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, exported / file)
+        index.update(dict.fromkeys(part, file))
+    path = exported / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": index}))
+    state = GPT.from_hf(exported).state_dict()
+    for name, tensor in GPT(CONFIG, seed=2).state_dict().items():
+        assert torch.equal(state[name], tensor)
+
+
+def test_narrow_weights_are_widened(exported):
+    edit(exported, lambda t: t.update({k: v.half() for k, v in t.items()}))
+    assert {p.dtype for p in GPT.from_hf(exported).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("transformer.ln_f.bias"), "'ln_f.bias' is missing"),
+        (lambda t: t.update({"score.weight": torch.zeros(2)}), "'score.weight' is no part"),
+        (lambda t: t.update({"lm_head.weight": torch.zeros(300, 16)}), "not tied"),
+        (lambda t: t.update({"transformer.wte.weight": torch.zeros(9, 16)}), "wte.weight"),
+    ],
+)
+def test_other_tensors_are_refused_by_name(exported, change, words):
+    edit(exported, change)
+    with pytest.raises(FormatError, match=words) as caught:
+        GPT.from_hf(exported)
+    assert one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_type", "llama"),
+        ("activation_function", "gelu"),
+        ("layer_norm_epsilon", 1e-6),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("tie_word_embeddings", False),
+        ("n_inner", 17),
+        ("n_head", 5),
+    ],
+)
+def test_other_architectures_are_refused_by_key(exported, key, value):
+    path = exported / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(FormatError, match=key):
+        GPT.from_hf(exported)
+
+
+def test_missing_files(exported, tmp_path):
+    with pytest.raises(FormatError, match=r"config\.json does not exist"):
+        GPT.from_hf(tmp_path / "nowhere")
+    (exported / "model.safetensors").rename(exported / "pytorch_model.bin")
+    with pytest.raises(FormatError, match="safetensors files only"):
+        GPT.from_hf(exported)
+
+
+# -- the tokenizer's files -----------------------------------------------------------------------
+
+
+def test_byte_letters_are_those_of_gpt2():
+    letters = byte_letters()
+    assert len(set(letters)) == 256
+    assert (letters[ord("a")], letters[ord(" ")], letters[ord("\n")]) == ("a", "Ġ", "Ċ")
+
+
+def test_merges_are_recovered_in_order():
+    merges = [(b"a", b"b"), (b"c", b"d"), (b"ab", b"cd"), (b"ab", b"a")]
+    ranks = {bytes([i]): i for i in range(256)}
+    ranks |= {a + b: 256 + i for i, (a, b) in enumerate(merges)}
+    assert recover_merges(ranks) == merges
+
+
+def test_tokenizer_files_give_the_same_tokens(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="reads the files as others do")
+    from pipeline import tokenizer
+
+    write_tokenizer(tmp_path, tokenizer.ranks(), 1024)
+    merges = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()
+    assert merges[:3] == ["#version: 0.2", "Ġ t", "Ġ a"]
+    assert len(merges) == 50_001
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, config=transformers.GPT2Config())
+    assert len(theirs) == 50257
+    assert theirs.eos_token_id == 50256
+    for text in ["Hello world", "  two  spaces\n\n\tand tabs ", "naïve 東京 🙂 don't I'LL 12345"]:
+        assert theirs.encode(text) == tokenizer.encode(text)
+        assert theirs.decode(tokenizer.encode(text)) == text
