@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline import atomic
 from pipeline.encode import encode_text
+from pipeline.errors import UserError
 from pipeline.manifest import Shard, SourceFile, Tokenizer
 from pipeline.parquet import read_texts
 from pipeline.shards import ShardError, docs_path, open_shard, read_docs
@@ -94,13 +95,21 @@ def check_tokens(raw: Path, column: str, folder: Path, shard: Shard, count: int)
         return []  # named by `check_shard`
     ends = np.append(docs[1:, 0], len(tokens))
     faults, first = [], 0
+    if len(docs) != shard.docs:
+        return []  # named by `check_shard`
     for part in shard.parts:
         # Spread over the part: its first document, and every so many after it.
         for index in range(first, first + part.docs, max(1, -(-part.docs // max(count, 1)))):
             row = int(docs[index, 1])
-            (_, texts), *_ = read_texts(raw / part.path, column, row, row + 1)
+            try:
+                text = next(
+                    (t for _, t in read_texts(raw / part.path, column, row, row + 1)), [None]
+                )
+            except (UserError, OSError, ValueError) as error:  # damaged: `check_source` says how
+                faults.append(f"{raw / part.path}: row {row} is not readable ({error})")
+                continue
             found = tokens[docs[index, 0] : ends[index]]
-            if texts[0] is None or not np.array_equal(found, encode_text(texts[0])):
+            if text[0] is None or not np.array_equal(found, encode_text(text[0])):
                 faults.append(f"{path}: document {index} is not row {row} of {part.path}")
         first += part.docs
     return faults

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,8 @@ def cluster(machine: Machine) -> Iterator[int]:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Workers import this code, from this folder, whatever else is installed.
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")])
-    )
+    path = [str(Path.cwd()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path))
     import ray  # here, for it takes a second and is not needed where nothing is left to do
 
     address = machine.ray_address or os.environ.get("RAY_ADDRESS") or "local"
@@ -37,6 +37,7 @@ def cluster(machine: Machine) -> Iterator[int]:
         "include_dashboard": False,
         "object_store_memory": _OBJECT_STORE_BYTES,
     }
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         if address == "local":
             ray.init("local", logging_level=logging.ERROR, **local)
@@ -46,6 +47,8 @@ def cluster(machine: Machine) -> Iterator[int]:
         raise UserError(
             f"RAY_ADDRESS: no Ray cluster answers at {address} ({str(error).splitlines()[0]})"
         ) from None
+    # Ray puts its own handler in: a stopped stage would end as a fault, after a stack dump.
+    signal.signal(signal.SIGTERM, handler)
     try:
         yield int(ray.cluster_resources().get("CPU", 1))
     finally:

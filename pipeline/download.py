@@ -17,8 +17,8 @@ OUT = Path("data/raw")
 
 def download(params: SourceParams, store: Store, out: Path) -> RawManifest:
     """Bring the source's files into the store, by their sha256, and publish them in ``out``."""
-    scratch = store.root / "tmp" / "sample"
-    with store.lock("tmp", "sample"):
+    scratch = store.root / "tmp" / "source-sample"
+    with store.lock("source", "sample"):
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         files, links = [], {}

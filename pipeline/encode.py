@@ -14,6 +14,7 @@ chunks add up to that of the dataset, whatever its shards look like.
 import json
 import struct
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pipeline.shards import TOKEN_DTYPE, ShardWriter
 from pipeline.store import Store
 
 RECORD = "record.json"
+Record = dict[str, Any]
 
 
 def chunk_key(chunk: Chunk, column: str, params: TokenizeParams, code_key: str) -> str:
@@ -36,6 +38,7 @@ def chunk_key(chunk: Chunk, column: str, params: TokenizeParams, code_key: str) 
     return atomic.sha256_json(
         {
             "file": chunk.file.sha256,
+            "path": chunk.file.path,  # the record names it
             "file_index": chunk.file_index,
             "rows": [chunk.start, chunk.stop],
             "column": column,
@@ -70,7 +73,7 @@ def encode_text(text: str) -> np.ndarray:
 
 def encode_chunk(
     chunk: Chunk, key: str, raw: Path, column: str, params: TokenizeParams, store: Store
-) -> dict[str, Any]:
+) -> Record:
     """Make a chunk's piece in the store, unless it stands there; return its record."""
     with store.lock("chunks", key):
         if (folder := store.find("chunks", key)) is None:
@@ -80,10 +83,26 @@ def encode_chunk(
     return read_record(folder)
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> Record:
     """The record of a piece."""
-    record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    record: Record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     return record
+
+
+def dataset_key(records: Sequence[Record]) -> str:
+    """The hash of a dataset's content: per split its documents, tokens and content sum.
+
+    It does not change with the cutting into shards, with code, or with how parquet was written.
+    """
+    content = {}
+    for split in SPLITS:
+        facts = [record["splits"][split] for record in records if split in record["splits"]]
+        content[split] = [
+            sum(fact["docs"] for fact in facts),
+            sum(fact["tokens"] for fact in facts),
+            f"{sum(int(fact['content'], 16) for fact in facts) % 2**128:032x}",
+        ]
+    return atomic.sha256_json(content)
 
 
 def _write_piece(

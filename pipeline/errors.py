@@ -8,5 +8,8 @@ class UserError(ValueError):
     """
 
 
-class Stopped(Exception):
-    """A signal asked the command to stop: what is finished is kept, exit status 3."""
+class Stopped(KeyboardInterrupt):
+    """A signal asked the command to stop: what is finished is kept, exit status 3.
+
+    A `KeyboardInterrupt`, for Ray lets no other exception out of its waiting.
+    """

@@ -99,9 +99,11 @@ class Machine(BaseSettings):
             key = str(error.errors()[0]["loc"][0])
             variable = PREFIX + key.upper()
             where = "environment" if variable in os.environ else "machine.yaml"
-            raise UserError(first_error(error, where, cls)) from None
+            message = first_error(error, where, cls)
+            raise UserError(message.replace(f"environment.{key}", variable, 1)) from None
 
     @property
     def worker_count(self) -> int:
         """Worker processes of a local Ray: as set, else the cores this process may use."""
-        return self.workers or len(os.sched_getaffinity(0))
+        affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+        return self.workers or (len(affinity(0)) if affinity else os.cpu_count() or 1)

@@ -63,6 +63,8 @@ class _Manifest(_Record):
             detail = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in detail["loc"])
             raise UserError(f"{path}: {where}: {detail['msg']}; `dvc repro` mends it") from None
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; `dvc repro` makes it anew") from None
         except ValueError as error:
             raise UserError(f"{path}: not JSON ({error}); `dvc repro` mends it") from None
 

@@ -20,7 +20,11 @@ class Section(BaseModel):
     """A section of `params.yaml`: frozen, and refusing keys that it does not know."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        strict=True,  # no "12" for 12, no true for 1
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
     )
 
 
@@ -94,7 +98,9 @@ def validate(cls: type[S], values: dict[str, Any], where: str) -> S:
 
 def first_error(error: ValidationError, where: str, cls: type[BaseModel]) -> str:
     """The first of a pydantic error's findings, in one line that names the key and the mend."""
-    detail = error.errors(include_url=False)[0]
+    details = error.errors(include_url=False)
+    # A misspelt key is both unknown and missing; the first says how to mend it.
+    detail = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
     # A location such as ("prompts", 3) is reported as train.prompts.3; a model validator has none.
     key = ".".join([where, *(str(part) for part in detail["loc"])])
     if detail["type"] == "extra_forbidden":
@@ -119,5 +125,6 @@ def load_section(name: str, cls: type[S], path: Path = PARAMS) -> S:
             raise UserError(f"{path}: {section}: unknown section; {nearest(section, SECTIONS)}")
     values = params.get(name)
     if not isinstance(values, dict):
-        raise UserError(f"{path}: section {name} is missing; `git checkout {path}` restores it")
+        state = "holds no `key: value` lines" if name in params else "is missing"
+        raise UserError(f"{path}: section {name} {state}; `git checkout {path}` restores it")
     return validate(cls, values, f"{path}: {name}")

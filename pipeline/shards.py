@@ -90,9 +90,16 @@ def read_docs(path: Path) -> np.ndarray:
         docs = np.load(docs_path(path), allow_pickle=False)
     except FileNotFoundError:
         raise ShardError(f"{docs_path(path)}: no such file; `dvc repro` makes it") from None
-    except ValueError:
+    except OSError:
+        raise
+    except Exception:  # whatever numpy's parser meets in a damaged header, TokenError among it
         docs = None
-    if docs is None or docs.dtype != np.dtype("<i8") or docs.ndim != 2 or docs.shape[1] != 2:
+    if (
+        not isinstance(docs, np.ndarray)
+        or docs.dtype != np.dtype("<i8")
+        or docs.ndim != 2
+        or docs.shape[1] != 2
+    ):
         raise ShardError(f"{docs_path(path)}: no sidecar of documents; `dvc repro` mends it")
     return np.asarray(docs)
 
@@ -106,9 +113,10 @@ def open_shard(path: Path) -> np.ndarray:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            header = np.frombuffer(file.read(HEADER_BYTES), dtype=_HEADER_DTYPE)
+            data = file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0")
     except FileNotFoundError:
         raise ShardError(f"{path}: no such file; `dvc repro` makes it") from None
+    header = np.frombuffer(data, dtype=_HEADER_DTYPE)
     if size < HEADER_BYTES or header[0] != MAGIC or header[1] != VERSION:
         raise ShardError(f"{path}: no token shard (wrong header); `dvc repro` mends it")
     n_tokens = int(header[2])

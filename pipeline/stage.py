@@ -44,7 +44,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
-    except (Stopped, KeyboardInterrupt):
+    except KeyboardInterrupt:  # also Stopped
         print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
         sys.exit(STOPPED)
     sys.exit(DONE)

@@ -2,7 +2,7 @@
 
 ```
 .work/<kind>/<key>/            a piece: its files, and piece.json, which makes it complete
-.work/tmp/<kind>-<key>-<pid>/  a piece being made, renamed into place when it is whole
+.work/tmp/<kind>-<key>/        a piece being made, renamed into place when it is whole
 .work/locks/<kind>-<key>       one flock a key: two experiments never make a piece twice
 ```
 
@@ -39,12 +39,14 @@ class Store:
     @classmethod
     def open(cls, machine: Machine) -> "Store":
         """The store of this project: `machine.work_dir`, else `.work` beside `dvc.yaml`."""
-        root = machine.work_dir or project_root() / ".work"
+        root = project_root() / (machine.work_dir or Path(".work")).expanduser()
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"work_dir: cannot use {root}: {error.strerror}") from None
-        return cls(root.absolute(), machine.fresh)
+        store = cls(root.absolute(), machine.fresh)
+        store.sweep()
+        return store
 
     def folder(self, kind: str, key: str) -> Path:
         """A working folder that grows under its key, such as a training run's."""
@@ -71,7 +73,7 @@ class Store:
             yield
 
     def find(self, kind: str, key: str) -> Path | None:
-        """The folder of a complete piece, or None; a piece whose bytes changed is discarded."""
+        """The folder of a complete piece; None where there is none, or its bytes have changed."""
         folder = self.root / kind / key
         index_path = folder / INDEX
         try:
@@ -79,19 +81,21 @@ class Store:
         except FileNotFoundError:
             return None
         except ValueError:
-            self._discard_as_bad(kind, key, INDEX)
+            index = None
+        if not _is_index(index):
+            _warn_damaged(kind, key, INDEX)
             return None
         touched = False
         for name, entry in index.items():
             try:
                 status = (folder / name).stat()
             except FileNotFoundError:
-                self._discard_as_bad(kind, key, name)
+                _warn_damaged(kind, key, name)
                 return None
             if (status.st_size, status.st_mtime_ns) == (entry["size"], entry["mtime_ns"]):
                 continue
             if atomic.sha256_file(folder / name) != entry["sha256"]:
-                self._discard_as_bad(kind, key, name)
+                _warn_damaged(kind, key, name)
                 return None
             entry["mtime_ns"], touched = status.st_mtime_ns, True
         if touched:
@@ -100,9 +104,12 @@ class Store:
 
     @contextlib.contextmanager
     def make(self, kind: str, key: str) -> Iterator[Path]:
-        """Yield an empty folder; what is in it when the block ends well becomes the piece."""
-        self._remove_dead(kind, key)
-        temporary = self.root / "tmp" / f"{kind}-{key}-{os.getpid()}"
+        """Yield an empty folder; what is in it when the block ends well becomes the piece.
+
+        The caller holds the key's lock. A piece that is there already is replaced.
+        """
+        temporary = self.root / "tmp" / f"{kind}-{key}"
+        shutil.rmtree(temporary, ignore_errors=True)  # a dead process's
         temporary.mkdir(parents=True)
         try:
             yield temporary
@@ -134,14 +141,24 @@ class Store:
             unlink_bad(path)
         folder.rmdir()
 
-    def _discard_as_bad(self, kind: str, key: str, name: str) -> None:
-        print(f"warning: {kind}/{key[:12]}/{name} in the store is damaged; making it anew")
-        self.discard(kind, key)
+    def sweep(self) -> None:
+        """Remove what dead processes left half-made: whatever nobody holds the lock of."""
+        for path in (self.root / "tmp").glob("*-*"):
+            kind, key = path.name.split("-", 1)
+            with contextlib.suppress(UserError), self.lock(kind, key, wait=False):
+                shutil.rmtree(path, ignore_errors=True)
 
-    def _remove_dead(self, kind: str, key: str) -> None:
-        """Remove what dead processes left of this piece; the caller holds the key's lock."""
-        for path in (self.root / "tmp").glob(f"{kind}-{key}-*"):
-            shutil.rmtree(path, ignore_errors=True)
+
+def _warn_damaged(kind: str, key: str, name: str) -> None:
+    # Left as it is: whoever makes the piece anew, under its lock, replaces it.
+    print(f"warning: {kind}/{key[:12]}/{name} in the store is damaged; making it anew")
+
+
+def _is_index(index: object) -> bool:
+    return isinstance(index, dict) and all(
+        isinstance(entry, dict) and entry.keys() >= {"size", "mtime_ns", "sha256"}
+        for entry in index.values()
+    )
 
 
 def merged_key(chunk_keys: Sequence[str]) -> str:
@@ -248,12 +265,16 @@ def main(argv: list[str] | None = None) -> None:
             newest = max((path.stat().st_mtime for path in (*files, folder)), default=0.0)
             stale = args.prune and time.time() - newest > args.older_than * 86400
             if stale and (kind_folder.name, folder.name) not in named:
-                with store.lock(kind_folder.name, folder.name, wait=False):
+                # One that somebody works on is not stale.
+                with (
+                    contextlib.suppress(UserError),
+                    store.lock(kind_folder.name, folder.name, wait=False),
+                ):
                     shutil.rmtree(folder)
-                pruned += 1
-            else:
-                pieces += 1
-                size += sum(path.stat().st_size for path in files)
+                    pruned += 1
+                    continue
+            pieces += 1
+            size += sum(path.stat().st_size for path in files)
         note = f", {pruned} pruned" if args.prune else ""
         print(f"  {kind_folder.name:8} {pieces:6} pieces {size / 1e6:12.1f} MB{note}")
 

@@ -3,13 +3,12 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pipeline import atomic, stage, tokenizer
 from pipeline.chunks import Chunk, plan_chunks
 from pipeline.cluster import cluster, run_tasks
 from pipeline.code import code_key
-from pipeline.encode import chunk_key, encode_chunk, read_record
+from pipeline.encode import RECORD, Record, chunk_key, dataset_key, encode_chunk, read_record
 from pipeline.machine import Machine
 from pipeline.manifest import (
     NAME,
@@ -25,12 +24,11 @@ from pipeline.manifest import (
 from pipeline.params import TokenizeParams, load_section
 from pipeline.progress import Progress
 from pipeline.shards import ShardWriter, docs_path, open_shard, read_docs
-from pipeline.store import Store, merged_key, publish, require_space
+from pipeline.store import Store, merged_key, publish, require_space, unlink_bad
 
 RAW = Path("data/raw")
 OUT = Path("data/tokens")
 FORMAT = "llm.c"
-Record = dict[str, Any]
 
 
 def tokenize(raw: Path, out: Path, params: TokenizeParams, machine: Machine, code: str) -> Manifest:
@@ -67,7 +65,7 @@ def tokenize(raw: Path, out: Path, params: TokenizeParams, machine: Machine, cod
         *_merge_val(pieces, records, params.shard_tokens, store, files),
     ]
     for index, piece in enumerate(pieces):
-        files[f"chunks/{index:05d}.json"] = piece / "record.json"
+        files[f"chunks/{index:05d}.json"] = piece / RECORD
     manifest = _manifest(source, params, records, shards)
     publish({**files, NAME: atomic.json_bytes(manifest.model_dump())}, out)
     return manifest
@@ -156,11 +154,12 @@ def _merge_val(
         parts = [_part(records[i], "val") for i in group]
         key = merged_key([part.chunk_key for part in parts])
         with store.lock("merged", key):
-            if store.find("merged", key) is None:
+            if store.fresh or store.find("merged", key) is None:
                 with store.make("merged", key) as folder:
                     writer = ShardWriter(folder / "val.bin")
                     for index in group:
                         path = pieces[index] / "val.bin"
+                        _check_unchanged(path, records[index]["splits"]["val"]["sha256"])
                         writer.append(open_shard(path), read_docs(path))
                     writer.close()
         path = store.root / "merged" / key / "val.bin"
@@ -180,20 +179,11 @@ def _merge_val(
     return shards
 
 
-def dataset_key(records: Sequence[Record]) -> str:
-    """The hash of a dataset's content: per split its documents, tokens and content sum.
-
-    It does not change with the cutting into shards, with code, or with how parquet was written.
-    """
-    content = {}
-    for split in SPLITS:
-        facts = [record["splits"][split] for record in records if split in record["splits"]]
-        content[split] = [
-            sum(fact["docs"] for fact in facts),
-            sum(fact["tokens"] for fact in facts),
-            f"{sum(int(fact['content'], 16) for fact in facts) % 2**128:032x}",
-        ]
-    return atomic.sha256_json(content)
+def _check_unchanged(path: Path, sha256: str) -> None:
+    """Refuse to merge bytes that rotted unseen: the merged shard's hash would bless them."""
+    if atomic.sha256_file(path) != sha256:
+        unlink_bad(path)  # so the store sees that the piece is not whole
+        raise RuntimeError(f"{path} was damaged; `dvc repro` makes it anew")
 
 
 def _manifest(

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline import atomic, checks, stage
 from pipeline.cluster import cluster, run_tasks
+from pipeline.encode import dataset_key
 from pipeline.machine import Machine
 from pipeline.manifest import NAME, Manifest, RawManifest
 from pipeline.params import VerifyParams, load_section
@@ -95,15 +96,33 @@ def _check_folder(
     for shard in manifest.shards:
         for part in shard.parts:
             parts.setdefault(part.chunk_key, []).append((shard.split, part.tokens, part.docs))
-    for path in records:
-        faults += checks.check_record(path, parts)
-    if len(records) < len(parts):
-        faults.append(f"{tokens / 'chunks'}: {len(parts) - len(records)} records are missing")
+    faults += _check_records(records, parts, tokens, manifest)
     for split, totals in manifest.totals.items():
         of_split = [shard for shard in manifest.shards if shard.split == split]
         for key in ("tokens", "docs", "text_bytes"):
             if sum(getattr(shard, key) for shard in of_split) != getattr(totals, key):
                 faults.append(f"{tokens / NAME}: totals.{split}.{key} is not the shards' sum")
+    return faults
+
+
+def _check_records(
+    paths: list[Path],
+    parts: dict[str, list[tuple[str, int, int]]],
+    tokens: Path,
+    manifest: Manifest,
+) -> list[str]:
+    """The chunks' commit records: each readable, one a chunk, and together the dataset's key."""
+    if faults := [fault for path in paths for fault in checks.check_record(path, parts)]:
+        return faults
+    by_key: dict[str, Path] = {}
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    for path, record in zip(paths, records, strict=True):
+        if (first := by_key.setdefault(record["chunk_key"], path)) is not path:
+            faults.append(f"{path}: the same chunk as {first.name}")
+    if missing := parts.keys() - by_key.keys():
+        faults.append(f"{tokens / 'chunks'}: {len(missing)} records are missing")
+    if not faults and dataset_key(records) != manifest.dataset_key:
+        faults.append(f"{tokens / NAME}: its dataset_key is not that of the chunks' records")
     return faults
 
 
@@ -115,6 +134,10 @@ def _remove_bad(
     for path in bad:
         if path.is_file():
             unlink_bad(path)
+    # A chunk whose record is bad is one that no good record names.
+    named = {part.chunk_key for shard in manifest.shards for part in shard.parts}
+    for key in named - {key for path in (tokens / "chunks").glob("*.json") if (key := _key(path))}:
+        store.discard("chunks", key)
     for file in manifest.source.files:
         if (raw / file.path).absolute() in bad:
             store.discard("files", file.sha256)
@@ -125,6 +148,14 @@ def _remove_bad(
                 store.discard("merged", merged_key(keys))
             else:
                 store.discard("chunks", keys[0])
+
+
+def _key(record: Path) -> str | None:
+    """The chunk key that a record names, of those that are still there."""
+    try:
+        return str(json.loads(record.read_text(encoding="utf-8"))["chunk_key"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def data_metrics(tokens: Path, manifest: Manifest) -> tuple[dict[str, Any], str]:
