@@ -1,7 +1,7 @@
 # The project's commands; `make help` lists them.
 PYTHON ?= python3
 VENV   ?= .venv
-BIN    := $(CURDIR)/$(VENV)/bin
+BIN    := $(abspath $(VENV))/bin
 # The stages run `python`, torchrun and dvc of this environment.
 export PATH := $(BIN):$(PATH)
 # Without compiled files Ray takes 15 s to start, not 4.
@@ -24,7 +24,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 run: $(VENV)/.installed  ## the whole pipeline of params.yaml: text, shards, model, metrics, report
 	@test "$$(git rev-parse --show-toplevel 2>/dev/null)" = "$(CURDIR)" || dvc config --local core.no_scm true
 	dvc repro
-	@python -m train.report --where
+	@echo
+	@echo 'The model     artifacts/checkpoint; in the Hugging Face layout: artifacts/hf'
+	@echo 'The metrics   metrics/{data,train,eval}.json; dvc metrics show; dvc plots show'
+	@echo 'The report    artifacts/report.html; some samples: artifacts/samples.md'
+	@echo 'Sample text   $(VENV)/bin/python -m model.generate --checkpoint artifacts/checkpoint --prompt "The state of the Union is"'
 
 test: $(VENV)/.installed  ## the fast tests
 	python -m pytest -m 'not slow'

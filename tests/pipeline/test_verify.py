@@ -232,6 +232,19 @@ def edited_record() -> str:
     return "chunks/00001.json"
 
 
+def copied_record() -> str:
+    shutil.copy(TOKENS / "chunks/00001.json", TOKENS / "chunks/00099.json")
+    return "chunks/00099.json"
+
+
+def edited_content() -> str:
+    path = TOKENS / "chunks/00001.json"
+    record = json.loads(path.read_text())
+    record["splits"]["train"]["content"] = 32 * "0"
+    path.write_bytes(atomic.json_bytes(record))
+    return NAME
+
+
 def rotten_record() -> str:
     flip(TOKENS / "chunks/00001.json", 0, keep_mtime=True)
     return "chunks/00001.json"
@@ -268,8 +281,8 @@ DAMAGES: list[tuple[Callable[[], str], int]] = [
     (rotten_sidecar_header, 1), (emptied_sidecar, 1), (shorter_sidecar, 1),
     (sidecar_of_rows_that_are_not, 1), (outside_the_vocabulary, 1), (eot_removed, 1),
     (eot_too_many, 1), (another_text_in_the_first_document, 1), (rotten_validation, 0),
-    (foreign_shard, 0), (edited_record, 1), (rotten_record, 1), (edited_totals, 0),
-    (edited_count_of_a_shard, 1), (another_raw_manifest, 0),
+    (foreign_shard, 0), (copied_record, 0), (edited_content, 1), (edited_record, 1),
+    (rotten_record, 1), (edited_totals, 0), (edited_count_of_a_shard, 1), (another_raw_manifest, 0),
 ]  # fmt: skip
 
 
