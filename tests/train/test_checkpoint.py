@@ -1,0 +1,118 @@
+"""Of train.checkpoint: whole or not at all, and never a pickle."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import atomic
+from train import checkpoint
+
+MODEL = {"wte.weight": torch.arange(6.0).view(2, 3)}
+OPTIMIZER = {"wte.weight.exp_avg": torch.ones(2, 3), "wte.weight.step": torch.tensor(3.0)}
+
+
+def save(run: Path, step: int, keep: int = 9) -> Path:
+    return checkpoint.save(
+        run, model=MODEL, optimizer=OPTIMIZER, state={"step": step, "x": 1}, keep=keep
+    )
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    folder = save(tmp_path, 200)
+    assert folder == tmp_path / "step-00000200"
+    assert sorted(p.name for p in folder.iterdir()) == sorted(checkpoint.FILES)
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert found[0] == folder
+    assert found[1]["step"] == 200
+    model, optimizer = checkpoint.load_tensors(folder)
+    assert torch.equal(model["wte.weight"], MODEL["wte.weight"])
+    assert optimizer.keys() == OPTIMIZER.keys()
+
+
+def test_the_same_state_is_the_same_bytes(tmp_path: Path) -> None:
+    one, other = save(tmp_path / "a", 1), save(tmp_path / "b", 1)
+    for name in checkpoint.FILES:
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_an_empty_run_has_none(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_the_newest_are_kept_and_rests_of_the_dead_removed(tmp_path: Path) -> None:
+    (tmp_path / ".step-00000005.tmp").mkdir()
+    for step in (1, 2, 10):
+        save(tmp_path, step, keep=2)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step-00000002", "step-00000010"]
+
+
+def test_saving_again_replaces(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    (folder / checkpoint.MODEL).write_bytes(b"broken")
+    checkpoint.verify(save(tmp_path, 1))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(bytes(data))
+    path.chmod(0o444)
+
+
+@pytest.mark.parametrize("name", checkpoint.FILES)
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_broken_one_falls_back_to_the_one_before(
+    tmp_path: Path, name: str, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    path = bad / name
+    if damage == "flip":
+        flip(path)
+    elif damage == "truncate":
+        path.write_bytes(path.read_bytes()[:-10])
+    else:
+        path.unlink()
+    found = checkpoint.latest(tmp_path)
+    if name == checkpoint.STATE and damage == "flip":  # the final newline: no content
+        assert found is not None
+        return
+    assert found is not None
+    assert found[0] == good
+    assert "step-00000002" in capsys.readouterr().err
+
+
+def test_a_damaged_file_is_made_writable_so_that_dvc_replaces_its_copy(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    flip(folder / checkpoint.MODEL)
+    assert checkpoint.latest(tmp_path) is None
+    assert (folder / checkpoint.MODEL).stat().st_mode & 0o777 == 0o644
+
+
+def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
+    """Not even one whose hash is right."""
+
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (exec, ("raise SystemExit('unpickled')",))
+
+    folder = save(tmp_path, 1)
+    for content in (pickle.dumps(Bomb()), b""):
+        (folder / checkpoint.MODEL).write_bytes(content)
+        state = json.loads((folder / checkpoint.STATE).read_text())
+        state["sha256"][checkpoint.MODEL] = atomic.sha256_file(folder / checkpoint.MODEL)
+        atomic.write_json(folder / checkpoint.STATE, state)
+        assert checkpoint.latest(tmp_path) is None
+
+
+def test_an_unknown_schema_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    state = json.loads((folder / checkpoint.STATE).read_text())
+    atomic.write_json(folder / checkpoint.STATE, {**state, "schema_version": 2})
+    with pytest.raises(checkpoint.BrokenCheckpoint, match="schema_version"):
+        checkpoint.verify(folder)

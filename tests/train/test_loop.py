@@ -1,0 +1,216 @@
+"""Of train.loop, trainer, meter, interrupt and run, in this process: what a run does and leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model import GPT
+from model.size import parameter_count
+from pipeline.errors import Stopped, UserError
+from tests.train.conftest import Project
+from train import checkpoint
+from train.distributed import process_group
+from train.loop import train
+from train.meter import NonFinite
+from train.run import Run
+from train.trainer import Trainer
+
+
+def train_here() -> Run:
+    run = Run.open()
+    with process_group("cpu") as world, run.lock():
+        train(run, world)
+    return run
+
+
+def records(run: Run, name: str) -> dict[int, Any]:
+    return {r["step"]: r[name] for r in run.history.records if name in r}
+
+
+def test_a_run_leaves_what_it_promises(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train_here()
+    out = capsys.readouterr().out
+    n = parameter_count(run.model.config())
+    assert out.startswith(f"training GPT-2, {n:,} parameters (2 layers, 2 heads, width 16")
+    assert "12 steps of 128 tokens" in out
+    assert run.key in out
+    assert "starts" in out
+
+    assert list(records(run, "train/loss")) == [1, 2, 4, 6, 8, 10, 12]
+    assert list(records(run, "val/loss")) == [6, 12]
+    losses = list(records(run, "train/loss").values())
+    assert losses[0] == pytest.approx(10.83, abs=0.05)  # ln 50257 and a little
+    assert losses[-1] < losses[0] - 0.5
+
+    metrics = project.metrics()
+    assert metrics["step"] == 12
+    assert metrics["tokens"] == 12 * 128
+    assert metrics["val_loss"] == records(run, "val/loss")[12]
+    assert metrics["world_size"] == 1
+    live = json.loads((project.folder / "metrics/live/metrics.json").read_text())
+    assert live["val"]["loss"] == metrics["val_loss"]
+    assert (project.folder / "metrics/live/plots/metrics/train/loss.tsv").exists()
+
+    state = checkpoint.verify(project.folder / "artifacts/checkpoint")
+    assert state["samples"] == 12 * 8
+    assert state["dataset_key"] == "k" * 64
+    assert state["run_key"] == run.key
+    gpt = GPT.from_checkpoint(project.folder / "artifacts/checkpoint")
+    assert torch.isfinite(gpt(torch.zeros(1, 4, dtype=torch.int64))).all()
+    assert run.finished() == run.folder / "step-00000012"
+
+
+def test_settings_of_the_machine_change_no_sample_and_hardly_a_loss(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = []
+    for micro_batch in (8, 2):
+        monkeypatch.setenv("GPT2_MICRO_BATCH", str(micro_batch))
+        monkeypatch.setenv("GPT2_WORK_DIR", f"work-{micro_batch}")
+        losses.append(records(train_here(), "train/loss"))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_gradients_do_not_depend_on_the_micro_batch(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adam's first moment after one step is the gradient, times 1 - beta1."""
+    project.write(train={"steps": 1, "warmup_steps": 0, "grad_clip": None})
+    moments = []
+    for micro_batch in (8, 1):
+        monkeypatch.setenv("GPT2_MICRO_BATCH", str(micro_batch))
+        monkeypatch.setenv("GPT2_WORK_DIR", f"work-{micro_batch}")
+        train_here()
+        moments.append(load_file("artifacts/checkpoint/optimizer.safetensors"))
+    assert_same_gradients(*moments)
+
+
+def assert_same_gradients(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    whole = torch.cat([v.flatten() for k, v in one.items() if k.endswith("exp_avg")]).norm()
+    for name, moment in one.items():
+        if name.endswith(".exp_avg"):
+            assert (moment - other[name]).norm() <= 1e-6 * max(moment.norm(), 0.1 * whole), name
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Sends this process SIGTERM while it computes a step."""
+    original = Trainer.step
+
+    def step_and_signal(self: Trainer, number: int, *args: Any) -> Any:
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, number, *args)
+
+    monkeypatch.setattr(Trainer, "step", step_and_signal)
+
+
+def test_stopped_and_resumed_ends_with_the_same_bits(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GPT2_WORK_DIR", "whole")
+    whole = train_here()
+    folder = project.folder / "artifacts/checkpoint"
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for step in (0, 7, 8):
+        monkeypatch.setenv("GPT2_WORK_DIR", f"stopped-{step}")
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, step)
+            with pytest.raises(Stopped):
+                train_here()
+        assert f"step {step:2d}/12  stopped by a signal" in capsys.readouterr().out
+        resumed = train_here()
+        assert (f"resumes after step {step}\n" in capsys.readouterr().out) == (step > 0)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+        for name in ("train/loss", "val/loss", "lr", "grad_norm"):
+            assert records(resumed, name) == records(whole, name)
+
+
+def test_a_broken_last_checkpoint_costs_only_its_steps(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train_here()
+    weights = project.weights()
+    (run.folder / "final.json").unlink()
+    (run.folder / "step-00000012/optimizer.safetensors").write_bytes(b"")
+    train_here()
+    captured = capsys.readouterr()
+    assert "resumes after step 8\n" in captured.out
+    assert "step-00000012" in captured.err
+    assert project.weights() == weights
+
+
+def test_a_killed_end_is_finished_without_a_step(project: Project) -> None:
+    """Killed after the last save and before the publication."""
+    run = train_here()
+    weights, before = project.weights(), records(run, "train/loss")
+    (run.folder / "final.json").unlink()
+    (project.folder / "artifacts/checkpoint/model.safetensors").unlink()
+    assert records(train_here(), "train/loss") == before
+    assert project.weights() == weights
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_stops_the_run_and_is_not_saved_or_repeated(
+    project: Project, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """At step 8, where a checkpoint is due."""
+    original = Trainer.step
+
+    def step(self: Trainer, number: int, *args: Any) -> Any:
+        learning_rate, numbers = original(self, number, *args)
+        if number == 7:
+            numbers[0 if what == "loss" else 1] = float("nan")
+        return learning_rate, numbers
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(NonFinite, match="step 8"):
+        train_here()
+    assert [p.name for p in checkpoint.steps(project.run_folder)] == ["step-00000004"]
+    assert not (project.folder / "artifacts").exists()
+    with pytest.raises(UserError, match=r"failed before: step 8.*GPT2_FRESH"):
+        train_here()
+
+
+def test_data_of_another_content_is_another_run(project: Project) -> None:
+    one = Run.open()
+    project.write_data(key="o" * 64)
+    assert Run.open().key != one.key
+
+
+def test_a_checkpoint_of_other_data_is_refused(project: Project) -> None:
+    run = train_here()
+    for folder in checkpoint.steps(run.folder):
+        state = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps({**state, "dataset_key": "x" * 64}))
+    with pytest.raises(UserError, match=r"other data \(xxxxxxxxxxxx\)"):
+        train_here()
+
+
+def test_what_decides_the_run_is_its_key(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [Run.open().key]
+    project.write(train={"learning_rate": 1e-3})
+    keys.append(Run.open().key)
+    project.write(model={"n_layer": 3})
+    keys.append(Run.open().key)
+    project.write()
+    (project.folder / "stage_code.py").write_text("# changed")
+    keys.append(Run.open().key)
+    assert len(set(keys)) == 4
+    monkeypatch.setenv("GPT2_MICRO_BATCH", "1")  # the machine is no part of it
+    assert Run.open().key == keys[-1]
+
+
+def test_one_process_holds_a_run(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.run.LOCK_PATIENCE", 0.0)
+    run = Run.open()
+    with run.lock(), pytest.raises(UserError, match="another process"), run.lock():
+        pass

@@ -1,0 +1,147 @@
+"""Checkpoints: directories that appear whole, know their own hashes, and hold no pickle.
+
+    step-00000200/
+        model.safetensors        the weights, float32, names of the model
+        optimizer.safetensors    <parameter>.exp_avg, .exp_avg_sq, .step
+        state.json               step, samples, params, dataset_key, versions, sha256 of the two
+
+The directory is written under another name, synced to the disk, and renamed: a crash leaves the
+old state or the new. State of random generators is no part of it, for training draws nothing: the
+order of data is a function of the samples seen, and GPT-2 is trained without dropout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline import atomic
+
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+FILES = (MODEL, OPTIMIZER, STATE)
+
+SCHEMA_VERSION = 1
+
+
+class BrokenCheckpoint(Exception):
+    """A checkpoint whose bytes are not those that were written; the message says which."""
+
+
+def folder_name(step: int) -> str:
+    """Directory name of the checkpoint after ``step`` complete steps; sorts by step."""
+    return f"step-{step:08d}"
+
+
+def save(
+    run: Path,
+    *,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Writes a checkpoint, then removes the oldest beyond ``keep``.
+
+    Args:
+        run: The run's folder.
+        model: State dict of the plain model.
+        optimizer: Flat optimizer state (``optimizer.flat_state``).
+        state: JSON values; needs "step", the number of complete steps.
+        keep: Checkpoints that stay.
+
+    Returns:
+        The checkpoint's directory; on return it is on the disk.
+    """
+    final = run / folder_name(state["step"])
+    part = run / f".{final.name}.tmp"
+    for path in run.glob(".step-*"):  # left by a run that died while it wrote or removed
+        shutil.rmtree(path)
+    part.mkdir(parents=True)
+    save_file({k: v.detach().cpu().contiguous() for k, v in model.items()}, part / MODEL)
+    save_file(dict(optimizer), part / OPTIMIZER)
+    hashes = {name: atomic.sha256_file(part / name) for name in (MODEL, OPTIMIZER)}
+    for name in hashes:
+        atomic.fsync_file(part / name)
+    atomic.write_json(part / STATE, {**state, "schema_version": SCHEMA_VERSION, "sha256": hashes})
+    if final.exists():
+        remove(final)
+    os.rename(part, final)
+    atomic.fsync_folder(run)
+    for old in steps(run)[:-keep]:
+        remove(old)
+    return final
+
+
+def steps(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(run.glob("step-*"))
+
+
+def remove(folder: Path) -> None:
+    """Removes a checkpoint; its name goes first, so that no half of it is ever taken for one."""
+    hidden = folder.with_name(f".{folder.name}.old")
+    os.rename(folder, hidden)
+    shutil.rmtree(hidden)
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Compares a checkpoint's bytes with its hashes.
+
+    Returns:
+        Its state.
+
+    Raises:
+        BrokenCheckpoint: A file is missing, unreadable, or not what was written.
+    """
+    try:
+        state = json.loads((folder / STATE).read_bytes())
+        hashes = state["sha256"]
+        for name in (MODEL, OPTIMIZER):
+            if atomic.sha256_file(folder / name) != hashes[name]:
+                _disown(folder / name)
+                raise BrokenCheckpoint(f"{folder / name}: bytes differ from their sha256")
+            with safe_open(folder / name, "pt"):  # no other format, a pickle say, is ever loaded
+                pass
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise BrokenCheckpoint(f"{folder}: {error!r}") from error
+    if state.get("schema_version") != SCHEMA_VERSION:
+        raise BrokenCheckpoint(f"{folder}: schema_version {state.get('schema_version')} is unknown")
+    return state
+
+
+def _disown(damaged: Path) -> None:
+    """Makes a damaged file writable.
+
+    Its inode may be DVC's cached object, which DVC trusts while it is read-only, and replaces when
+    it is not.
+    """
+    with contextlib.suppress(OSError):
+        damaged.chmod(0o644)
+
+
+def latest(run: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of a run that is whole, and its state; None where there is none.
+
+    A broken one is named on stderr and passed over.
+    """
+    for folder in reversed(steps(run)):
+        try:
+            return folder, verify(folder)
+        except BrokenCheckpoint as error:
+            print(f"warning: {error}; using the checkpoint before", file=sys.stderr, flush=True)
+    return None
+
+
+def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights and flat optimizer state of a verified checkpoint, on the CPU."""
+    return load_file(folder / MODEL), load_file(folder / OPTIMIZER)

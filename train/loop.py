@@ -1,0 +1,91 @@
+"""The training loop, from the newest checkpoint to the published model."""
+
+from __future__ import annotations
+
+from pipeline.errors import Stopped
+from train import checkpoint
+from train.describe import banner, summary
+from train.distributed import World
+from train.interrupt import Interrupt, Interrupted
+from train.loader import Batches
+from train.meter import Meter, NonFinite
+from train.run import Run
+from train.trainer import Trainer
+
+
+def train(run: Run, world: World) -> None:
+    """Trains a run to its end, from its newest checkpoint on, and publishes it.
+
+    Raises:
+        Stopped: A signal came; the last complete step is saved.
+        NonFinite: The loss or a gradient is no number; the last good checkpoint is kept.
+    """
+    run.check_not_failed()
+    trainer, history = Trainer(run, world), run.history
+    done = trainer.restore()
+    if world.first:
+        print(banner(trainer, done), flush=True)
+        history.begin(done)
+    trainer.join()
+    meter = Meter(
+        world,
+        history,
+        steps=run.params.steps,
+        batch_tokens=run.params.batch_tokens,
+        every=run.params.log_every,
+        seconds=sum(history.last("seconds")),
+    )
+    batches = Batches(
+        run.train_data,
+        run.order,
+        trainer.split,
+        rank=world.rank,
+        start=done * run.batch,
+        steps=run.params.steps - done,
+        device=world.device,
+    )
+    try:
+        with history, batches, Interrupt(world) as interrupt:
+            advance(trainer, batches, meter, interrupt, done)
+    except NonFinite as error:
+        if world.first:
+            run.fail(str(error))
+        raise
+    if world.first:
+        run.finish(summary(trainer, meter.seconds))
+        run.publish(run.folder / checkpoint.folder_name(run.params.steps))
+    world.barrier()
+
+
+def advance(
+    trainer: Trainer, batches: Batches, meter: Meter, interrupt: Interrupt, done: int
+) -> None:
+    """The steps after ``done`` complete ones, validated and saved on the way."""
+    params = trainer.params
+    saved = done
+
+    def due(every: int) -> bool:
+        return done % every == 0 or done == params.steps
+
+    def save() -> None:
+        nonlocal saved
+        meter.settle()  # the numbers of the last step first: what is not finite is never saved
+        if saved < done:
+            trainer.save(done)
+            saved = done
+
+    try:
+        while done < params.steps:
+            learning_rate, numbers = trainer.step(done, batches, interrupt)
+            done += 1
+            meter.step(done, learning_rate, numbers)
+            if due(params.val_every):
+                meter.settle()
+                meter.validation(done, trainer.validate())
+            if due(params.checkpoint_every):
+                save()
+            meter.resume_clock()
+    except Interrupted:
+        save()
+        meter.note(done, "stopped by a signal; this step is saved")
+        raise Stopped from None

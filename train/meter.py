@@ -1,0 +1,163 @@
+"""What a step measured: read one step late, checked, logged, and shown.
+
+Reading a number from a GPU waits for all that is queued before it. So the numbers of step n are
+copied to the host when the step is queued, and looked at when step n + 1 has been queued.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from train.distributed import World
+from train.history import History
+
+
+class NonFinite(RuntimeError):
+    """A loss or a gradient that is no number; the message names the step."""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """Numbers on their way to the host."""
+
+    step: int
+    learning_rate: float
+    seconds: float
+    values: Tensor
+    arrived: torch.cuda.Event | None
+
+
+class Meter:
+    """Collects the numbers of steps; on rank 0 also logs and prints them.
+
+    Each rank sees the same reduced numbers, so each stops at the same step.
+
+    Args:
+        world: The processes.
+        history: Where rank 0 logs.
+        steps: Steps of the run.
+        batch_tokens: Tokens a step.
+        every: Steps between logged ones.
+        seconds: Time that the run has spent training before this start.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        history: History,
+        *,
+        steps: int,
+        batch_tokens: int,
+        every: int,
+        seconds: float,
+    ) -> None:
+        self._world, self._history = world, history
+        self._steps, self._batch_tokens, self._every = steps, batch_tokens, every
+        self.seconds = seconds
+        self._pending: _Pending | None = None
+        self._mark = time.perf_counter()
+        self._logged: tuple[int, float] | None = None  # (step, seconds) of the last line
+
+    def step(self, step: int, learning_rate: float, values: Tensor) -> None:
+        """Takes the numbers of a step, and deals with those of the step before.
+
+        Args:
+            step: Complete steps, this one included.
+            learning_rate: Of this step.
+            values: (2,) on the device: loss and gradient norm, both already reduced.
+
+        Raises:
+            NonFinite: The step before went wrong.
+        """
+        if self._logged is None:  # speed is measured from this start's first step on
+            self._logged = (step - 1, self.seconds)
+        now = time.perf_counter()
+        self.seconds += now - self._mark
+        self._mark = now
+        before, self._pending = self._pending, self._send(step, learning_rate, values)
+        if before is not None:
+            self._read(before)
+
+    def settle(self) -> None:
+        """Deals with the newest step at once, before its weights are saved or measured.
+
+        The log is on the disk then, too: a checkpoint never knows of steps that it does not.
+
+        Raises:
+            NonFinite: It went wrong.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._read(pending)
+        self._history.sync()
+
+    def resume_clock(self) -> None:
+        """Leaves the time since the last step (a validation, a save) out of the training time."""
+        self._mark = time.perf_counter()
+
+    def validation(self, step: int, loss: float) -> None:
+        """Logs and shows a validation."""
+        if self._world.first:
+            best = min([loss, *self._history.last("val/loss", n=self._steps)])
+            self._history.add({"step": step, "val/loss": loss})
+            mark = "  best" if loss <= best else f"  best {best:.4f}"
+            self._print(step, f"val loss {loss:.4f}{mark}")
+
+    def note(self, step: int, text: str) -> None:
+        """Shows a line, on rank 0."""
+        if self._world.first:
+            self._print(step, text)
+
+    def _send(self, step: int, learning_rate: float, values: Tensor) -> _Pending:
+        arrived = None
+        if values.is_cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            host.copy_(values, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            values = host
+        return _Pending(step, learning_rate, self.seconds, values, arrived)
+
+    def _read(self, pending: _Pending) -> None:
+        if pending.arrived is not None:
+            pending.arrived.synchronize()
+        loss, norm = pending.values.tolist()
+        step = pending.step
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NonFinite(f"step {step}: loss {loss}, gradient norm {norm}: not finite")
+        if step % self._every and step not in (1, self._steps):
+            return
+        assert self._logged is not None
+        before, at = self._logged
+        elapsed = pending.seconds - at
+        speed = (step - before) * self._batch_tokens / elapsed if elapsed > 0 else 0.0
+        self._logged = (step, pending.seconds)
+        if not self._world.first:
+            return
+        self._history.add(
+            {
+                "step": step,
+                "tokens": step * self._batch_tokens,
+                "train/loss": loss,
+                "lr": pending.learning_rate,
+                "grad_norm": norm,
+                "tokens_per_second": round(speed, 1),
+                "seconds": round(pending.seconds, 3),
+            }
+        )
+        left = (self._steps - step) * self._batch_tokens / speed if speed else 0.0
+        self._print(
+            step,
+            f"loss {loss:7.4f}  lr {pending.learning_rate:.2e}  norm {norm:7.3f}"
+            f"  {speed:11,.0f} tok/s  eta {timedelta(seconds=round(left))}",
+        )
+
+    def _print(self, step: int, text: str) -> None:
+        width = len(str(self._steps))
+        print(f"step {step:{width}d}/{self._steps}  {text}", flush=True)

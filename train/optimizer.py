@@ -1,0 +1,135 @@
+"""AdamW with its parameter groups decided by one rule, and shown.
+
+Matrices (two dimensions and more) decay, vectors (biases, LayerNorm gains) do not, and embeddings
+do or do not by parameter: GPT-2's and GPT-3's recipes decay them, others leave them out. AdamW is
+Loshchilov and Hutter 2019: decay is taken from the weight, not added to the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EMBEDDINGS = ("wte.", "wpe.")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share one weight decay."""
+
+    name: str
+    decays: bool
+    parameters: tuple[tuple[str, Tensor], ...]
+
+    @property
+    def size(self) -> int:
+        """Numbers in the group."""
+        return sum(parameter.numel() for _, parameter in self.parameters)
+
+
+def decay_groups(named: Iterable[tuple[str, Tensor]], *, embeddings_decay: bool) -> list[Group]:
+    """Sorts parameters into "matrices", "embeddings" and "vectors", each into exactly one.
+
+    Args:
+        named: Names and parameters; names that begin with ``wte.`` or ``wpe.`` are embeddings.
+        embeddings_decay: Whether the embeddings decay.
+
+    Returns:
+        The groups that are not empty, parameters in the order given.
+    """
+    named = list(named)
+    kinds: dict[str, list[tuple[str, Tensor]]] = {"matrices": [], "embeddings": [], "vectors": []}
+    for name, parameter in named:
+        if name.startswith(EMBEDDINGS):
+            kinds["embeddings"].append((name, parameter))
+        else:
+            kinds["matrices" if parameter.dim() >= 2 else "vectors"].append((name, parameter))
+    decays = {"matrices": True, "embeddings": embeddings_decay, "vectors": False}
+    groups = [
+        Group(kind, decays[kind], tuple(members)) for kind, members in kinds.items() if members
+    ]
+    seen = [id(parameter) for group in groups for _, parameter in group.parameters]
+    assert len(seen) == len(set(seen)) == len(named), "a parameter in no group or in two (tied?)"
+    return groups
+
+
+def table(groups: Iterable[Group], weight_decay: float) -> str:
+    """The groups as lines for the log: name, tensors, numbers, decay."""
+    return "\n".join(
+        f"  {group.name:<10} {len(group.parameters):>5} tensors {group.size:>14,} parameters"
+        f"   weight decay {weight_decay if group.decays else 0.0:g}"
+        for group in groups
+    )
+
+
+def adamw(
+    groups: Iterable[Group],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> torch.optim.AdamW:
+    """AdamW over the groups, in one fused kernel (PyTorch has it on CUDA and on the CPU)."""
+    return torch.optim.AdamW(
+        [
+            {
+                "params": [parameter for _, parameter in group.parameters],
+                "weight_decay": weight_decay if group.decays else 0.0,
+            }
+            for group in groups
+        ],
+        lr=learning_rate,
+        betas=betas,
+        eps=eps,
+        fused=True,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Gives every group the learning rate of this step."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def flat_state(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The optimizer's state under names that speak: ``<parameter>.exp_avg`` and so on.
+
+    Returns:
+        Tensors on the CPU, contiguous; empty before the first step.
+    """
+    return {
+        f"{name}.{key}": value.detach().cpu().contiguous()
+        for name, parameter in named.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_flat_state(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> None:
+    """Puts a state made by ``flat_state`` into an optimizer over the same parameters.
+
+    Raises:
+        KeyError: A parameter lacks its state.
+        ValueError: A state is of another shape, or belongs to no parameter.
+    """
+    left = set(state)
+    for name, parameter in named.items():
+        loaded = {}
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            value = state[f"{name}.{key}"]
+            if key != "step" and value.shape != parameter.shape:
+                raise ValueError(
+                    f"{name}.{key} has shape {tuple(value.shape)}, "
+                    f"the parameter {tuple(parameter.shape)}"
+                )
+            # The fused kernels want the step counter beside the parameter, as float32.
+            loaded[key] = value.to(parameter.device, torch.float32, copy=True)
+            left.discard(f"{name}.{key}")
+        optimizer.state[parameter] = loaded
+    if left:
+        raise ValueError(f"optimizer state of no parameter of this model: {sorted(left)[:3]}")

@@ -1,0 +1,169 @@
+"""The sections `model` and `train` of `params.yaml`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from model import GPTConfig
+from pipeline.errors import UserError
+from pipeline.params import Section
+from train.schedule import Schedule
+
+
+class ModelParams(Section):
+    """`model`: the size of the GPT-2 that is trained."""
+
+    size: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None = None
+    """A published size by its name (gpt2 is 124M), or null and the three numbers below."""
+
+    n_layer: int | None = Field(default=None, ge=1)
+    """Transformer blocks; null where `size` is given."""
+
+    n_head: int | None = Field(default=None, ge=1)
+    """Attention heads a block, a divisor of `n_embd`; null where `size` is given."""
+
+    n_embd: int | None = Field(default=None, ge=1)
+    """Width of the residual stream (C); null where `size` is given."""
+
+    block_size: int = Field(default=1024, ge=1)
+    """Context, tokens a sequence (T, at least 1; published: 1024)."""
+
+    @model_validator(mode="after")
+    def _one_way_of_saying_it(self) -> ModelParams:
+        numbers = {name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd")}
+        if self.size is not None:
+            given = [name for name, value in numbers.items() if value is not None]
+            if given:
+                raise ValueError(
+                    f"size {self.size} says what {', '.join(given)} say; set one side to null"
+                )
+            return self
+        missing = [name for name, value in numbers.items() if value is None]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} missing; give a number, or size a name")
+        self.config()  # refuses what no GPT-2 can be, and names the mend
+        return self
+
+    def config(self) -> GPTConfig:
+        """The model's own configuration."""
+        if self.size is not None:
+            return GPTConfig.named(self.size, block_size=self.block_size)
+        assert self.n_layer is not None
+        assert self.n_head is not None
+        assert self.n_embd is not None
+        return GPTConfig(
+            n_layer=self.n_layer,
+            n_head=self.n_head,
+            n_embd=self.n_embd,
+            block_size=self.block_size,
+        )
+
+
+class TrainParams(Section):
+    """`train`: everything that decides the weights that come out."""
+
+    seed: int = Field(default=1337, ge=0, lt=2**32)
+    """Decides initial weights and order of data (0 to 2^32 - 1)."""
+
+    init: Literal["scratch"] = "scratch"
+    """What the run starts from: `scratch`, weights drawn from `seed`."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps (at least 1)."""
+
+    batch_tokens: int = Field(ge=1)
+    """Tokens a step over all processes, a multiple of `model.block_size` (124M: 524288)."""
+
+    learning_rate: float = Field(gt=0, lt=1)
+    """Highest learning rate (above 0, below 1; 124M: 6e-4)."""
+
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate of the last step, as a part of `learning_rate` (0 to 1)."""
+
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: `cosine`; `wsd`, stable, then linear decay; or `constant`."""
+
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear rise (0 to below `steps`)."""
+
+    decay_ratio: float = Field(default=0.2, gt=0, le=1)
+    """`wsd` only: part of the steps over which the rate falls at the end (above 0, to 1)."""
+
+    weight_decay: float = Field(default=0.1, ge=0)
+    """AdamW's decoupled decay, of matrices only (0 or more)."""
+
+    embeddings_decay: bool = True
+    """Whether token and position embeddings decay with the matrices."""
+
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW: memory of the mean of gradients (0 to below 1)."""
+
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """AdamW: memory of the mean of squared gradients (0 to below 1)."""
+
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW: added to the denominator (above 0)."""
+
+    grad_clip: float | None = Field(default=1.0, gt=0)
+    """Largest norm of the whole gradient (above 0); null: not clipped."""
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the matrix products (autocast); weights and optimizer are float32 in any case."""
+
+    order: Literal["shuffled", "sequential"] = "shuffled"
+    """Order of the windows: a new permutation each epoch, or as the tokens lie on the disk."""
+
+    deterministic: bool = False
+    """On CUDA: only algorithms whose results repeat bit for bit, slower. A CPU always repeats."""
+
+    val_every: int = Field(default=250, ge=1)
+    """Steps between validations (at least 1); the last step is always validated."""
+
+    val_tokens: int = Field(ge=1)
+    """Tokens of a validation: the first so many of the validation split (published: 10485760)."""
+
+    checkpoint_every: int = Field(default=250, ge=1)
+    """Steps between checkpoints (at least 1); the last step is always saved."""
+
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints kept in the store (at least 1; with 2, one may break)."""
+
+    log_every: int = Field(default=10, ge=1)
+    """Steps between lines of the log and points of the curves (at least 1)."""
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> TrainParams:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} leaves nothing of {self.steps} steps; "
+                f"at most {self.steps - 1}"
+            )
+        return self
+
+    def lr_schedule(self) -> Schedule:
+        """The learning rate as a function of the step."""
+        return Schedule(
+            kind=self.schedule,
+            peak=self.learning_rate,
+            minimum=self.learning_rate * self.min_lr_ratio,
+            steps=self.steps,
+            warmup_steps=self.warmup_steps,
+            decay_steps=max(1, round(self.steps * self.decay_ratio)),
+        )
+
+    def batch_windows(self, block_size: int) -> int:
+        """Windows (samples) in the global batch.
+
+        Raises:
+            UserError: `batch_tokens` is no multiple of the block size.
+        """
+        windows, rest = divmod(self.batch_tokens, block_size)
+        if rest:
+            near = [n * block_size for n in (windows, windows + 1) if n]
+            raise UserError(
+                f"params.yaml: train.batch_tokens: {self.batch_tokens} is no multiple of "
+                f"model.block_size {block_size}; nearest: {' and '.join(map(str, near))}"
+            )
+        return windows

@@ -1,0 +1,177 @@
+"""The model, its optimizer, and what a step does to them."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from model import GPT
+from pipeline.errors import UserError
+from train import arithmetic, checkpoint
+from train.arithmetic import summed_loss
+from train.describe import state
+from train.distributed import World
+from train.interrupt import Interrupt
+from train.loader import Batches, Split
+from train.optimizer import adamw, decay_groups, flat_state, load_flat_state, set_learning_rate
+from train.run import Run
+from train.validation import mean_loss
+
+# Tokens of a micro-batch where the machine's settings name none: enough to fill the processor, and
+# little enough for any memory.
+MICRO_BATCH_TOKENS = {"cpu": 8192, "cuda": 16384}
+
+
+def plan_split(run: Run, world_size: int, device: str) -> Split:
+    """How a run's batch is shared by this machine's processes.
+
+    Raises:
+        UserError: It cannot be shared evenly.
+    """
+    largest = MICRO_BATCH_TOKENS[device] // run.model.block_size
+    return Split.plan(run.batch, run.model.block_size, world_size, run.machine.micro_batch, largest)
+
+
+class Trainer:
+    """The model, its optimizer, and what is done to them; the same on each rank.
+
+    Attributes:
+        gpt: The plain module: weights, saving, sampling.
+        forward: The same, compiled where the machine says so: measuring.
+        ddp: The same again, with its gradients averaged over the ranks: training.
+    """
+
+    def __init__(self, run: Run, world: World) -> None:
+        self.run, self.world, self.params = run, world, run.params
+        self.split = plan_split(run, world.size, world.device.type)
+        self.schedule = run.params.lr_schedule()
+        arithmetic.configure(world.device, deterministic=run.params.deterministic)
+
+        self.gpt = GPT.initialised(run.model.config(), seed=run.params.seed, device=world.device)
+        self.named = dict(self.gpt.named_parameters())
+        self.groups = decay_groups(self.named.items(), embeddings_decay=run.params.embeddings_decay)
+        self.optimizer = adamw(
+            self.groups,
+            learning_rate=run.params.learning_rate,
+            weight_decay=run.params.weight_decay,
+            betas=(run.params.beta1, run.params.beta2),
+            eps=run.params.eps,
+        )
+        self.compiled = (
+            world.device.type == "cuda" if run.machine.compile is None else run.machine.compile
+        )
+        self.forward: Any = self.gpt
+        if self.compiled:
+            # DDP's own splitting of graphs would cut the one graph in six.
+            torch._dynamo.config.optimize_ddp = False
+            self.forward = torch.compile(self.gpt, fullgraph=True)
+
+    def restore(self) -> int:
+        """Takes up the newest whole checkpoint, if there is one.
+
+        Returns:
+            Complete steps.
+        """
+        found = checkpoint.latest(self.run.folder) if self.world.first else None
+        folder, state = self.world.broadcast(found) or (None, None)
+        if folder is None or state is None:
+            return 0
+        if state["dataset_key"] != self.run.dataset_key:
+            raise UserError(
+                f"{folder}: was trained on other data ({state['dataset_key'][:12]}) than "
+                f"data/tokens holds ({self.run.dataset_key[:12]}); bring that back, or start anew "
+                "with GPT2_FRESH=1"
+            )
+        weights, moments = checkpoint.load_tensors(folder)
+        self.gpt.load_state_dict(weights)
+        load_flat_state(self.optimizer, self.named, moments)
+        return int(state["step"])
+
+    def join(self) -> None:
+        """Wraps the model for the group, and rehearses two synchronised backward passes.
+
+        What a resumed run sums must be summed as in one that never stopped, to the last bit, also
+        by three and more ranks. But DDP lays its buckets out anew after the first backward (sums
+        are taken in another order), and gradients that do not lie in the buckets yet are copied
+        there times 1 / ranks, where those that do are divided by ranks. After two passes both are
+        settled, and their gradients are thrown away. A lack of memory shows here as well, before
+        an hour is spent.
+        """
+        device = self.world.device
+        self.ddp = DistributedDataParallel(
+            self.forward,
+            device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
+        shape = (self.split.micro_batch, self.run.model.block_size)
+        inputs = torch.zeros(shape, dtype=torch.int64, device=device)
+        targets = torch.zeros_like(inputs)  # not the same tensor twice: compiled as a case apart
+        for _ in range(2):
+            summed_loss(self.ddp, inputs, targets, self.params.dtype).backward()
+        self.optimizer.zero_grad(set_to_none=False)
+
+    def step(self, step: int, batches: Batches, interrupt: Interrupt) -> tuple[float, Tensor]:
+        """One optimizer step.
+
+        Args:
+            step: Its number, from 0.
+            batches: Where the data comes from.
+            interrupt: Asked at each micro-step: an unfinished step leaves the weights untouched.
+
+        Returns:
+            The learning rate; and, on the device, loss and gradient norm before clipping: (2,).
+
+        Raises:
+            Interrupted: On all ranks; the step is dropped.
+        """
+        learning_rate = self.schedule(step)
+        set_learning_rate(self.optimizer, learning_rate)
+
+        # The loss is the mean over the global batch: a sum over its tokens, divided once. DDP
+        # divides the summed gradients by the number of ranks, which is undone here.
+        scale = self.world.size / self.params.batch_tokens
+        total = torch.zeros((), device=self.world.device)
+        for micro_step in range(self.split.micro_steps):
+            interrupt.check()
+            inputs, targets = next(batches)
+            # Only the last backward talks to other ranks; no_sync must hold the forward as well.
+            last = micro_step == self.split.micro_steps - 1
+            with nullcontext() if last else self.ddp.no_sync():
+                loss = summed_loss(self.ddp, inputs, targets, self.params.dtype) * scale
+                loss.backward()
+            total += loss.detach()
+
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.named.values(), self.params.grad_clip or float("inf")
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)  # they lie in DDP's buckets, and stay there
+        return learning_rate, torch.stack([self.world.sum(total) / self.world.size, norm])
+
+    def validate(self) -> float:
+        """The mean loss over the fixed validation tokens, nats; the same on each rank."""
+        return mean_loss(
+            self.forward,
+            self.run.val_data,
+            self.params.val_tokens,
+            block_size=self.run.model.block_size,
+            rows=self.split.micro_batch,
+            dtype=self.params.dtype,
+            device=self.world.device,
+            world=self.world,
+        )
+
+    def save(self, step: int) -> None:
+        """Writes the checkpoint after ``step`` complete steps, on rank 0."""
+        if self.world.first:
+            checkpoint.save(
+                self.run.folder,
+                model=self.gpt.state_dict(),
+                optimizer=flat_state(self.optimizer, self.named),
+                state=state(self, step),
+                keep=self.params.keep_checkpoints,
+            )
