@@ -1,0 +1,230 @@
+"""Of the house: who imports whom, what the stages say they are made of, and the committed files."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline.params import validate
+from train import preset
+
+REPO = Path(__file__).parents[1]
+PACKAGES = ("pipeline", "model", "train")
+MODULES = sorted(path for package in PACKAGES for path in (REPO / package).rglob("*.py"))
+NAMES = [path.relative_to(REPO).as_posix() for path in MODULES]
+
+# How a stage is scheduled, stored, shown and ended: no byte of an out depends on these, so that
+# to mend them makes nothing anew (see the head of dvc.yaml).
+DECIDE_NO_BYTE = {
+    "pipeline/atomic.py",
+    "pipeline/cluster.py",
+    "pipeline/code.py",
+    "pipeline/errors.py",
+    "pipeline/machine.py",
+    "pipeline/params.py",
+    "pipeline/progress.py",
+    "pipeline/stage.py",
+    "pipeline/store.py",
+}
+# What a stage imports and does not use: `model/gpt.py` offers more than each stage needs.
+NOT_USED_BY = {
+    "train": frozenset({"model/generation.py", "model/hf.py"}),
+    "evaluate": frozenset({"model/hf.py"}),
+    "export": frozenset({"model/generation.py"}),
+}
+# The train stage hands over to torchrun, which runs the second.
+STARTS = {"train": ["train/launch.py", "train/__main__.py"]}
+
+
+def file_of(module: str) -> str | None:
+    """The file of a dotted name of ours: `pipeline.store` -> pipeline/store.py."""
+    path = module.replace(".", "/")
+    for candidate in (f"{path}.py", f"{path}/__init__.py"):
+        if (REPO / candidate).is_file() and candidate.startswith(PACKAGES):
+            return candidate
+    return None
+
+
+def imports(name: str, everywhere: bool = True) -> Iterator[str]:
+    """The dotted names that a file imports; those inside functions where ``everywhere``.
+
+    What is imported for the type checker alone does not count.
+    """
+
+    def visit(node: ast.AST) -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from (alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{name}: relative import"
+                assert child.module is not None
+                yield child.module
+                yield from (f"{child.module}.{alias.name}" for alias in child.names)
+            elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+                continue
+            elif everywhere or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield from visit(child)
+
+    yield from visit(ast.parse((REPO / name).read_text(encoding="utf-8")))
+
+
+def provider(module: str) -> str | None:
+    """The file behind a dotted name; a name that a package passes on is its module's."""
+    package, _, name = module.rpartition(".")
+    if package in PACKAGES and file_of(module) is None:
+        for node in ast.parse((REPO / package / "__init__.py").read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and name in {alias.name for alias in node.names}:
+                return file_of(str(node.module))
+    return file_of(module)
+
+
+def reached(*names: str, without: frozenset[str] = frozenset()) -> set[str]:
+    """The files and every file of the three packages that they import, however far.
+
+    A package's `__init__.py` only passes names on: what it passes on is followed where it is used.
+    """
+    found, todo = set(), list(names)
+    while todo:
+        current = todo.pop()
+        if current in found or current in without or current.endswith("__init__.py"):
+            continue
+        found.add(current)
+        todo += [file for module in imports(current) if (file := provider(module)) is not None]
+    return found
+
+
+def roots(name: str, everywhere: bool = True) -> set[str]:
+    return {module.split(".")[0] for module in imports(name, everywhere)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_borders(name: str) -> None:
+    package, found = name.split("/")[0], roots(name)
+    if package == "pipeline":
+        assert found.isdisjoint({"model", "train", "torch"})
+    if package == "model":
+        assert "train" not in found
+        commands = ("model/generate.py", "model/export.py")
+        if "pipeline" in found:
+            assert name in commands
+            assert "pipeline" not in roots(name, everywhere=False), "only inside functions"
+            reaches = {m for m in imports(name) if m.startswith("pipeline")}
+            assert reaches <= {"pipeline", "pipeline.tokenizer"} | {
+                m for m in reaches if m.startswith("pipeline.tokenizer.")
+            }
+        allowed = {*sys.stdlib_module_names, "torch", "safetensors", "model", "pipeline"}
+        if name == "model/import_hf.py":  # where the user asks for a hub id
+            assert "huggingface_hub" not in roots(name, everywhere=False)
+            allowed |= {"huggingface_hub"}
+        assert found <= allowed, found - allowed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_modules_are_short_and_named_by_what_they_hold(name: str) -> None:
+    assert len((REPO / name).read_text(encoding="utf-8").splitlines()) <= 400
+    assert not re.search(r"util|common|helper|misc", name)
+
+
+def dvc() -> dict[str, Any]:
+    path = REPO / "dvc.yaml"
+    if not path.exists():
+        pytest.skip("no dvc.yaml yet")
+    stages: dict[str, Any] = YAML(typ="safe", pure=True).load(path)["stages"]
+    return stages
+
+
+def stage_names() -> list[str]:
+    path = REPO / "dvc.yaml"
+    return list(YAML(typ="safe", pure=True).load(path)["stages"]) if path.exists() else ["none"]
+
+
+@pytest.mark.parametrize("stage", stage_names())
+def test_a_stage_lists_the_modules_it_is_made_of(stage: str) -> None:
+    described = dvc()[stage]
+    match = re.match(r"python -m ([\w.]+)", described["cmd"])
+    assert match, described["cmd"]
+    start = file_of(match[1])
+    assert start, f"{match[1]} is no module"
+    starts = STARTS.get(stage, [start])
+    assert start in starts
+    listed = {dep for dep in described["deps"] if dep.endswith(".py")}
+    needed = reached(*starts, without=NOT_USED_BY.get(stage, frozenset())) - DECIDE_NO_BYTE
+    assert listed == needed
+
+
+@pytest.mark.parametrize("stage", stage_names())
+def test_a_stage_lists_the_ranks_with_the_tokenizer(stage: str) -> None:
+    deps = dvc()[stage]["deps"]
+    if "pipeline/tokenizer.py" in deps:
+        assert "pipeline/gpt2.tiktoken" in deps
+
+
+def test_no_stage_hangs_on_the_machine() -> None:
+    for name, stage in dvc().items():
+        text = str(stage)
+        assert "machine.yaml" not in text, name
+        assert "GPT2_" not in text, name
+        assert "persist" not in text, name
+
+
+def params_text() -> str:
+    path = REPO / "params.yaml"
+    if not path.exists():
+        pytest.skip("no params.yaml yet")
+    return path.read_text(encoding="utf-8")
+
+
+def test_every_parameter_has_a_comment() -> None:
+    bare = [
+        line
+        for line in params_text().splitlines()
+        if re.match(r"\s*\w+:", line) and not re.search(r" # \w|#.*\w", line)
+    ]
+    assert bare == []
+
+
+def test_the_committed_parameters_hold_every_section_and_every_key() -> None:
+    params = YAML(typ="safe", pure=True).load(params_text())
+    assert set(params) == set(preset.SECTIONS)
+    for name, section in preset.SECTIONS.items():
+        validate(section, params[name], name)
+        # Written out: the file, and no default in the code, is the whole truth.
+        assert set(params[name]) == set(section.model_fields), name
+
+
+def preset_names() -> list[str]:
+    return list(preset.preset_files()) or ["none"]
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_can_be_applied_and_applied_twice(name: str) -> None:
+    once = preset.merge(params_text(), preset.read_preset(name))
+    assert preset.merge(once, preset.read_preset(name)) == once
+    assert once.count("#") == params_text().count("#")
+
+
+def test_the_committed_parameters_are_the_preset_mini() -> None:
+    if "mini" not in preset.preset_files():
+        pytest.skip("no train/presets/mini.yaml yet")
+    assert preset.merge(params_text(), preset.read_preset("mini")) == params_text()
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if not n.endswith("__main__.py")])
+def test_nothing_happens_at_import(name: str) -> None:
+    """At the top of a module: definitions, imports, constants, and the guard of a command."""
+    tree = ast.parse((REPO / name).read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Expr):
+            assert isinstance(node.value, ast.Constant), ast.unparse(node)
+        elif isinstance(node, ast.If):
+            test = ast.unparse(node.test)
+            assert "__name__" in test or "TYPE_CHECKING" in test or "sys." in test, test
+        else:
+            assert not isinstance(node, ast.For | ast.While | ast.With), ast.unparse(node)

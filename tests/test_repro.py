@@ -1,0 +1,319 @@
+"""The project as its users run it: real `dvc` in a fresh clone of this tree, preset `smoke`.
+
+One clone is built once; each test works on a copy of it, or on a clone of its own where finished
+pieces would prove nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+DATA_STAGES = ("download", "tokenize", "verify")
+LATER_STAGES = ("evaluate", "export", "report")
+
+
+class Clone:
+    """A project folder with git, DVC, a store and a cache of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        home = folder.parent / f"{folder.name}-home"
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {
+            "HOME": str(home),
+            "DVC_SITE_CACHE_DIR": str(home / "site"),
+            "DVC_GLOBAL_CONFIG_DIR": str(home / "global"),
+            "DVC_SYSTEM_CONFIG_DIR": str(home / "system"),
+            "GIT_CONFIG_NOSYSTEM": "1",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        self.env.pop("PYTHONDONTWRITEBYTECODE", None)
+
+    def run(self, *command: str, status: int = 0, **env: str) -> str:
+        """Run a command; its output. Fails on another exit status."""
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.env | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == status, done.stdout
+        return done.stdout
+
+    def start(self, *command: str) -> subprocess.Popen[bytes]:
+        """Start a command in a session of its own."""
+        log = open(self.folder / "log.txt", "w")
+        return subprocess.Popen(
+            command, cwd=self.folder, env=self.env, stdout=log, stderr=log, start_new_session=True
+        )
+
+    def git(self, *args: str) -> str:
+        return self.run("git", *args)
+
+    def set(self, key: str, value: str) -> None:
+        """Change one line of params.yaml."""
+        path = self.folder / "params.yaml"
+        lines = path.read_text().splitlines()
+        (index,) = (i for i, line in enumerate(lines) if line.startswith(f"  {key}:"))
+        lines[index] = f"  {key}: {value}"
+        path.write_text("\n".join(lines) + "\n")
+
+    def hashes(self, folder: str) -> dict[str, str]:
+        """The sha256 of each file under a folder."""
+        top = self.folder / folder
+        return {
+            path.relative_to(top).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(top.rglob("*"))
+            if path.is_file()
+        }
+
+    def processes(self) -> dict[int, str]:
+        """The live processes that work in this folder, and their command lines (Linux)."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and (entry / "cwd").readlink() == self.folder:
+                    found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
+            except OSError:
+                continue
+        return found
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def ran(output: str) -> set[str]:
+    """The stages whose commands ran."""
+    return {line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")}
+
+
+def make_clone(folder: Path) -> Clone:
+    """The tree as git would clone it, committed, with preset smoke."""
+    folder.mkdir(parents=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():  # a file may be listed and deleted
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    clone = Clone(folder)
+    clone.run(sys.executable, "-m", "train.preset", "smoke")
+    clone.git("init", "-q")
+    clone.git("config", "user.name", "Test")
+    clone.git("config", "user.email", "test@example.org")
+    clone.git("add", "-A")
+    clone.git("commit", "-qm", "A clone")
+    return clone
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Clone, str]:
+    """A clone in which `dvc repro` has run, and what that printed. Not to be changed."""
+    clone = make_clone(tmp_path_factory.mktemp("built") / "project")
+    return clone, clone.run("dvc", "repro")
+
+
+@pytest.fixture
+def copy(built: tuple[Clone, str], tmp_path: Path) -> Clone:
+    """A copy of the built clone: its store, cache and outs share their bytes, but not with it."""
+    subprocess.run(["cp", "-a", built[0].folder, tmp_path / "project"], check=True)
+    return Clone(tmp_path / "project")
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Clone:
+    """A fresh clone: nothing built, an empty store, an empty cache."""
+    return make_clone(tmp_path / "project")
+
+
+def test_repro_builds_all_and_leaves_git_clean(built: tuple[Clone, str]) -> None:
+    clone, output = built
+    assert ran(output) == {*DATA_STAGES, "train", *LATER_STAGES}
+    for out in ("checkpoint/model.safetensors", "report.html", "samples.md", "hf/config.json"):
+        assert (clone.folder / "artifacts" / out).stat().st_size > 0
+    changed = {line[3:] for line in clone.git("status", "--porcelain").splitlines()}
+    # What DVC itself updates and the README says to commit.
+    assert changed <= {"dvc.lock", "metrics/", *(f"metrics/{n}.json" for n in ("train", "eval"))}
+    evaluation = json.loads((clone.folder / "metrics/eval.json").read_text())
+    assert evaluation["val_loss"] < 10.5  # ln 50257 = 10.82: it has learnt something
+    assert evaluation["val_tokens"] == 4096
+
+
+def test_a_second_repro_runs_nothing(copy: Clone) -> None:
+    before = copy.hashes("artifacts")
+    assert ran(copy.run("dvc", "repro")) == set()
+    assert copy.hashes("artifacts") == before
+
+
+def test_a_train_parameter_never_runs_the_data_stages(copy: Clone) -> None:
+    before = copy.hashes("artifacts")
+    params = (copy.folder / "params.yaml").read_text()
+    copy.set("learning_rate", "1e-3")
+    assert ran(copy.run("dvc", "repro")) == {"train", *LATER_STAGES}
+    assert copy.hashes("artifacts/checkpoint") != before
+    (copy.folder / "params.yaml").write_text(params)
+    assert ran(copy.run("dvc", "repro")) == set()  # all of it is in the run cache
+    assert copy.hashes("artifacts") == before
+
+
+def test_experiments_share_the_data_and_are_listed(copy: Clone) -> None:
+    copy.git("add", "-A")
+    copy.git("commit", "-qm", "Built")
+    output = copy.run("dvc", "exp", "run", "-n", "hotter", "-S", "train.learning_rate=2e-2")
+    assert ran(output) == {"train", *LATER_STAGES}
+    # In a workspace of its own, where ignored files are absent, the same store serves.
+    output = copy.run(
+        "dvc", "exp", "run", "--temp", "-n", "cooler", "-S", "train.learning_rate=1e-4"
+    )
+    assert "Running stage 'train'" in output
+    assert not any(f"Running stage '{stage}'" in output for stage in DATA_STAGES)
+    shown = json.loads(copy.run("dvc", "exp", "show", "--json"))
+    names = [exp["name"] for entry in shown for exp in entry.get("experiments") or []]
+    assert sorted(names) == ["cooler", "hotter"]
+    for name in ("metrics/train.json", "metrics/eval.json"):
+        assert json.dumps(shown).count(f'"{name}"') >= 3  # the workspace's and both experiments'
+    assert "train.learning_rate" in copy.run("dvc", "params", "diff", "HEAD")
+    copy.run("dvc", "plots", "diff", "HEAD", "hotter", "-o", "plots")
+    assert "Traceback" not in copy.run("dvc", "plots", "show", "-o", "plots")
+
+
+def test_torchrun_killed_halfway_ends_in_the_same_bytes(
+    built: tuple[Clone, str], copy: Clone
+) -> None:
+    # The data are there; the run and its artifacts are not.
+    shutil.rmtree(copy.folder / ".work/runs")
+    shutil.rmtree(copy.folder / "artifacts")
+    shutil.rmtree(copy.folder / ".dvc/cache")
+    process = copy.start("dvc", "repro", "train")
+    wait_for(lambda: any((copy.folder / ".work").glob("runs/*/step-00000005")))
+    (torchrun,) = (pid for pid, cmd in copy.processes().items() if "torch.distributed.run" in cmd)
+    os.kill(torchrun, signal.SIGKILL)
+    assert process.wait(120) != 0
+    wait_for(lambda: not copy.processes(), 60)
+    output = copy.run("dvc", "repro", "train")
+    assert "resumes after step" in output
+    assert copy.hashes("artifacts/checkpoint") == built[0].hashes("artifacts/checkpoint")
+
+
+def test_dvc_terminated_leaves_no_orphan_and_resumes(copy: Clone) -> None:
+    copy.set("steps", "60")
+    process = copy.start("dvc", "repro", "train")
+    wait_for(lambda: any((copy.folder / ".work").glob("runs/*/step-00000010")))
+    process.terminate()  # DVC alone: it forwards nothing
+    process.wait(60)
+    wait_for(lambda: not copy.processes(), 30)
+    assert "resumes after step" in copy.run("dvc", "repro", "train")
+
+
+def test_tokenize_killed_keeps_its_finished_chunks(built: tuple[Clone, str], clone: Clone) -> None:
+    clone.set("shard_tokens", "1000")  # many chunks, so that a kill falls among them
+    clone.run("dvc", "repro", "download")
+    process = clone.start("dvc", "repro", "tokenize")
+    wait_for(lambda: len(list((clone.folder / ".work").glob("chunks/*"))) >= 3)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(30)
+    wait_for(lambda: not clone.processes(), 60)
+    done = {p: p.stat().st_ino for p in (clone.folder / ".work").glob("chunks/*/train.bin")}
+    output = clone.run("dvc", "repro", "tokenize")
+    (line,) = (line for line in output.splitlines() if "chunks done before" in line)
+    assert int(line.split(" chunks done before")[0].split()[-1]) >= 3
+    assert all(path.stat().st_ino == inode for path, inode in done.items())
+    # Against a build that nobody killed, in its own store and cache.
+    whole = Clone(clone.folder.parent / "whole")
+    shutil.copytree(clone.folder, whole.folder, ignore=shutil.ignore_patterns(".work", "data"))
+    shutil.rmtree(whole.folder / ".dvc/cache")
+    assert "0 chunks done before" in whole.run("dvc", "repro", "tokenize", GPT2_WORKERS="1")
+    assert whole.hashes("data/tokens") == clone.hashes("data/tokens")
+
+
+def test_changed_tokenizer_code_makes_the_chunks_anew(copy: Clone) -> None:
+    before = copy.hashes("data/tokens")
+    with open(copy.folder / "pipeline/tokenizer.py", "a") as file:
+        file.write("# a changed line\n")
+    output = copy.run("dvc", "repro", "tokenize")
+    assert ", 0 chunks done before" in output or "; 0 chunks done before" in output
+    after = copy.hashes("data/tokens")
+    same = {name for name in before if before[name] == after[name]}
+    assert {name for name in before if name.endswith((".bin", ".npy"))} <= same
+
+
+def test_a_flipped_byte_is_named_and_mended(copy: Clone) -> None:
+    before = copy.hashes("data/tokens")
+    shard = copy.folder / "data/tokens/train-00001.bin"
+    shard.chmod(0o644)
+    with open(shard, "r+b") as file:
+        file.seek(5000)
+        byte = file.read(1)[0]
+        file.seek(5000)
+        file.write(bytes([byte ^ 1]))
+    output = copy.run(sys.executable, "-m", "pipeline.verify", status=1)
+    assert "train-00001.bin: sha256" in output
+    output = copy.run("dvc", "repro")
+    assert "8 chunks done before, 1 to do" in output
+    assert copy.hashes("data/tokens") == before
+    assert ran(copy.run("dvc", "repro")) == set()
+    # The cache's object was the same inode: it must be whole again as well.
+    shutil.rmtree(copy.folder / "data")
+    copy.run("dvc", "checkout", "data/tokens")
+    assert copy.hashes("data/tokens") == before
+
+
+def test_it_works_without_git(clone: Clone) -> None:
+    shutil.rmtree(clone.folder / ".git")
+    clone.run("dvc", "config", "--local", "core.no_scm", "true")  # as `make run` does
+    assert "train" in ran(clone.run("dvc", "repro", "train"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "stage", "said"),
+    [
+        ("batch_tokens", "-5", "train.launch", "train.batch_tokens"),
+        ("learning_rat", "1", "train.launch", "did you mean learning_rate?"),
+        ("shard_tokens", "many", "pipeline.tokenize", "tokenize.shard_tokens"),
+    ],
+)
+def test_mistakes_in_params_end_in_one_line_and_status_2(
+    clone: Clone, key: str, value: str, stage: str, said: str
+) -> None:
+    if key == "learning_rat":
+        path = clone.folder / "params.yaml"
+        path.write_text(path.read_text().replace("learning_rate:", "learning_rat:"))
+    else:
+        clone.set(key, value)
+    output = clone.run(sys.executable, "-m", stage, status=2)
+    (line,) = output.splitlines()
+    assert line.startswith("error: params.yaml: ")
+    assert said in line
+
+
+@pytest.mark.parametrize("stage", ["pipeline.tokenize", "pipeline.verify", "train.launch"])
+def test_a_missing_data_folder_ends_in_one_line_and_status_2(clone: Clone, stage: str) -> None:
+    (line,) = clone.run(sys.executable, "-m", stage, status=2).splitlines()
+    assert line.startswith("error: data/")
+    assert "dvc repro" in line
