@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from train.preset import read_preset
 
 pytestmark = pytest.mark.slow
 
@@ -163,6 +167,39 @@ def test_repro_builds_all_and_leaves_git_clean(built: tuple[Clone, str]) -> None
     evaluation = json.loads((clone.folder / "metrics/eval.json").read_text())
     assert evaluation["val_loss"] < 10.5  # ln 50257 = 10.82: it has learnt something
     assert evaluation["val_tokens"] == 4096
+
+
+def test_the_report_is_one_page_that_needs_no_network(built: tuple[Clone, str]) -> None:
+    clone, _ = built
+    page = (clone.folder / "artifacts/report.html").read_text()
+    assert page.count("<svg") == 5  # loss, learning rate, norm, speed, documents
+    assert not re.findall(r"""(?:src|href)=["'](?!#)|@import|url\((?!#)""", page)
+    evaluation = json.loads((clone.folder / "metrics/eval.json").read_text())
+    assert f"{evaluation['val_loss']:.4f}" in page
+    assert "learning_rate: " in page  # params.yaml
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no Chromium here: the page was not opened in a browser")
+    opened = clone.run(
+        *(chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
+        *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
+        *("--disable-sync", f"--user-data-dir={clone.folder.parent / 'chromium'}"),
+        *("--enable-logging=stderr", "--dump-dom"),
+        f"file://{clone.folder}/artifacts/report.html",
+    )
+    assert opened.count("<svg") == 5
+    assert "CONSOLE" not in opened
+
+
+def test_a_preset_is_flags_for_an_experiment(copy: Clone) -> None:
+    flags = copy.run(sys.executable, "-m", "train.preset", "mini", "--flags")
+    copy.run("dvc", "exp", "run", "--queue", *shlex.split(flags))  # DVC refuses what it can't read
+    shown = json.loads(copy.run("dvc", "exp", "show", "--json"))
+    (queued,) = (exp for entry in shown for exp in entry.get("experiments") or [])
+    params = queued["revs"][0]["data"]["params"]["params.yaml"]["data"]
+    mini = read_preset("mini")
+    assert {key: params["train"][key] for key in mini["train"]} == mini["train"]
+    assert params["evaluate"]["prompts"] == mini["evaluate"]["prompts"]
 
 
 def test_a_second_repro_runs_nothing(copy: Clone) -> None:
