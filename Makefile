@@ -22,13 +22,19 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # DVC works without git as well, where it is told so (an unpacked archive, say).
 run: $(VENV)/.installed  ## the whole pipeline of params.yaml: text, shards, model, metrics, report
-	@test "$$(git rev-parse --show-toplevel 2>/dev/null)" = "$(CURDIR)" || dvc config --local core.no_scm true
+	@if test "$$(git rev-parse --show-toplevel 2>/dev/null)" = "$(CURDIR)"; then \
+		dvc config --local --quiet --unset core.no_scm 2>/dev/null || true; \
+	else \
+		echo 'no git repository here: DVC goes without (core.no_scm); dvc exp and dvc diff need one'; \
+		dvc config --local core.no_scm true; \
+	fi
 	dvc repro
 	@echo
 	@echo 'The model     artifacts/checkpoint; in the Hugging Face layout: artifacts/hf'
 	@echo 'The metrics   metrics/{data,train,eval}.json; dvc metrics show; dvc plots show'
 	@echo 'The report    artifacts/report.html; some samples: artifacts/samples.md'
-	@echo 'Sample text   $(VENV)/bin/python -m model.generate --checkpoint artifacts/checkpoint --prompt "The state of the Union is"'
+	@echo 'Sample text   python -m model.generate --checkpoint artifacts/checkpoint --prompt "The state of the Union is"'
+	@echo 'after         . $(VENV)/bin/activate'
 
 test: $(VENV)/.installed  ## the fast tests
 	python -m pytest -m 'not slow'

@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Runs a command. Exit status: 0 done, 2 the user's mistake in one line, 130 interrupted."""
+    """Runs a command. Exit status: 0 done, 2 the user's mistake in one line, 3 interrupted."""
     try:
         main()
         sys.stdout.flush()
@@ -33,5 +33,5 @@ def run(main: Callable[[], None]) -> NoReturn:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(3)
     sys.exit(0)

@@ -76,11 +76,6 @@ class GPTConfig:
         """Rows of the embedding (P): `vocab_size` up to a multiple of 128, for speed only."""
         return -(-self.vocab_size // PAD_MULTIPLE) * PAD_MULTIPLE
 
-    @property
-    def head_size(self) -> int:
-        """Width of one attention head (D)."""
-        return self.n_embd // self.n_head
-
     @classmethod
     def named(cls, name: str, **overrides: Any) -> GPTConfig:
         """A published size: `gpt2` (124M), `-medium` (355M), `-large` (774M), `-xl` (1.6B).

@@ -71,7 +71,7 @@ def main() -> None:
             "use gpt.generate from Python"
         )
     gpt.to(device)
-    prompt = tokenizer.encode(args.prompt) or [EOT]
+    prompt = [EOT, *tokenizer.encode(args.prompt)]  # as every document began in training
     steps = stream(
         gpt, [prompt], args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed
     )

@@ -23,6 +23,7 @@ class Section(BaseModel):
         frozen=True,
         extra="forbid",
         strict=True,  # no "12" for 12, no true for 1
+        allow_inf_nan=False,
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )

@@ -45,6 +45,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:  # also Stopped
-        print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # of many workers, the one above them speaks
+            print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
         sys.exit(STOPPED)
     sys.exit(DONE)

@@ -100,6 +100,8 @@ class Store:
             entry["mtime_ns"], touched = status.st_mtime_ns, True
         if touched:
             atomic.write_json(index_path, index)
+        else:
+            os.utime(index_path)  # used now: `--prune --older-than` goes by it
         return folder
 
     @contextlib.contextmanager

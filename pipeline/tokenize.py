@@ -85,7 +85,8 @@ def _encode_missing(
     missing = sorted(missing, key=lambda i: (-chunks[i].estimated_tokens, i))
     if store.fresh:
         for index in missing:
-            store.discard("chunks", keys[index])
+            with store.lock("chunks", keys[index]):
+                store.discard("chunks", keys[index])
     tokens = sum(chunks[i].estimated_tokens for i in missing)
     require_space(store.root, 5 * tokens // 2, "the token shards")  # 2 bytes each, and some air
     tasks = [(chunks[i], keys[i], raw.absolute(), column, params, store) for i in missing]

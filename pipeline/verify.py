@@ -137,17 +137,22 @@ def _remove_bad(
     # A chunk whose record is bad is one that no good record names.
     named = {part.chunk_key for shard in manifest.shards for part in shard.parts}
     for key in named - {key for path in (tokens / "chunks").glob("*.json") if (key := _key(path))}:
-        store.discard("chunks", key)
+        _discard(store, "chunks", key)
     for file in manifest.source.files:
         if (raw / file.path).absolute() in bad:
-            store.discard("files", file.sha256)
+            _discard(store, "files", file.sha256)
     for shard in manifest.shards:
         if bad & {(tokens / name).absolute() for name in (shard.name, shard.docs_name)}:
             keys = [part.chunk_key for part in shard.parts]
             if shard.split == "val":
-                store.discard("merged", merged_key(keys))
+                _discard(store, "merged", merged_key(keys))
             else:
-                store.discard("chunks", keys[0])
+                _discard(store, "chunks", keys[0])
+
+
+def _discard(store: Store, kind: str, key: str) -> None:
+    with store.lock(kind, key):
+        store.discard(kind, key)
 
 
 def _key(record: Path) -> str | None:

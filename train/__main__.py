@@ -14,6 +14,9 @@ from train.run import Run
 def main() -> None:
     """Joins the group and trains the run of `params.yaml`; a finished one is only published."""
     run = Run.open()
+    if run.params.deterministic:  # NCCL sums in one order; read when the group is made
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+        os.environ.setdefault("NCCL_PROTO", "Simple")
     with process_group(run.machine.device) as world, _hold(run, world):
         if world.first and run.machine.fresh and not _restarted():
             run.clear()

@@ -50,7 +50,9 @@ def save(
     state: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Writes a checkpoint, then removes the oldest beyond ``keep``.
+    """Writes a checkpoint, then removes the oldest beyond ``keep``, and any of a later step.
+
+    A later one is broken: the run has passed it over, and goes on from before it.
 
     Args:
         run: The run's folder.
@@ -77,8 +79,10 @@ def save(
         remove(final)
     os.rename(part, final)
     atomic.fsync_folder(run)
-    for old in steps(run)[:-keep]:
-        remove(old)
+    kept = [path for path in steps(run) if path <= final][-keep:]
+    for other in steps(run):
+        if other not in kept:
+            remove(other)
     return final
 
 

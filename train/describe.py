@@ -59,20 +59,24 @@ def state(trainer: Trainer, step: int) -> dict[str, Any]:
         "run_key": run.key,
         "dataset_key": run.dataset_key,
         "code_key": run.code_key,
-        # What the last bits depend on, and the samples do not.
-        "arithmetic": {
-            "world_size": trainer.world.size,
-            "micro_batch": trainer.split.micro_batch,
-            "device": trainer.world.device.type,
-            "threads": torch.get_num_threads(),
-            "compile": trainer.compiled,
-        },
+        "arithmetic": arithmetic_of(trainer),
         "versions": {
             "python": sys.version.split()[0],
             "torch": torch.__version__,
             "numpy": np.__version__,
             "safetensors": safetensors.__version__,
         },
+    }
+
+
+def arithmetic_of(trainer: Trainer) -> dict[str, Any]:
+    """What the last bits depend on, and neither the samples nor the parameters say."""
+    return {
+        "world_size": trainer.world.size,
+        "micro_batch": trainer.split.micro_batch,
+        "device": trainer.world.device.type,
+        "threads": torch.get_num_threads(),
+        "compile": trainer.compiled,
     }
 
 

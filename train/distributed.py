@@ -27,16 +27,12 @@ class World:
     Attributes:
         rank: Of this process, 0 ... size - 1.
         size: Processes, over all nodes.
-        local_rank: Of this process, on its node.
-        local_size: Processes on its node.
         device: Where this process computes.
         control: A gloo group for what is decided on the CPU: it never waits for a GPU.
     """
 
     rank: int
     size: int
-    local_rank: int
-    local_size: int
     device: torch.device
     control: dist.ProcessGroup
 
@@ -124,6 +120,6 @@ def process_group(device: Literal["auto", "cpu", "cuda"]) -> Iterator[World]:
         dist.init_process_group(backend, store=alone, rank=0, world_size=1, device_id=bound)
     try:
         control = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        yield World(rank, size, local_rank, local_size, where, control)
+        yield World(rank, size, where, control)
     finally:
         dist.destroy_process_group()

@@ -17,6 +17,7 @@ from pipeline import TokenStream, atomic, stage, tokenizer
 from pipeline.errors import UserError
 from pipeline.machine import Machine
 from pipeline.params import Section, load_section
+from train import arithmetic
 from train.distributed import device_type
 from train.run import CHECKPOINT, TOKENS
 from train.validation import check_split, mean_loss
@@ -64,6 +65,7 @@ def main() -> None:
     except FormatError as error:
         raise UserError(f"{error}; run python -m train.launch") from None
 
+    arithmetic.configure(device, deterministic=False)
     state = json.loads((CHECKPOINT / "state.json").read_bytes())
     block_size = gpt.config.block_size
     loss = mean_loss(

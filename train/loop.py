@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
+from pipeline import stage
 from pipeline.errors import Stopped
 from train import checkpoint
 from train.describe import banner, summary
@@ -18,7 +21,8 @@ def train(run: Run, world: World) -> None:
 
     Raises:
         Stopped: A signal came; the last complete step is saved.
-        NonFinite: The loss or a gradient is no number; the last good checkpoint is kept.
+        SystemExit: The loss or a gradient is no number: said in one line, status 1, and the last
+            good checkpoint is kept.
     """
     run.check_not_failed()
     trainer, history = Trainer(run, world), run.history
@@ -32,6 +36,7 @@ def train(run: Run, world: World) -> None:
         history,
         steps=run.params.steps,
         batch_tokens=run.params.batch_tokens,
+        block_size=run.model.block_size,
         every=run.params.log_every,
         seconds=sum(history.last("seconds")),
     )
@@ -47,10 +52,11 @@ def train(run: Run, world: World) -> None:
     try:
         with history, batches, Interrupt(world) as interrupt:
             advance(trainer, batches, meter, interrupt, done)
-    except NonFinite as error:
+    except NonFinite as error:  # on all ranks alike, for they read the same reduced numbers
         if world.first:
             run.fail(str(error))
-        raise
+            print(f"error: {error}; the checkpoint before it is kept", file=sys.stderr, flush=True)
+        sys.exit(stage.FAULT)
     if world.first:
         run.finish(summary(trainer, meter.seconds))
         run.publish(run.folder / checkpoint.folder_name(run.params.steps))
@@ -81,11 +87,11 @@ def advance(
             meter.step(done, learning_rate, numbers)
             if due(params.val_every):
                 meter.settle()
-                meter.validation(done, trainer.validate())
+                meter.validation(done, trainer.validate())  # also of what is about to be saved
             if due(params.checkpoint_every):
                 save()
             meter.resume_clock()
     except Interrupted:
         save()
-        meter.note(done, "stopped by a signal; this step is saved")
+        meter.note(done, "stopped by a signal" + ("; this step is saved" if done else ""))
         raise Stopped from None

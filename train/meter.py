@@ -43,6 +43,7 @@ class Meter:
         history: Where rank 0 logs.
         steps: Steps of the run.
         batch_tokens: Tokens a step.
+        block_size: Tokens a sample.
         every: Steps between logged ones.
         seconds: Time that the run has spent training before this start.
     """
@@ -54,11 +55,13 @@ class Meter:
         *,
         steps: int,
         batch_tokens: int,
+        block_size: int,
         every: int,
         seconds: float,
     ) -> None:
         self._world, self._history = world, history
         self._steps, self._batch_tokens, self._every = steps, batch_tokens, every
+        self._block_size = block_size
         self.seconds = seconds
         self._pending: _Pending | None = None
         self._mark = time.perf_counter()
@@ -102,7 +105,13 @@ class Meter:
         self._mark = time.perf_counter()
 
     def validation(self, step: int, loss: float) -> None:
-        """Logs and shows a validation."""
+        """Logs and shows a validation.
+
+        Raises:
+            NonFinite: The weights that were measured are no good.
+        """
+        if not math.isfinite(loss):
+            raise NonFinite(f"step {step}: validation loss {loss}: not finite")
         if self._world.first:
             best = min([loss, *self._history.last("val/loss", n=self._steps)])
             self._history.add({"step": step, "val/loss": loss})
@@ -130,7 +139,11 @@ class Meter:
         loss, norm = pending.values.tolist()
         step = pending.step
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise NonFinite(f"step {step}: loss {loss}, gradient norm {norm}: not finite")
+            samples = self._batch_tokens // self._block_size
+            raise NonFinite(
+                f"step {step}: loss {loss}, gradient norm {norm}: not finite "
+                f"(samples {(step - 1) * samples:,} to {step * samples - 1:,} of the data's order)"
+            )
         if step % self._every and step not in (1, self._steps):
             return
         assert self._logged is not None

@@ -73,6 +73,8 @@ def merge(text: str, overlay: dict[str, dict[str, Any]]) -> str:
         type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null")
     )
     params = yaml.load(text)
+    if lacking := [section for section in SECTIONS if section not in params]:
+        raise UserError(f"{PARAMS}: section {lacking[0]} is missing; `git checkout {PARAMS}`")
     for section, values in overlay.items():
         if section not in SECTIONS:
             raise UserError(f"{section}: unknown section; {nearest(section, list(SECTIONS))}")

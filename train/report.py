@@ -6,7 +6,6 @@ Charts are drawn by matplotlib as SVG inside the page: no script, no network, an
 import csv
 import io
 import json
-import subprocess
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -36,13 +35,9 @@ class Curve:
 
 
 def read_curve(name: str, label: str, color: str = _BLUE) -> Curve:
-    """A curve as DVCLive wrote it, e.g. ``train/loss``; empty where there is none."""
-    path = CURVES / f"{name}.tsv"
-    if not path.exists():
-        return Curve(label, [], [], color)
+    """A curve as DVCLive wrote it, e.g. ``train/loss``."""
+    rows = _table(CURVES / f"{name}.tsv", "\t")
     column = name.split("/")[-1]
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
     steps, values = [int(row["step"]) for row in rows], [float(row[column]) for row in rows]
     return Curve(label, steps, values, color)
 
@@ -103,21 +98,20 @@ def _svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> str:
     try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; `dvc repro` makes it") from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(_read(path))
     return value
 
 
-def _commit() -> str:
-    """The commit that is checked out, or a word where there is no git."""
-    command = ["git", "rev-parse", "--short=12", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "without git"
+def _table(path: Path, delimiter: str = ",") -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(_read(path)), delimiter=delimiter))
 
 
 def render() -> str:
@@ -128,15 +122,13 @@ def render() -> str:
     """
     data, train, evaluation = (_json(Path(f"metrics/{n}.json")) for n in ("data", "train", "eval"))
     manifest = Manifest.load("data/tokens")
-    with open("metrics/document_lengths.csv", encoding="utf-8", newline="") as file:
-        lengths = list(csv.DictReader(file))
+    lengths = _table(Path("metrics/document_lengths.csv"))
     unigram = (evaluation["unigram_entropy"], "unigram entropy of the training tokens")
     losses = [read_curve("train/loss", "training"), read_curve("val/loss", "validation", _ORANGE)]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["figure"] = _figure_text
     template = (resources.files("train") / "report.html").read_text(encoding="utf-8")
     return environment.from_string(template).render(
-        commit=_commit(),
         state=_json(Path("artifacts/checkpoint/state.json")),
         data=data,
         train=train,
@@ -157,7 +149,7 @@ def render() -> str:
             ),
         ],
         samples=_samples(Path("artifacts/samples.md")),
-        params=PARAMS.read_text(encoding="utf-8"),
+        params=_read(PARAMS),
     )
 
 
@@ -173,7 +165,7 @@ def _figure_text(value: Any) -> str:
 def _samples(path: Path) -> list[str]:
     """The quoted texts of the samples' page."""
     texts: list[list[str]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in _read(path).splitlines():
         if line.startswith("## "):
             texts.append([])
         elif line.startswith(">") and texts:

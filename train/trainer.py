@@ -13,7 +13,7 @@ from model import GPT
 from pipeline.errors import UserError
 from train import arithmetic, checkpoint
 from train.arithmetic import summed_loss
-from train.describe import state
+from train.describe import arithmetic_of, state
 from train.distributed import World
 from train.interrupt import Interrupt
 from train.loader import Batches, Split
@@ -86,6 +86,10 @@ class Trainer:
                 f"data/tokens holds ({self.run.dataset_key[:12]}); bring that back, or start anew "
                 "with GPT2_FRESH=1"
             )
+        differs = {k: v for k, v in arithmetic_of(self).items() if state["arithmetic"].get(k) != v}
+        if differs and self.world.first:
+            said = ", ".join(f"{k} {state['arithmetic'].get(k)} -> {v}" for k, v in differs.items())
+            print(f"warning: resumes with other arithmetic ({said}): same data, other rounding")
         weights, moments = checkpoint.load_tensors(folder)
         self.gpt.load_state_dict(weights)
         load_flat_state(self.optimizer, self.named, moments)

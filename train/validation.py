@@ -35,9 +35,10 @@ def check_split(name: str, stream: Tokens, wanted: int) -> None:
     """
     if len(stream) < wanted + 1:
         most = max(0, len(stream) - 1)
+        lower = f"set at most {most}, or " if most else ""
         raise UserError(
             f"params.yaml: {name}: {wanted}, but the validation split holds only {most} targets; "
-            f"set at most {most}, or raise tokenize.val_per_10k"
+            f"{lower}raise tokenize.val_per_10k"
         )
 
 

@@ -51,6 +51,17 @@ def test_the_newest_are_kept_and_rests_of_the_dead_removed(tmp_path: Path) -> No
     assert [p.name for p in checkpoint.steps(tmp_path)] == ["step-00000002", "step-00000010"]
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_broken_later_ones_never_cost_the_one_just_saved(tmp_path: Path, keep: int) -> None:
+    for step in (100, 200, 300):
+        save(tmp_path, step)
+    for step in (200, 300):
+        (tmp_path / checkpoint.folder_name(step) / checkpoint.MODEL).write_bytes(b"broken")
+    checkpoint.verify(save(tmp_path, 110, keep=keep))
+    expected = ["step-00000100", "step-00000110"][-keep:]
+    assert [p.name for p in checkpoint.steps(tmp_path)] == expected
+
+
 def test_saving_again_replaces(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     (folder / checkpoint.MODEL).write_bytes(b"broken")

@@ -18,7 +18,6 @@ from tests.train.conftest import Project
 from train import checkpoint
 from train.distributed import process_group
 from train.loop import train
-from train.meter import NonFinite
 from train.run import Run
 from train.trainer import Trainer
 
@@ -158,25 +157,36 @@ def test_a_killed_end_is_finished_without_a_step(project: Project) -> None:
     assert project.weights() == weights
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize(
+    ("what", "said"), [("loss", "step 8"), ("gradient", "step 8"), ("validation", "step 6")]
+)
 def test_what_is_not_finite_stops_the_run_and_is_not_saved_or_repeated(
-    project: Project, monkeypatch: pytest.MonkeyPatch, what: str
+    project: Project,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    what: str,
+    said: str,
 ) -> None:
-    """At step 8, where a checkpoint is due."""
+    """At step 8, where a checkpoint is due, or at the validation before."""
     original = Trainer.step
 
     def step(self: Trainer, number: int, *args: Any) -> Any:
         learning_rate, numbers = original(self, number, *args)
-        if number == 7:
+        if number == 7 and what != "validation":
             numbers[0 if what == "loss" else 1] = float("nan")
         return learning_rate, numbers
 
     monkeypatch.setattr(Trainer, "step", step)
-    with pytest.raises(NonFinite, match="step 8"):
+    if what == "validation":
+        monkeypatch.setattr(Trainer, "validate", lambda self: float("nan"))
+    with pytest.raises(SystemExit) as stopped:
         train_here()
+    assert stopped.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}: ")
     assert [p.name for p in checkpoint.steps(project.run_folder)] == ["step-00000004"]
     assert not (project.folder / "artifacts").exists()
-    with pytest.raises(UserError, match=r"failed before: step 8.*GPT2_FRESH"):
+    with pytest.raises(UserError, match=rf"failed before: {said}.*GPT2_FRESH"):
         train_here()
 
 
