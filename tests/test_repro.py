@@ -153,7 +153,7 @@ def copy(built: tuple[Clone, str], tmp_path: Path) -> Clone:
 @pytest.fixture
 def clone(tmp_path: Path) -> Clone:
     """A fresh clone: nothing built, an empty store, an empty cache."""
-    return make_clone(tmp_path / "project")
+    return make_clone(tmp_path / "clone")
 
 
 def test_repro_builds_all_and_leaves_git_clean(built: tuple[Clone, str]) -> None:
@@ -163,7 +163,8 @@ def test_repro_builds_all_and_leaves_git_clean(built: tuple[Clone, str]) -> None
         assert (clone.folder / "artifacts" / out).stat().st_size > 0
     changed = {line[3:] for line in clone.git("status", "--porcelain").splitlines()}
     # What DVC itself updates and the README says to commit.
-    assert changed <= {"dvc.lock", "metrics/", *(f"metrics/{n}.json" for n in ("train", "eval"))}
+    metrics = {f"metrics/{name}.json" for name in ("data", "train", "eval")}
+    assert changed <= {"dvc.lock", "metrics/", *metrics}
     evaluation = json.loads((clone.folder / "metrics/eval.json").read_text())
     assert evaluation["val_loss"] < 10.5  # ln 50257 = 10.82: it has learnt something
     assert evaluation["val_tokens"] == 4096
