@@ -193,6 +193,9 @@ class Hub:
         self.tokens = {TOKEN}
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
+        self.gate = threading.Event()
+        """While it is not set, the CDN sends headers and no body."""
+        self.gate.set()
         self.closing = threading.Event()
         self._lock = threading.Lock()
         self._injected: list[_Injected] = []
@@ -505,6 +508,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return None
 
     def _body(self, data: bytes, start: int, stop: int, fault: Fault) -> None:
+        self.hub.gate.wait(60)
         rate = fault.rate or self.hub.bandwidth
         block = 1 << 18 if rate is None else max(1, min(1 << 16, int(rate / 50)))
         ends = [at for at in (fault.reset_at, fault.close_at) if at is not None and at < stop]
@@ -541,10 +545,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Close the connection in the middle of a body."""
         self.close_connection = True
         if reset:
-            linger = struct.pack("ii", 1, 0)  # what is not sent is dropped, and RST sent
+            self.hub.closing.wait(0.05)  # what was sent may arrive
+            linger = struct.pack("ii", 1, 0)  # what was not is dropped, and RST sent
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             for file in (self.rfile, self.wfile, self.connection):
                 file.close()
+            raise ConnectionAbortedError("as injected")
 
 
 def _entries(repo: Repo, commit: str, folder: str, recursive: bool) -> Iterator[dict[str, Any]]:
