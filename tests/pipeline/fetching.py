@@ -264,11 +264,11 @@ def interrupted(
 
 
 def _workers(process: subprocess.Popen[Any]) -> list[psutil.Process]:
-    """Ray's workers that this process's Ray runs."""
+    """The workers of this process that have a download in hand."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if "ray::" in " ".join(child.cmdline()):
+            if "ray::download" in " ".join(child.cmdline()):
                 found.append(child)
     return found
 
