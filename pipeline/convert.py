@@ -1,5 +1,6 @@
 """Other formats to parquet in FineWeb's schema, read by `datasets` in bounded memory."""
 
+import glob
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -56,6 +57,8 @@ def to_parquet(source: Path, name: str, column: str, target: Path) -> None:
         UserError: the file is not readable as its name says, or lacks the text column.
     """
     schema = schema_with(column)
+    if not source.stat().st_size:
+        raise UserError(f"{name}: it is empty; leave it out")
     rows: list[dict[str, Any]] = []
     with pq.ParquetWriter(target, schema, compression="zstd") as writer:
         for row in _documents(source, name, column):
@@ -75,12 +78,11 @@ def _documents(source: Path, name: str, column: str) -> Iterator[dict[str, Any]]
     if builder == "csv":
         # pandas would turn the text 007 into 7, and NA into nothing.
         options = {"converters": dict.fromkeys([column, *FINEWEB_SCHEMA.names], str)}
-        options["sep"] = "\t" if suffix_of(name) == ".tsv" else ","
+        options |= {"keep_default_na": False, "sep": "\t" if suffix_of(name) == ".tsv" else ","}
     first = True
+    files = glob.escape(str(source))  # it would be taken for a pattern
     try:
-        data = load_dataset(
-            builder, data_files=str(source), split="train", streaming=True, **options
-        )
+        data = load_dataset(builder, data_files=files, split="train", streaming=True, **options)
         for row in data:
             if builder == "text":
                 row = {column: row["text"]}
@@ -94,7 +96,8 @@ def _documents(source: Path, name: str, column: str) -> Iterator[dict[str, Any]]
     except UserError:
         raise
     except Exception as error:  # each reader has its own
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
         raise UserError(f"{name}: not readable as {builder} ({reason}); leave it out") from None
 
 

@@ -1,5 +1,6 @@
 """Source `files`: local paths, folders, globs, and whatever fsspec has a URL for."""
 
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,10 @@ from pipeline.transfer import Patience
 _WILD = "*?["
 _READ_BYTES = 1 << 22
 # What file systems call the version of a file, each in its own way.
-_VERSIONS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "md5Hash", "updated")
+_VERSIONS = (
+    "ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation",
+    "mtime", "LastModified", "Last-Modified", "last_modified", "updated",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,34 +112,36 @@ def _find(pattern: str) -> list[PathFile]:
         if local := "file" in protocols:
             path = str(Path(path).expanduser().absolute())
         above = path.rpartition("/")[0]
-        if not any(sign in path for sign in _WILD) or system.exists(path):
-            if system.isdir(path):
+        # A query begins with "?" where it is no local path.
+        wild = any(sign in path for sign in (_WILD if local else _WILD.replace("?", "")))
+        if not wild or (local and system.exists(path)):
+            if system.info(path)["type"] == "directory":
                 above, matches = path.rstrip("/"), sorted(system.find(path))
-                matches = [m for m in matches if _is_known(m)]
             else:
                 matches = [path]
         else:
             above = "/".join(_fixed(path.split("/")))
-            matches = sorted(m for m in system.glob(path) if _is_known(m) and system.isfile(m))
+            matches = sorted(system.glob(path))
         infos = [(match, system.info(match)) for match in matches]
+        infos = [(match, info) for match, info in infos if info["type"] == "file"]
     except FileNotFoundError:
         raise UserError(f"source.paths: {pattern}: no such file") from None
     except (ImportError, ValueError) as error:  # no such protocol, or a package for it is missing
         raise UserError(f"source.paths: {pattern}: {_reason(error)}") from None
     except Exception as error:  # each file system has its own
         raise UserError(f"source.paths: {pattern}: cannot be listed: {_reason(error)}") from None
-    if not infos:
-        raise UserError(
-            f"source.paths: {pattern}: no file of a known format there "
-            f"({', '.join((*convert.PARQUET[:1], *convert.FORMATS))})"
-        )
     files = []
     for match, info in infos:
-        url = match if local else system.unstrip_protocol(match)
-        if not _is_known(match):
-            known = ", ".join((*convert.PARQUET[:1], *convert.FORMATS))
-            raise UserError(f"source.paths: {url}: not a known format ({known})")
-        files.append(_file(match.removeprefix(above).lstrip("/"), url, info, local))
+        # The query of a web address, often a signature, is not of the name.
+        name = match.removeprefix(above).lstrip("/")
+        name = name if local else name.partition("?")[0]
+        if _is_known(name) and not any(part.startswith(".") for part in name.split("/")):
+            files.append(
+                _file(name, match if local else system.unstrip_protocol(match), info, local)
+            )
+    if not files:
+        known = ", ".join((*convert.PARQUET[:1], *convert.FORMATS))
+        raise UserError(f"source.paths: {pattern}: no file of a known format there ({known})")
     return files
 
 
@@ -144,7 +150,9 @@ def _file(path: str, url: str, info: dict[str, Any], local: bool) -> PathFile:
     if size is None:
         raise UserError(f"source.paths: {url}: the server does not say how large it is")
     version = {key: str(info[key]) for key in _VERSIONS if info.get(key) is not None}
-    return PathFile(path, url, int(size), atomic.sha256_json(version), local)
+    # Without any word on its version it may have changed: it is fetched each time.
+    known = atomic.sha256_json(version) if version else uuid.uuid4().hex
+    return PathFile(path, url, int(size), known, local)
 
 
 def _fixed(parts: list[str]) -> list[str]:
