@@ -93,7 +93,8 @@ def stage(folder: Path, hub: Hub, files: Mapping[str, bytes], parallel: int) -> 
     end = time.monotonic() + 60
     while len({request.path for request in hub.asked("cdn")}) < wanted:
         if process.poll() is not None or time.monotonic() > end:
-            project.end(process, -1)  # says what happened
+            hub.gate.set()
+            raise RuntimeError(f"{wanted} files were not asked for at once: {project.end(process)}")
         time.sleep(0.002)
     time.sleep(0.3)  # the workers come to rest
     before, began = meter.sample(), time.monotonic()
