@@ -135,6 +135,8 @@ def _keep(store: Store, path: Path, sha256: str) -> None:
     with store.lock("files", sha256):
         if not store.fresh and store.find("files", sha256) is not None:
             return
+        # Of 2 GB this takes seconds, and a kill in the midst of `make` costs the whole file.
+        atomic.fsync_file(path)
         with store.make("files", sha256, {PIECE: sha256}) as piece:
             if path.is_relative_to(store.root):
                 os.rename(path, piece / PIECE)
