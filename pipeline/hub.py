@@ -66,19 +66,22 @@ class HubFile:
                 fetch(self.path, self.url, partial, expected, self.token, patience)
             except Refused as error:
                 where = f"{self.path}: " if not error.elsewhere else f"{self.path}: the storage: "
-                raise UserError(
-                    where + refusal(error.status, error.code, self.repo, self.commit, self.token)
-                ) from None
+                # Not this process's HF_ENDPOINT: on another node that is another.
+                hub = self.url.partition("/datasets/")[0]
+                reason = refusal(error.status, error.code, self.repo, self.commit, self.token, hub)
+                raise UserError(where + reason) from None
             return partial.path, partial.sha256
 
 
-def refusal(status: int, code: str | None, repo: str, revision: str, token: str | None) -> str:
+def refusal(
+    status: int, code: str | None, repo: str, revision: str, token: str | None, hub: str
+) -> str:
     """What to mend when the hub answers with a status of 400 or more, in one line.
 
     Args:
         code: its `X-Error-Code`.
+        hub: its address.
     """
-    hub = endpoint()
     if code == "GatedRepo":
         state = "HF_TOKEN's account has no access" if token else "HF_TOKEN is not set"
         return (
@@ -211,7 +214,8 @@ def _ask(
             status, headers = error.response.status_code, error.response.headers
             if status not in PASSING:
                 revision = params.revision
-                reason = refusal(status, headers.get("X-Error-Code"), params.repo, revision, token)
+                code = headers.get("X-Error-Code")
+                reason = refusal(status, code, params.repo, revision, token, endpoint())
                 raise UserError(f"{what}: {reason}" if what else reason) from None
             patience.wait(f"HTTP {status}", told_wait(headers))
         except OfflineModeIsEnabled:
