@@ -18,6 +18,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import atomic
+from pipeline.errors import Stopped
+from pipeline.hub import HubFile
+from pipeline.pieces import PIECE, bring, find
+from pipeline.store import Store
 from tests.hub import CARD, FINEWEB, Fault, Hub, http_date
 from tests.pipeline.fetching import (
     REPO,
@@ -369,6 +374,8 @@ def test_what_the_user_must_mend_is_one_line(
     for word in words:
         assert word.lower() in line.lower()
     assert "hf_expired" not in line
+    if mistake is gated_files:  # noticed by a worker, whose environment names no hub
+        assert f"{hub.endpoint}/datasets/{FINEWEB}" in line
     project.check_nothing()
     project.check_token()
 
@@ -435,6 +442,29 @@ def test_sigterm_leaves_within_seconds_and_resumes(
     project.run(**ray_head)
     project.check(files)
     assert sum(hub.sent().values()) < 1.1 * total
+
+
+def test_stopped_when_all_is_there_it_costs_no_byte(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last flush to the disk takes seconds where a file has gigabytes."""
+    (path, data), *_ = files = list(sample_files(1, SIZE).items())
+    commit = hub.repo().commit(dict(files))
+    url = f"{hub.endpoint}/datasets/{FINEWEB}/resolve/{commit}/{path}"
+    item = HubFile(path, len(data), sha256(data), "", url, FINEWEB, commit, None)
+    store = Store(tmp_path / "work")
+
+    def stopped(path: Path) -> None:
+        raise Stopped("SIGTERM")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "fsync_file", stopped)
+        with pytest.raises(Stopped):
+            bring(item, "text", store, 10)
+    assert find(item, "text", store) is None
+    kept = bring(item, "text", store, 10)
+    assert (store.root / "files" / kept.sha256 / PIECE).read_bytes() == data
+    assert hub.sent() == {path: len(data)}
 
 
 @pytest.mark.slow
