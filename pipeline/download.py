@@ -39,7 +39,7 @@ def download(params: SourceParams, store: Store, out: Path, machine: Machine) ->
         source = sample_source()
         files = _sample(params, store)
     else:
-        source, files = _fetched(params, store, machine)
+        source, files = _fetched(params, store, out, machine)
     manifest = RawManifest(source=source, text_column=params.text_column, files=files)
     links: dict[str, Path | bytes] = {
         file.path: store.root / "files" / file.sha256 / PIECE for file in files
@@ -68,7 +68,7 @@ def _sample(params: SourceParams, store: Store) -> list[SourceFile]:
 
 
 def _fetched(
-    params: SourceParams, store: Store, machine: Machine
+    params: SourceParams, store: Store, out: Path, machine: Machine
 ) -> tuple[Source, list[SourceFile]]:
     """What the source is, and its files, which stand in the store."""
     source, items = _resolve(params, machine)
@@ -86,7 +86,7 @@ def _fetched(
     )
     if missing:
         wanted = [items[i] for i in missing]
-        _require_space(wanted, column, store)
+        _require_space(wanted, column, store, out)
         fetched = _fetch(wanted, column, store, machine)
         kept |= {missing[nth]: piece for nth, piece in fetched.items()}
     files = []
@@ -133,12 +133,15 @@ def first_of(items: Sequence[Item], params: SourceParams) -> list[Item]:
     return taken
 
 
-def _require_space(items: Sequence[Item], column: str, store: Store) -> None:
+def _require_space(items: Sequence[Item], column: str, store: Store, out: Path) -> None:
     """Refuse before the first byte what would fill the disk: the files, and their tokens."""
     size = sum(item.size for item in items)
     left = sum(max(0, item.space(store.root) - arrived(item, column, store)) for item in items)
     tokens = size * _TOKENS_PER_100_BYTES // 100 * _TOKEN_BYTES
     require_space(store.root, left + tokens, "the source and its tokens")
+    folder = next(parent for parent in out.absolute().parents if parent.is_dir())
+    if folder.stat().st_dev != store.root.stat().st_dev:
+        require_space(folder, size + tokens, "a copy of them, for the store is on another disk,")
 
 
 def _fetch(items: Sequence[Item], column: str, store: Store, machine: Machine) -> dict[int, Kept]:
@@ -146,10 +149,10 @@ def _fetch(items: Sequence[Item], column: str, store: Store, machine: Machine) -
     size = sum(item.size for item in items)
     at_start = [arrived(item, column, store) for item in items]
     done: dict[int, Kept] = {}
-    started = time.monotonic()
     tasks = [(item, column, store, machine.patience) for item in items]
     in_flight = machine.parallel_downloads
     with cluster(machine) as cpus, Progress("download", size - sum(at_start), "bytes") as progress:
+        started = time.monotonic()
 
         def look() -> None:
             """Show what has arrived in the partial files."""
