@@ -8,7 +8,7 @@ export PATH := $(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lint format lock clean
+.PHONY: help run test test-slow soak lint format lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -41,6 +41,9 @@ test: $(VENV)/.installed  ## the fast tests
 
 test-slow: $(VENV)/.installed  ## the slow tests: full sizes, kills, whole pipelines
 	python -m pytest -m slow
+
+soak: $(VENV)/.installed  ## what takes minutes: downloads killed 20 times at random
+	python -m tests.soak.download
 
 lint: $(VENV)/.installed  ## ruff and mypy
 	ruff check .

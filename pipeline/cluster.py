@@ -56,20 +56,29 @@ def cluster(machine: Machine) -> Iterator[int]:
 
 
 def run_tasks(
-    function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], in_flight: int, name: str
+    function: Callable[..., Any],
+    tasks: Sequence[tuple[Any, ...]],
+    in_flight: int,
+    name: str,
+    num_cpus: float = 1,
+    tick: Callable[[], None] | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """Run ``function(*task)`` for each task on the cluster, in order, so many at a time.
 
     A task lost with its worker or node is run again, an `OSError` is tried again; any other error
     is the task's own and is raised here, as itself where it is the user's.
 
+    Args:
+        num_cpus: of the cluster's CPUs that a task takes; a part of one where it mostly waits.
+        tick: called every second or so while tasks run, to look after their progress.
+
     Yields:
         The index of a finished task, and what it returned.
     """
     import ray
 
-    options: dict[str, Any] = {"num_cpus": 1, "max_retries": 3, "retry_exceptions": [OSError]}
-    remote: Any = ray.remote(**options)(function).options(name=name)
+    options: dict[str, Any] = {"max_retries": 3, "retry_exceptions": [OSError]}
+    remote: Any = ray.remote(num_cpus=num_cpus, **options)(function).options(name=name)
     queue = iter(enumerate(tasks))
     pending: dict[Any, int] = {}
     try:
@@ -78,7 +87,9 @@ def run_tasks(
                 pending[remote.remote(*item[1])] = item[0]
             if not pending:
                 return
-            ready, _ = ray.wait(list(pending), num_returns=1)
+            ready, _ = ray.wait(list(pending), num_returns=1, timeout=1 if tick else None)
+            if tick is not None:
+                tick()
             for reference in ready:
                 index = pending.pop(reference)
                 try:

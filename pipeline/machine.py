@@ -52,6 +52,12 @@ class Machine(BaseSettings):
     work_dir: Path | None = None
     """Where the store of finished and half-finished pieces lies; null: `.work` in the project."""
 
+    parallel_downloads: int = Field(default=4, ge=1)
+    """Source files that are fetched at the same time."""
+
+    patience: float = Field(default=600.0, gt=0)
+    """Seconds for which a download goes on trying without a new byte, waits included."""
+
     processes: int | None = Field(default=None, ge=1)
     """Training processes on this machine; null: one a GPU, or 2 on a CPU with 2 cores or more."""
 

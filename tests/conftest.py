@@ -40,7 +40,7 @@ def _clean_environment() -> Iterator[None]:
 def sample_raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`data/raw` as the real download leaves it: the whole sample. Not to be changed."""
     folder = tmp_path_factory.mktemp("sample")
-    download(SourceParams(), Store(folder / "work"), folder / "raw")
+    download(SourceParams(), Store(folder / "work"), folder / "raw", Machine())
     return folder / "raw"
 
 

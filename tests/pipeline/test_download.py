@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from pipeline import atomic, tokenizer
 from pipeline.download import download
+from pipeline.machine import Machine
 from pipeline.manifest import RawManifest
 from pipeline.params import SourceParams
 from pipeline.parquet import FINEWEB_SCHEMA
@@ -49,7 +50,7 @@ def test_fewer_files_are_the_first_of_all_and_damage_is_mended(
     sample_raw: Path, tmp_path: Path
 ) -> None:
     store, out = Store(tmp_path / "work"), tmp_path / "raw"
-    manifest = download(SourceParams(files=1), store, out)
+    manifest = download(SourceParams(files=1), store, out, Machine())
     whole = RawManifest.load(sample_raw)
     assert manifest.files == whole.files[:1]
     assert manifest.source == whole.source
@@ -62,6 +63,6 @@ def test_fewer_files_are_the_first_of_all_and_damage_is_mended(
     leftover.write_bytes(b"of a killed run")
     flip(path, 5000)
     os.utime(path, ns=(7, 7))
-    assert download(SourceParams(files=1), store, out) == manifest
+    assert download(SourceParams(files=1), store, out, Machine()) == manifest
     assert atomic.sha256_file(path) == manifest.files[0].sha256
     assert list((store.root / "tmp").iterdir()) == []
