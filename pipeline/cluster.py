@@ -77,7 +77,12 @@ def run_tasks(
     """
     import ray
 
-    options: dict[str, Any] = {"max_retries": 3, "retry_exceptions": [OSError]}
+    # Ray fills a node before it turns to the next, which would not use the others' networks.
+    options: dict[str, Any] = {
+        "max_retries": 3,
+        "retry_exceptions": [OSError],
+        "scheduling_strategy": "SPREAD",
+    }
     remote: Any = ray.remote(num_cpus=num_cpus, **options)(function).options(name=name)
     queue = iter(enumerate(tasks))
     pending: dict[Any, int] = {}
