@@ -38,10 +38,8 @@ class PathFile:
         return "seen-" + atomic.sha256_json([self.url, self.size, self.version])
 
     def space(self, folder: Path) -> int:
-        """Bytes that it takes up on the disk of ``folder``: none where a hard link will do."""
-        as_it_is = self.local and convert.suffix_of(self.path) in convert.PARQUET
-        linked = as_it_is and Path(self.url).stat().st_dev == folder.stat().st_dev
-        return 0 if linked else self.size
+        """Bytes that it takes up on a disk."""
+        return self.size
 
     def fetch(self, folder: Path, patience: float) -> tuple[Path, str]:
         """Its path here and its sha256; a remote file is copied into ``folder``.

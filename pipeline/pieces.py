@@ -138,16 +138,17 @@ def _keep(store: Store, path: Path, sha256: str) -> None:
         # Of 2 GB this takes seconds, and a kill in the midst of `make` costs the whole file.
         atomic.fsync_file(path)
         with store.make("files", sha256, {PIECE: sha256}) as piece:
-            try:
-                # Not moved, also where it is ours: a kill before `make` ends would lose it.
-                os.link(path, piece / PIECE)
-            except OSError:
-                if path.is_relative_to(store.root):
+            if path.is_relative_to(store.root):
+                try:
+                    os.link(path, piece / PIECE)  # not moved: a kill before the end would lose it
+                except OSError:
                     os.rename(path, piece / PIECE)
-                    return
-                shutil.copyfile(path, piece / PIECE)
-                if atomic.sha256_file(piece / PIECE) != sha256:
-                    raise UserError(f"{path}: it changed while it was copied; run again") from None
+                return
+            # The user's own file is copied: DVC would make a link of it read-only, and a change in
+            # it would be one in the store.
+            shutil.copyfile(path, piece / PIECE)
+            if atomic.sha256_file(piece / PIECE) != sha256:
+                raise UserError(f"{path}: it changed while it was copied; run again")
 
 
 def _note(store: Store, key: str, kept: Kept) -> None:
