@@ -37,12 +37,13 @@ run: $(VENV)/.installed  ## the whole pipeline of params.yaml: text, shards, mod
 	@echo 'after         . $(VENV)/bin/activate'
 
 test: $(VENV)/.installed  ## the fast tests
-	python -m pytest -m 'not slow'
+	python -m pytest -m 'not slow and not soak'
 
 test-slow: $(VENV)/.installed  ## the slow tests: full sizes, kills, whole pipelines
-	python -m pytest -m slow
+	python -m pytest -m 'slow and not soak'
 
-soak: $(VENV)/.installed  ## what takes minutes: downloads killed 20 times at random
+soak: $(VENV)/.installed  ## what takes minutes more: silence, kills, downloads killed 20 times
+	python -m pytest -m soak
 	python -m tests.soak.download
 
 lint: $(VENV)/.installed  ## ruff and mypy

@@ -467,7 +467,7 @@ def test_stopped_when_all_is_there_it_costs_no_byte(
     assert hub.sent() == {path: len(data)}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_silence_and_a_server_that_stays_away(hub: Hub, tmp_path: Path) -> None:
     files = sample_files(3, SIZE)
     paths = sorted(files)
@@ -528,7 +528,7 @@ def chunks_told(output: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_kills_cost_no_byte_and_few_transfers(hub: Hub, tmp_path: Path) -> None:
     files = sample_files(4, 6_000_000)
     total = sum(map(len, files.values()))

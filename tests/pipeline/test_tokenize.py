@@ -311,7 +311,7 @@ def kill_in_the_middle(project: Project, signum: signal.Signals) -> tuple[int, s
     return process.returncode, stderr
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # tests/test_repro.py kills the whole of DVC in tokenize
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_run_goes_on_where_it_was(
     tmp_path: Path, sample_raw: Path, signum: signal.Signals

@@ -71,8 +71,9 @@ def test_killed_and_resumed_on_two_ranks(project: Project) -> None:
     assert project.weights() == weights
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize(
+    "processes", [pytest.param(1, marks=pytest.mark.soak), pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_killed_twice_and_resumed_on_more_or_fewer_ranks(project: Project, processes: int) -> None:
     """With three ranks the order of the sums in DDP's buckets shows in the last bits."""
     weights = whole_run(project, processes)
