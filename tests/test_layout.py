@@ -146,7 +146,7 @@ def stage_names() -> list[str]:
 @pytest.mark.parametrize("stage", stage_names())
 def test_a_stage_lists_the_modules_it_is_made_of(stage: str) -> None:
     described = dvc()[stage]
-    match = re.match(r"python -m ([\w.]+)", described["cmd"])
+    match = re.match(r"exec python -m ([\w.]+)", described["cmd"])
     assert match, described["cmd"]
     start = file_of(match[1])
     assert start, f"{match[1]} is no module"

@@ -45,6 +45,7 @@ class Clone:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
         self.env.pop("PYTHONDONTWRITEBYTECODE", None)
+        self.env["SHELL"] = "/bin/sh"  # which, unlike bash, stays between DVC and a stage
 
     def run(self, *command: str, status: int = 0, **env: str) -> str:
         """Run a command; its output. Fails on another exit status."""
