@@ -12,7 +12,7 @@ from pipeline.cluster import cluster, run_tasks
 from pipeline.machine import Machine
 from pipeline.manifest import NAME, RawManifest, Source, SourceFile
 from pipeline.params import SourceParams, load_section
-from pipeline.pieces import PIECE, Item, Kept, arrived, bring, find, published_path
+from pipeline.pieces import PIECE, Item, Kept, arrived, bring, find, keep, published_path
 from pipeline.progress import Progress
 from pipeline.recut import inspect
 from pipeline.sources import sample_source, write_sample
@@ -56,10 +56,7 @@ def _sample(params: SourceParams, store: Store) -> list[SourceFile]:
         scratch.mkdir(parents=True)
         for path in write_sample(scratch, params.files):
             sha256 = atomic.sha256_file(path)
-            with store.lock("files", sha256):
-                if store.find("files", sha256) is None:
-                    with store.make("files", sha256, {PIECE: sha256}) as piece:
-                        path.rename(piece / PIECE)
+            keep(store, path, sha256)
             stored = store.root / "files" / sha256 / PIECE
             rows, size = pq.read_metadata(stored).num_rows, stored.stat().st_size
             files.append(SourceFile(path=path.name, bytes=size, rows=rows, sha256=sha256))

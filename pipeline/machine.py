@@ -32,6 +32,12 @@ def project_root() -> Path:
     return Path(os.environ.get("DVC_ROOT") or ".").absolute()
 
 
+def usable_cores() -> int:
+    """Cores that this process may use: of the machine's, those of its affinity (Linux)."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 class Machine(BaseSettings):
     """The settings of `machine.yaml`; each is also an environment variable `GPT2_<KEY>`."""
 
@@ -110,6 +116,5 @@ class Machine(BaseSettings):
 
     @property
     def worker_count(self) -> int:
-        """Worker processes of a local Ray: as set, else the cores this process may use."""
-        affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-        return self.workers or (len(affinity(0)) if affinity else os.cpu_count() or 1)
+        """Worker processes of a local Ray: as set, else one for each core."""
+        return self.workers or usable_cores()

@@ -122,15 +122,15 @@ def _settle(item: Item, column: str, store: Store, folder: Path, patience: float
     else:
         inspect(path, item.path, column)
         if not is_coarse(path):
-            _keep(store, path, sha256)
+            keep(store, path, sha256)
             return Kept(sha256)
         recut(path, made)
     kept = Kept(atomic.sha256_file(made), origin=sha256)
-    _keep(store, made, kept.sha256)
+    keep(store, made, kept.sha256)
     return kept
 
 
-def _keep(store: Store, path: Path, sha256: str) -> None:
+def keep(store: Store, path: Path, sha256: str) -> None:
     """Make a file of known sha256 a piece; one that is not the store's own stays where it is."""
     with store.lock("files", sha256):
         if not store.fresh and store.find("files", sha256) is not None:

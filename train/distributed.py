@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.machine import usable_cores
 
 T = TypeVar("T")
 
@@ -76,16 +77,9 @@ def device_type(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"
     return wanted
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def default_processes(kind: Literal["cpu", "cuda"]) -> int:
     """Processes on this node where nobody says: each GPU one, or two on a CPU."""
-    return torch.cuda.device_count() if kind == "cuda" else min(2, cores())
+    return torch.cuda.device_count() if kind == "cuda" else min(2, usable_cores())
 
 
 @contextmanager
@@ -110,7 +104,7 @@ def process_group(device: Literal["auto", "cpu", "cuda"]) -> Iterator[World]:
         torch.cuda.set_device(where)  # before the group: NCCL binds to the current device
     else:
         where = torch.device("cpu")
-        torch.set_num_threads(max(1, cores() // local_size))
+        torch.set_num_threads(max(1, usable_cores() // local_size))
     backend = "nccl" if kind == "cuda" else "gloo"
     bound = where if kind == "cuda" else None
     if "RANK" in os.environ:

@@ -16,8 +16,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from model.size import parameter_count
 from pipeline import stage
 from pipeline.errors import Stopped, UserError
+from pipeline.machine import usable_cores
 from pipeline.store import require_space
-from train.distributed import cores, default_processes, device_type
+from train.distributed import default_processes, device_type
 from train.run import Run
 from train.trainer import plan_split
 
@@ -56,7 +57,7 @@ def run_torchrun(processes: int) -> None:
         SystemExit: A worker failed, and has said why.
     """
     # torchrun would set it to 1 and say so at length; the workers set their threads themselves.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
     try:
         torchrun.main(["--standalone", f"--nproc-per-node={processes}", "-m", "train"])
     except SignalException as error:

@@ -240,5 +240,5 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
             monkeypatch.delenv(name)
     monkeypatch.setenv("GPT2_DEVICE", "cpu")
     # One thread: on a busy machine, two of them mostly wait for each other.
-    monkeypatch.setattr("train.distributed.cores", lambda: 1)
+    monkeypatch.setattr("train.distributed.usable_cores", lambda: 1)
     return made

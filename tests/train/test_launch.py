@@ -33,9 +33,9 @@ def test_a_good_run_is_handed_to_torchrun(
     monkeypatch.setenv("GPT2_PROCESSES", "4")
     launch.main()
     monkeypatch.delenv("GPT2_PROCESSES")
-    monkeypatch.setattr("train.distributed.cores", lambda: 64)
+    monkeypatch.setattr("train.distributed.usable_cores", lambda: 64)
     launch.main()
-    monkeypatch.setattr("train.distributed.cores", lambda: 1)
+    monkeypatch.setattr("train.distributed.usable_cores", lambda: 1)
     launch.main()
     assert started == [4, 2, 1]
 
