@@ -4,6 +4,8 @@ VENV   ?= .venv
 BIN    := $(abspath $(VENV))/bin
 # The stages run `python`, torchrun and dvc of this environment.
 export PATH := $(BIN):$(PATH)
+# Tests wait more than they compute: two at a time, those of one file one after the other.
+PARALLEL ?= -n 2 --dist loadfile
 # Without compiled files Ray takes 15 s to start, not 4.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -37,10 +39,10 @@ run: $(VENV)/.installed  ## the whole pipeline of params.yaml: text, shards, mod
 	@echo 'after         . $(VENV)/bin/activate'
 
 test: $(VENV)/.installed  ## the fast tests
-	python -m pytest -m 'not slow and not soak'
+	python -m pytest $(PARALLEL) -m 'not slow and not soak'
 
 test-slow: $(VENV)/.installed  ## the slow tests: full sizes, kills, whole pipelines
-	python -m pytest -m 'slow and not soak'
+	python -m pytest $(PARALLEL) -m 'slow and not soak'
 
 soak: $(VENV)/.installed  ## what takes minutes more: silence, kills, downloads killed 20 times
 	python -m pytest -m soak
