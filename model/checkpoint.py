@@ -92,11 +92,19 @@ def save_tensors(
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Writes under another name, then renames.
 
-    A file is there whole or not at all; and one that is hard-linked (to DVC's cache) is replaced,
-    never written into.
+    A file is there whole or not at all, also after a power cut; and one that is hard-linked (to
+    DVC's cache) is replaced, never written into.
     """
     part = path.with_name(f".{path.name}.part")
     write(part)
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
+    _sync(part)
     part.replace(path)
+    _sync(path.parent)  # a rename is durable only when its folder is
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
