@@ -76,6 +76,12 @@ class Machine(BaseSettings):
     compile: bool | None = None
     """Whether the model is compiled by torch.compile; null: on a GPU only."""
 
+    restarts: int = Field(default=0, ge=0)
+    """Times that training is started again, from its last checkpoint, when a process has died."""
+
+    timeout: float = Field(default=900.0, gt=0)
+    """Seconds that a training process waits for another before it ends the run."""
+
     fresh: bool = False
     """Make everything anew, ignoring the finished pieces of the store."""
 

@@ -38,7 +38,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     3: stopped by a signal, the same command resumes.
     """
     die_with_parent()
-    signal.signal(signal.SIGTERM, _raise_stopped)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # the second is Slurm's warning, by custom
+        signal.signal(number, _raise_stopped)
     try:
         main()
     except UserError as error:

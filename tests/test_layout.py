@@ -37,7 +37,7 @@ DECIDE_NO_BYTE = {
 }
 # What a stage imports and does not use: `model/gpt.py` offers more than each stage needs.
 NOT_USED_BY = {
-    "train": frozenset({"model/generation.py", "model/hf.py"}),
+    "train": frozenset({"model/generation.py"}),
     "evaluate": frozenset({"model/hf.py"}),
     "export": frozenset({"model/generation.py"}),
 }

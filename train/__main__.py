@@ -17,7 +17,7 @@ def main() -> None:
     if run.params.deterministic:  # NCCL sums in one order; read when the group is made
         os.environ.setdefault("NCCL_ALGO", "Ring")
         os.environ.setdefault("NCCL_PROTO", "Simple")
-    with process_group(run.machine.device) as world, _hold(run, world):
+    with process_group(run.machine.device, run.machine.timeout) as world, _hold(run, world):
         if world.first and run.machine.fresh and not _restarted():
             run.clear()
         if not world.broadcast(_publish_finished(run, world)):

@@ -3,11 +3,14 @@
     step-00000200/
         model.safetensors        the weights, float32, names of the model
         optimizer.safetensors    <parameter>.exp_avg, .exp_avg_sq, .step
-        state.json               step, samples, params, dataset_key, versions, sha256 of the two
+        state.json               step, samples, params, dataset_key, versions, sha256 of the two,
+                                 validation loss where it was measured
 
 The directory is written under another name, synced to the disk, and renamed: a crash leaves the
 old state or the new. State of random generators is no part of it, for training draws nothing: the
 order of data is a function of the samples seen, and GPT-2 is trained without dropout.
+
+Writer (writer.py) calls this beside the training.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +41,43 @@ class BrokenCheckpoint(Exception):
     """A checkpoint whose bytes are not those that were written; the message says which."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """Which checkpoints of a run stay.
+
+    The best by validation stays besides: the lowest loss among those saved at a validated step.
+
+    Attributes:
+        last: The newest so many, at least 1.
+        every: Those of steps that this divides, or None.
+    """
+
+    last: int
+    every: int | None = None
+
+    def of(self, losses: Mapping[int, float | None]) -> set[int]:
+        """The steps whose checkpoints stay.
+
+        Args:
+            losses: Each checkpoint's step and validation loss (None: not measured).
+        """
+        kept = set(sorted(losses)[-self.last :])
+        if self.every is not None:
+            kept |= {step for step in losses if step % self.every == 0}
+        measured = {step: loss for step, loss in losses.items() if loss is not None}
+        if measured:
+            kept.add(min(measured, key=lambda step: (measured[step], step)))
+        return kept
+
+
 def folder_name(step: int) -> str:
     """Directory name of the checkpoint after ``step`` complete steps; sorts by step."""
     return f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """Complete steps of a checkpoint, by its name."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def save(
@@ -48,18 +86,18 @@ def save(
     model: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
-    keep: int,
+    keep: Keep,
 ) -> Path:
-    """Writes a checkpoint, then removes the oldest beyond ``keep``, and any of a later step.
+    """Writes a checkpoint, then removes those that ``keep`` lets go, and any of a later step.
 
     A later one is broken: the run has passed it over, and goes on from before it.
 
     Args:
         run: The run's folder.
-        model: State dict of the plain model.
-        optimizer: Flat optimizer state (``optimizer.flat_state``).
+        model: State dict of the plain model, contiguous tensors on the CPU.
+        optimizer: Flat optimizer state (``optimizer.flat_state``), likewise.
         state: JSON values; needs "step", the number of complete steps.
-        keep: Checkpoints that stay.
+        keep: Which checkpoints stay.
 
     Returns:
         The checkpoint's directory; on return it is on the disk.
@@ -69,7 +107,7 @@ def save(
     for path in run.glob(".step-*"):  # left by a run that died while it wrote or removed
         shutil.rmtree(path)
     part.mkdir(parents=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.items()}, part / MODEL)
+    save_file(dict(model), part / MODEL)
     save_file(dict(optimizer), part / OPTIMIZER)
     hashes = {name: atomic.sha256_file(part / name) for name in (MODEL, OPTIMIZER)}
     for name in hashes:
@@ -79,11 +117,26 @@ def save(
         remove(final)
     os.rename(part, final)
     atomic.fsync_folder(run)
-    kept = [path for path in steps(run) if path <= final][-keep:]
-    for other in steps(run):
-        if other not in kept:
-            remove(other)
+    found = {step_of(path): path for path in steps(run)}
+    losses = {step: _loss(path) for step, path in found.items() if path <= final}
+    for step in found.keys() - keep.of(losses):
+        remove(found[step])
     return final
+
+
+def best(run: Path) -> Path | None:
+    """The checkpoint with the lowest validation loss; None where none was measured."""
+    losses = {path: loss for path in steps(run) if (loss := _loss(path)) is not None}
+    return min(losses, key=lambda path: (losses[path], path)) if losses else None
+
+
+def _loss(folder: Path) -> float | None:
+    """The validation loss of a checkpoint; None where it was not measured, or cannot be read."""
+    try:
+        loss = json.loads((folder / STATE).read_bytes())["val_loss"]
+        return None if loss is None else float(loss)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def steps(run: Path) -> list[Path]:

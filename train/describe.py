@@ -49,7 +49,7 @@ def state(trainer: Trainer, step: int) -> dict[str, Any]:
         step: Complete steps.
     """
     run = trainer.run
-    samples = step * run.batch
+    samples = run.samples(step)
     return {
         "step": step,
         "samples": samples,
@@ -59,6 +59,7 @@ def state(trainer: Trainer, step: int) -> dict[str, Any]:
         "run_key": run.key,
         "dataset_key": run.dataset_key,
         "code_key": run.code_key,
+        "adopted": run.record()["adopted"],
         "arithmetic": arithmetic_of(trainer),
         "versions": {
             "python": sys.version.split()[0],
@@ -90,6 +91,8 @@ def summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
     run, world, history = trainer.run, trainer.world, trainer.run.history
     losses, validations = history.last("train/loss", n=10), history.last("val/loss", n=10**9)
     tokens = run.params.steps * run.params.batch_tokens
+    start = run.params.start()
+    taken = start.step * run.params.batch_tokens if start else 0  # trained before this run
     return {
         "step": run.params.steps,
         "tokens": tokens,
@@ -98,7 +101,7 @@ def summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
         "best_val_loss": min(validations),
         "parameters": parameter_count(trainer.gpt.config),
         "seconds": round(seconds, 1),
-        "tokens_per_second": round(tokens / seconds, 1),
+        "tokens_per_second": round((tokens - taken) / seconds, 1),
         "peak_memory_bytes": peak_memory(world.device),
         "world_size": world.size,
         "micro_batch": trainer.split.micro_batch,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,13 +15,16 @@ from typing import Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
+from pipeline import stage
 from pipeline.errors import UserError
 from pipeline.machine import usable_cores
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=15)  # a rank that hangs longer takes the job down
+ROLL_CALL = 5.0  # seconds in which those who waited in vain find each other
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,16 @@ class World:
         size: Processes, over all nodes.
         device: Where this process computes.
         control: A gloo group for what is decided on the CPU: it never waits for a GPU.
+        store: What the ranks know of each other when no collective works any more.
+        patience: Seconds that a rank waits for another.
     """
 
     rank: int
     size: int
     device: torch.device
     control: dist.ProcessGroup
+    store: Store
+    patience: float
 
     @property
     def first(self) -> bool:
@@ -63,6 +73,46 @@ class World:
         """Waits until all ranks are here."""
         dist.barrier(group=self.control)
 
+    @contextmanager
+    def roll_call(self) -> Iterator[None]:
+        """Names who is missing when a collective fails, and ends this process.
+
+        All whose collective failed say so in the store; a rank that does not is dead, or hangs.
+
+        Raises:
+            SystemExit: Ranks are missing. The first of those present names them on stderr.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_of_a_collective(error):
+                raise
+            absent = self._absent()
+            if not absent:
+                raise
+            if self.rank == min(set(range(self.size)) - absent):
+                names = [self.store.get(f"rank-{other}").decode() for other in sorted(absent)]
+                print(
+                    f"error: {', '.join(names)}: died, or gave no answer in {self.patience:g} s; "
+                    "the same command goes on from the last checkpoint",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            sys.exit(stage.FAULT)
+
+    def _absent(self) -> set[int]:
+        """The ranks that do not answer a roll call; none where the store is gone as well."""
+        absent = set(range(self.size))
+        end = time.monotonic() + ROLL_CALL
+        try:
+            self.store.set(f"present-{self.rank}", "")
+            while absent and time.monotonic() < end:
+                time.sleep(0.1)
+                absent = {other for other in absent if not self.store.check([f"present-{other}"])}
+        except RuntimeError:
+            return set()
+        return absent
+
 
 def device_type(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
     """What a machine computes on.
@@ -83,11 +133,20 @@ def default_processes(kind: Literal["cpu", "cuda"]) -> int:
 
 
 @contextmanager
-def process_group(device: Literal["auto", "cpu", "cuda"]) -> Iterator[World]:
+def process_group(
+    device: Literal["auto", "cpu", "cuda"], patience: float = 900.0
+) -> Iterator[World]:
     """Joins the group that torchrun describes in the environment; alone without torchrun.
 
     NCCL between GPUs, gloo between CPUs. On the CPU the node's cores are shared out as threads,
     as results are the same bits only for the same number of threads.
+
+    Args:
+        device: Where to compute.
+        patience: Seconds that a rank waits for another.
+
+    Raises:
+        SystemExit: A rank died, or gave no answer in that time (see ``World.roll_call``).
     """
     kind = device_type(device)
     rank = int(os.environ.get("RANK", 0))
@@ -107,13 +166,30 @@ def process_group(device: Literal["auto", "cpu", "cuda"]) -> Iterator[World]:
         torch.set_num_threads(max(1, usable_cores() // local_size))
     backend = "nccl" if kind == "cuda" else "gloo"
     bound = where if kind == "cuda" else None
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=bound)
-    else:
-        alone = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=alone, rank=0, world_size=1, device_id=bound)
+    store = _meet(rank)
+    timeout = timedelta(seconds=patience)
+    # NCCL would end the process without a word: the control group, which can say more, is first.
+    longer = 2 * timeout if kind == "cuda" else timeout
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=longer, device_id=bound
+    )
     try:
-        control = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        yield World(rank, size, where, control)
+        control = dist.new_group(backend="gloo", timeout=timeout)
+        world = World(rank, size, where, control, store, patience)
+        with world.roll_call():
+            yield world
     finally:
         dist.destroy_process_group()
+
+
+def _meet(rank: int) -> Store:
+    """The store in which the ranks find each other, with the name of each."""
+    if "RANK" not in os.environ:
+        return dist.HashStore()  # type: ignore[attr-defined]
+    store: Store = next(rendezvous("env://"))[0]
+    store.set(f"rank-{rank}", f"rank {rank} (pid {os.getpid()} on {socket.gethostname()})")
+    return store
+
+
+def _is_of_a_collective(error: RuntimeError) -> bool:
+    return "gloo" in str(error) or isinstance(error, dist.DistError)

@@ -8,7 +8,7 @@ from typing import Any
 
 from train.distributed import World
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is Slurm's, by custom
 
 
 class Interrupted(Exception):

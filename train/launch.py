@@ -1,4 +1,4 @@
-"""`python -m train.launch`: the training stage as DVC runs it.
+"""`python -m train.launch [--adopt RUN]`: the training stage as DVC runs it.
 
 Everything that can be refused is refused here, in one line and with status 2, for torchrun turns
 any status of a worker into 1. Then this process is torchrun.
@@ -6,8 +6,11 @@ any status of a worker into 1. Then this process is torchrun.
 
 from __future__ import annotations
 
+import argparse
 import os
+import signal
 import sys
+from collections.abc import Sequence
 
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -18,13 +21,22 @@ from pipeline import stage
 from pipeline.errors import Stopped, UserError
 from pipeline.machine import usable_cores
 from pipeline.store import require_space
+from train import checkpoint
+from train.adopt import adopt, adoptable
 from train.distributed import default_processes, device_type
 from train.run import Run
 from train.trainer import plan_split
 
 
-def main() -> None:
+def main(argv: Sequence[str] = ()) -> None:
     """Checks the run, publishes it if it is finished, else runs torchrun."""
+    parser = argparse.ArgumentParser(prog="python -m train.launch", description=main.__doc__)
+    parser.add_argument(
+        "--adopt",
+        metavar="RUN",
+        help="go on from an unfinished run (its key, or how that begins) whose code was another",
+    )
+    args = parser.parse_args(argv)
     run = Run.open()
     kind = device_type(run.machine.device)
     processes = run.machine.processes or default_processes(kind)
@@ -35,8 +47,12 @@ def main() -> None:
         )
     plan_split(run, processes, kind)
     # Weights and two moments of each parameter, in float32, for each checkpoint and the next one.
-    size = 12 * parameter_count(run.model.config()) * (run.params.keep_checkpoints + 1)
+    size = 12 * parameter_count(run.model.config()) * (run.params.kept() + 1)
     require_space(run.store.root, size, "the checkpoints")
+    if args.adopt is not None:
+        if run.machine.fresh:
+            raise UserError("--adopt goes on with a run, GPT2_FRESH=1 forgets it: not both")
+        print(adopt(run, args.adopt), flush=True)
     if not run.machine.fresh:
         run.check_not_failed()
         with run.lock():
@@ -46,10 +62,19 @@ def main() -> None:
         if last is not None:
             print("this run is finished already; " + run.ending(), flush=True)
             return
-    run_torchrun(processes)
+    if not checkpoint.steps(run.folder):
+        if start := run.params.start():
+            start.load(run.model.config())
+        for key, step in adoptable(run):
+            print(
+                f"note: run {key[:12]}, stopped at step {step}, differs from this one in code "
+                f"alone; python -m train.launch --adopt {key[:12]} goes on with it",
+                flush=True,
+            )
+    run_torchrun(processes, run.machine.restarts)
 
 
-def run_torchrun(processes: int) -> None:
+def run_torchrun(processes: int, restarts: int = 0) -> None:
     """Runs torchrun in this process, with the workers of one node.
 
     Raises:
@@ -59,13 +84,32 @@ def run_torchrun(processes: int) -> None:
     # torchrun would set it to 1 and say so at length; the workers set their threads themselves.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
     try:
-        torchrun.main(["--standalone", f"--nproc-per-node={processes}", "-m", "train"])
+        torchrun.main(
+            [
+                "--standalone",
+                f"--nproc-per-node={processes}",
+                f"--max-restarts={restarts}",
+                "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+                "-m",
+                "train",
+            ]
+        )
     except SignalException as error:
         raise Stopped(str(error)) from None
     except ChildFailedError as error:
-        print(f"error: {error.name}: a training process failed", file=sys.stderr, flush=True)
+        rank, first = error.get_first_failure()
+        if first.exitcode == stage.STOPPED:  # the signal reached the workers alone
+            raise Stopped(f"rank {rank}") from None
+        if first.exitcode < 0:
+            how = (
+                f"was killed by {signal.Signals(-first.exitcode).name}; the same command goes on "
+                "from the last checkpoint"
+            )
+        else:
+            how = f"ended with status {first.exitcode}, as it says above"
+        print(f"error: {error.name}: rank {rank} {how}", file=sys.stderr, flush=True)
         sys.exit(stage.FAULT)
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    stage.run(lambda: main(sys.argv[1:]))

@@ -9,9 +9,10 @@ from pipeline.errors import Stopped
 from train import checkpoint
 from train.describe import banner, summary
 from train.distributed import World
+from train.health import Health, NonFinite
 from train.interrupt import Interrupt, Interrupted
 from train.loader import Batches
-from train.meter import Meter, NonFinite
+from train.meter import Meter
 from train.run import Run
 from train.trainer import Trainer
 
@@ -29,6 +30,7 @@ def train(run: Run, world: World) -> None:
     done = trainer.restore()
     if world.first:
         print(banner(trainer, done), flush=True)
+        run.record()
         history.begin(done)
     trainer.join()
     meter = Meter(
@@ -36,21 +38,21 @@ def train(run: Run, world: World) -> None:
         history,
         steps=run.params.steps,
         batch_tokens=run.params.batch_tokens,
-        block_size=run.model.block_size,
         every=run.params.log_every,
         seconds=sum(history.last("seconds")),
+        health=Health(skips=run.params.non_finite == "skip", skipped=sum(history.last("skipped"))),
     )
     batches = Batches(
         run.train_data,
         run.order,
         trainer.split,
         rank=world.rank,
-        start=done * run.batch,
+        start=run.samples(done),
         steps=run.params.steps - done,
         device=world.device,
     )
     try:
-        with history, batches, Interrupt(world) as interrupt:
+        with history, batches, trainer.writer, Interrupt(world) as interrupt, world.roll_call():
             advance(trainer, batches, meter, interrupt, done)
     except NonFinite as error:  # on all ranks alike, for they read the same reduced numbers
         if world.first:
@@ -67,11 +69,14 @@ def advance(
     trainer: Trainer, batches: Batches, meter: Meter, interrupt: Interrupt, done: int
 ) -> None:
     """The steps after ``done`` complete ones, validated and saved on the way."""
-    params = trainer.params
-    saved = done
+    params, saved = trainer.params, done
 
     def due(every: int) -> bool:
         return done % every == 0 or done == params.steps
+
+    def validate() -> None:
+        meter.settle()
+        meter.validation(done, trainer.validate(interrupt))
 
     def save() -> None:
         nonlocal saved
@@ -81,17 +86,24 @@ def advance(
             saved = done
 
     try:
+        if done and trainer.measured is None and due(params.val_every):  # stopped in the middle
+            saved = done - 1
+            validate()
+            save()
+            meter.resume_clock()
         while done < params.steps:
             learning_rate, numbers = trainer.step(done, batches, interrupt)
             done += 1
             meter.step(done, learning_rate, numbers)
             if due(params.val_every):
-                meter.settle()
-                meter.validation(done, trainer.validate())  # also of what is about to be saved
+                validate()  # also what is about to be saved
             if due(params.checkpoint_every):
                 save()
+            trainer.writer.check()
             meter.resume_clock()
     except Interrupted:
         save()
+        trainer.writer.wait()
+        trainer.world.barrier()  # who leaves first may be the end of all the others
         meter.note(done, "stopped by a signal" + ("; this step is saved" if done else ""))
         raise Stopped from None

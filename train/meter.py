@@ -15,11 +15,8 @@ import torch
 from torch import Tensor
 
 from train.distributed import World
+from train.health import Health, NonFinite
 from train.history import History
-
-
-class NonFinite(RuntimeError):
-    """A loss or a gradient that is no number; the message names the step."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +40,9 @@ class Meter:
         history: Where rank 0 logs.
         steps: Steps of the run.
         batch_tokens: Tokens a step.
-        block_size: Tokens a sample.
         every: Steps between logged ones.
         seconds: Time that the run has spent training before this start.
+        health: Looks at each step's numbers.
     """
 
     def __init__(
@@ -55,13 +52,12 @@ class Meter:
         *,
         steps: int,
         batch_tokens: int,
-        block_size: int,
         every: int,
         seconds: float,
+        health: Health,
     ) -> None:
-        self._world, self._history = world, history
+        self._world, self._history, self._health = world, history, health
         self._steps, self._batch_tokens, self._every = steps, batch_tokens, every
-        self._block_size = block_size
         self.seconds = seconds
         self._pending: _Pending | None = None
         self._mark = time.perf_counter()
@@ -138,12 +134,12 @@ class Meter:
             pending.arrived.synchronize()
         loss, norm = pending.values.tolist()
         step = pending.step
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            samples = self._batch_tokens // self._block_size
-            raise NonFinite(
-                f"step {step}: loss {loss}, gradient norm {norm}: not finite "
-                f"(samples {(step - 1) * samples:,} to {step * samples - 1:,} of the data's order)"
-            )
+        mark = self._health.look(step, loss, norm)
+        if mark is not None and self._world.first:
+            self._history.add({"step": step, mark.name: mark.value})
+            self._print(step, mark.text)
+        if mark is not None and mark.name == "skipped":
+            return
         if step % self._every and step not in (1, self._steps):
             return
         assert self._logged is not None

@@ -99,10 +99,10 @@ def flat_state(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) ->
     """The optimizer's state under names that speak: ``<parameter>.exp_avg`` and so on.
 
     Returns:
-        Tensors on the CPU, contiguous; empty before the first step.
+        The tensors themselves, where they are; none before the first step.
     """
     return {
-        f"{name}.{key}": value.detach().cpu().contiguous()
+        f"{name}.{key}": value.detach()
         for name, parameter in named.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }

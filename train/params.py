@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 from model import GPTConfig
 from pipeline.errors import UserError
 from pipeline.params import Section
+from train.checkpoint import Keep
 from train.schedule import Schedule
+from train.start import Start
 
 
 class ModelParams(Section):
@@ -67,8 +69,11 @@ class TrainParams(Section):
     seed: int = Field(default=1337, ge=0, lt=2**32)
     """Decides initial weights and order of data (0 to 2^32 - 1)."""
 
-    init: Literal["scratch"] = "scratch"
-    """What the run starts from: `scratch`, weights drawn from `seed`."""
+    init: str = "scratch"
+    """What the run starts from: `scratch` (the seed), `checkpoint DIR`, `hf DIR` (see start.py)."""
+
+    init_with: Literal["weights", "all"] = "weights"
+    """What is taken of a checkpoint: its `weights`; or `all`, its optimizer and its step too."""
 
     steps: int = Field(ge=1)
     """Optimizer steps (at least 1)."""
@@ -130,6 +135,12 @@ class TrainParams(Section):
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints kept in the store (at least 1; with 2, one may break)."""
 
+    keep_every: int | None = Field(default=None, ge=1)
+    """Checkpoints of each so many steps are kept for good; null: none. The best is kept always."""
+
+    non_finite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite: the run stops, or the step is skipped."""
+
     log_every: int = Field(default=10, ge=1)
     """Steps between lines of the log and points of the curves (at least 1)."""
 
@@ -141,6 +152,33 @@ class TrainParams(Section):
                 f"at most {self.steps - 1}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _starts_from_something(self) -> TrainParams:
+        self.start()
+        return self
+
+    @model_validator(mode="after")
+    def _kept_ones_are_saved(self) -> TrainParams:
+        if self.keep_every is not None and self.keep_every % self.checkpoint_every:
+            near = -(-self.keep_every // self.checkpoint_every) * self.checkpoint_every
+            raise ValueError(
+                f"keep_every {self.keep_every} is no multiple of checkpoint_every "
+                f"{self.checkpoint_every}; take {near}"
+            )
+        return self
+
+    def start(self) -> Start | None:
+        """What the run starts from; None: from nothing."""
+        return Start.parse(self.init, self.init_with)
+
+    def keep(self) -> Keep:
+        """Which checkpoints stay in the store."""
+        return Keep(last=self.keep_checkpoints, every=self.keep_every)
+
+    def kept(self) -> int:
+        """Checkpoints that a finished run holds at most: the newest, the best, and each n-th."""
+        return self.keep_checkpoints + 1 + (self.steps // self.keep_every if self.keep_every else 0)
 
     def lr_schedule(self) -> Schedule:
         """The learning rate as a function of the step."""

@@ -3,12 +3,14 @@
 A run is addressed by its ``run_key``: parameters of model and training, content of the data, and
 the code. Its folder in the store, ``.work/runs/<run_key>/``, grows while it trains:
 
+    run.json         what it is: all that its key is made of, and what it adopted (adopt.py)
     step-00000200/   checkpoints (checkpoint.py)
     log.jsonl        its history (history.py)
     final.json       written last: the metrics of the finished run
     failed.json      a failure that would only repeat itself
 
-What the stage promises to DVC is published from there at the end.
+What the stage promises to DVC is published from there at the end: the last checkpoint. The best by
+validation stays in the run's folder, which the end names where the two differ.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ TOKENS = Path("data/tokens")
 VERIFIED = Path("data/verified.json")
 CHECKPOINT = Path("artifacts/checkpoint")
 METRICS = Path("metrics/train.json")
+RECORD = "run.json"
 CURVES = Path("metrics/live")
 
 LOCK_PATIENCE = 60.0  # seconds: workers of a torchrun that was killed need some to save and leave
@@ -90,16 +93,21 @@ class Run:
         return self.train_data.manifest.dataset_key
 
     @cached_property
+    def identity(self) -> dict[str, Any]:
+        """All that decides the weights, as JSON values."""
+        start = self.params.start()
+        return {
+            "model": self.model.model_dump(mode="json"),
+            "train": self.params.model_dump(mode="json"),
+            "dataset_key": self.dataset_key,
+            "code_key": self.code_key,
+            "starts_from": start.key() if start else None,
+        }
+
+    @cached_property
     def key(self) -> str:
         """The run's address: sha256 of all that decides its weights."""
-        return atomic.sha256_json(
-            {
-                "model": self.model.model_dump(mode="json"),
-                "train": self.params.model_dump(mode="json"),
-                "dataset_key": self.dataset_key,
-                "code_key": self.code_key,
-            }
-        )
+        return atomic.sha256_json(self.identity)
 
     @cached_property
     def store(self) -> Store:
@@ -115,6 +123,10 @@ class Run:
     def batch(self) -> int:
         """Windows in a global batch."""
         return self.params.batch_windows(self.model.block_size)
+
+    def samples(self, step: int) -> int:
+        """Windows seen after ``step`` complete steps."""
+        return step * self.batch
 
     @cached_property
     def order(self) -> DataOrder:
@@ -138,6 +150,14 @@ class Run:
             UserError: Another process holds it, and goes on doing so.
         """
         return _patient_lock(self.store, self.key)
+
+    def record(self) -> dict[str, Any]:
+        """`run.json`: written when the run begins."""
+        path = self.folder / RECORD
+        if not path.exists():
+            atomic.write_json(path, {**self.identity, "adopted": []})
+        value: dict[str, Any] = json.loads(path.read_bytes())
+        return value
 
     def clear(self) -> None:
         """Forgets all that was done: the run begins anew."""
@@ -185,10 +205,13 @@ class Run:
     def ending(self) -> str:
         """What a finished run came to, in a line."""
         m = json.loads((self.folder / "final.json").read_bytes())
+        best = checkpoint.best(self.folder)
+        other = best is not None and checkpoint.step_of(best) != m["step"]
         return (
             f"trained {m['step']:,} steps, {m['tokens']:,} tokens: val loss {m['val_loss']:.4f} "
             f"(best {m['best_val_loss']:.4f}), {m['tokens_per_second']:,.0f} tokens/s; "
             f"model in {CHECKPOINT}, metrics in {METRICS}"
+            + (f"; the best that was saved is {best}" if other else "")
         )
 
 

@@ -20,10 +20,12 @@ from train.loader import Batches, Split
 from train.optimizer import adamw, decay_groups, flat_state, load_flat_state, set_learning_rate
 from train.run import Run
 from train.validation import mean_loss
+from train.writer import Writer
 
 # Tokens of a micro-batch where the machine's settings name none: enough to fill the processor, and
 # little enough for any memory.
-MICRO_BATCH_TOKENS = {"cpu": 8192, "cuda": 16384}
+# On a CPU a step is interrupted only between micro-batches, so that they must not take long.
+MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 def plan_split(run: Run, world_size: int, device: str) -> Split:
@@ -43,6 +45,8 @@ class Trainer:
         gpt: The plain module: weights, saving, sampling.
         forward: The same, compiled where the machine says so: measuring.
         ddp: The same again, with its gradients averaged over the ranks: training.
+        writer: Saves, on rank 0, beside the training.
+        measured: Validation loss of the weights as they are; None where it is not known.
     """
 
     def __init__(self, run: Run, world: World) -> None:
@@ -64,6 +68,8 @@ class Trainer:
         self.compiled = (
             world.device.type == "cuda" if run.machine.compile is None else run.machine.compile
         )
+        self.writer = Writer(run.folder, run.params.keep())
+        self.measured: float | None = None  # validation loss of the weights as they are now
         self.forward: Any = self.gpt
         if self.compiled:
             # DDP's own splitting of graphs would cut the one graph in six.
@@ -71,15 +77,18 @@ class Trainer:
             self.forward = torch.compile(self.gpt, fullgraph=True)
 
     def restore(self) -> int:
-        """Takes up the newest whole checkpoint, if there is one.
+        """Takes up the newest whole checkpoint; else what the run starts from.
 
         Returns:
             Complete steps.
+
+        Raises:
+            UserError: That is of other data, or of another model.
         """
         found = checkpoint.latest(self.run.folder) if self.world.first else None
         folder, state = self.world.broadcast(found) or (None, None)
         if folder is None or state is None:
-            return 0
+            return self._begin()
         if state["dataset_key"] != self.run.dataset_key:
             raise UserError(
                 f"{folder}: was trained on other data ({state['dataset_key'][:12]}) than "
@@ -93,7 +102,28 @@ class Trainer:
         weights, moments = checkpoint.load_tensors(folder)
         self.gpt.load_state_dict(weights)
         load_flat_state(self.optimizer, self.named, moments)
+        self.measured = state.get("val_loss")
         return int(state["step"])
+
+    def _begin(self) -> int:
+        start = self.params.start()
+        if start is None:
+            return 0
+        weights, moments, step, samples = start.load(self.gpt.config)
+        if samples != (here := self.run.samples(step)):
+            raise UserError(
+                f"params.yaml: train.init_with: all: {start.folder} has seen {samples} samples in "
+                f"{step} steps, this run's would be {here}; keep its batch_tokens, or take weights"
+            )
+        if step >= self.params.steps:
+            raise UserError(
+                f"params.yaml: train.steps: {self.params.steps}, but {start.folder} is at step "
+                f"{step} already; set more"
+            )
+        self.gpt.load_state_dict(weights)
+        if moments:
+            load_flat_state(self.optimizer, self.named, moments)
+        return step
 
     def join(self) -> None:
         """Wraps the model for the group, and rehearses two synchronised backward passes.
@@ -152,13 +182,21 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(
             self.named.values(), self.params.grad_clip or float("inf")
         )
-        self.optimizer.step()
+        numbers = torch.stack([self.world.sum(total) / self.world.size, norm])
+        # Both are reduced: no rank skips alone. Only who may skip waits for the device here.
+        if self.params.non_finite == "stop" or torch.isfinite(numbers).all():
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)  # they lie in DDP's buckets, and stay there
-        return learning_rate, torch.stack([self.world.sum(total) / self.world.size, norm])
+        self.measured = None
+        return learning_rate, numbers
 
-    def validate(self) -> float:
-        """The mean loss over the fixed validation tokens, nats; the same on each rank."""
-        return mean_loss(
+    def validate(self, interrupt: Interrupt) -> float:
+        """The mean loss over the fixed validation tokens, nats; the same on each rank.
+
+        Raises:
+            Interrupted: On all ranks; nothing is measured.
+        """
+        self.measured = mean_loss(
             self.forward,
             self.run.val_data,
             self.params.val_tokens,
@@ -167,15 +205,15 @@ class Trainer:
             dtype=self.params.dtype,
             device=self.world.device,
             world=self.world,
+            check=interrupt.check,
         )
+        return self.measured
 
     def save(self, step: int) -> None:
-        """Writes the checkpoint after ``step`` complete steps, on rank 0."""
+        """Begins to write the checkpoint after ``step`` complete steps, on rank 0."""
         if self.world.first:
-            checkpoint.save(
-                self.run.folder,
+            self.writer.save(
                 model=self.gpt.state_dict(),
                 optimizer=flat_state(self.optimizer, self.named),
-                state=state(self, step),
-                keep=self.params.keep_checkpoints,
+                state={**state(self, step), "val_loss": self.measured},
             )

@@ -8,7 +8,8 @@ batch has one shape (one compiled graph).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ def mean_loss(
     dtype: Dtype,
     device: torch.device,
     world: World | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> float:
     """The mean loss over the first targets of a split, nats; the same on each rank.
 
@@ -83,12 +85,15 @@ def mean_loss(
         dtype: Of the matrix products.
         device: Where.
         world: The processes that share the work, if there are several.
+        check: Called before each batch, equally often on each rank: it may be a collective.
     """
     rank, size = (world.rank, world.size) if world else (0, 1)
     total = torch.zeros((), dtype=torch.float64, device=device)  # many small terms: not float32
     batches = fixed_batches(stream, n_targets, block_size, rows, rank=rank, world=size)
-    for inputs, targets in batches:
-        total += summed_loss(forward, inputs.to(device), targets.to(device), dtype)
+    for _ in range(0, n_targets, size * rows * block_size):
+        check()
+        for inputs, targets in islice(batches, 1):  # none, on the last round, for the last ranks
+            total += summed_loss(forward, inputs.to(device), targets.to(device), dtype)
     if world is not None:
         world.sum(total)
     return total.item() / n_targets

@@ -9,6 +9,7 @@ import torch
 
 from pipeline import atomic
 from train import checkpoint
+from train.checkpoint import Keep
 
 MODEL = {"wte.weight": torch.arange(6.0).view(2, 3)}
 OPTIMIZER = {"wte.weight.exp_avg": torch.ones(2, 3), "wte.weight.step": torch.tensor(3.0)}
@@ -16,7 +17,7 @@ OPTIMIZER = {"wte.weight.exp_avg": torch.ones(2, 3), "wte.weight.step": torch.te
 
 def save(run: Path, step: int, keep: int = 9) -> Path:
     return checkpoint.save(
-        run, model=MODEL, optimizer=OPTIMIZER, state={"step": step, "x": 1}, keep=keep
+        run, model=MODEL, optimizer=OPTIMIZER, state={"step": step, "x": 1}, keep=Keep(last=keep)
     )
 
 

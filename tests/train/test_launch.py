@@ -23,7 +23,9 @@ from train.params import ModelParams, TrainParams
 def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Process counts with which torchrun would have been started."""
     starts: list[int] = []
-    monkeypatch.setattr(launch, "run_torchrun", starts.append)
+    monkeypatch.setattr(
+        launch, "run_torchrun", lambda processes, restarts: starts.append(processes)
+    )
     return starts
 
 

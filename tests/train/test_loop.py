@@ -178,7 +178,7 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved_or_repeated(
 
     monkeypatch.setattr(Trainer, "step", step)
     if what == "validation":
-        monkeypatch.setattr(Trainer, "validate", lambda self: float("nan"))
+        monkeypatch.setattr(Trainer, "validate", lambda self, interrupt: float("nan"))
     with pytest.raises(SystemExit) as stopped:
         train_here()
     assert stopped.value.code == 1
