@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline.errors import UserError
@@ -89,7 +90,7 @@ class Writer:
             return
         try:
             writing.result()
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{self._run}: a checkpoint could not be written ({error}); mend that, or set "
                 "work_dir in machine.yaml to another disk; the last whole one is kept"

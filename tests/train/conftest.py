@@ -160,14 +160,16 @@ class Project:
         assert done.returncode == 0, done.stdout + done.stderr
         return done
 
-    def start_ranks(self, n: int, **environment: object) -> list[subprocess.Popen[str]]:
+    def start_ranks(
+        self, n: int, *, module: str = "train", **environment: object
+    ) -> list[subprocess.Popen[str]]:
         """Starts the processes that torchrun would start, without the seconds that it takes."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         return [
             self.start(
-                "train",
+                module,
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=port,
                 RANK=rank,
@@ -179,7 +181,7 @@ class Project:
             for rank in range(n)
         ]
 
-    def train_ranks(self, n: int, **environment: object) -> None:
+    def train_ranks(self, n: int, **environment: Any) -> None:
         """Trains to the end with ``n`` processes."""
         processes = self.start_ranks(n, **environment)
         try:

@@ -63,6 +63,31 @@ def test_broken_later_ones_never_cost_the_one_just_saved(tmp_path: Path, keep: i
     assert [p.name for p in checkpoint.steps(tmp_path)] == expected
 
 
+@pytest.mark.parametrize(
+    ("keep", "losses", "kept"),
+    [
+        (Keep(last=2), {1: None, 2: None, 3: None}, {2, 3}),
+        (Keep(last=1), {1: 5.0, 2: 4.0, 3: 4.5, 4: None}, {2, 4}),
+        (Keep(last=1), {1: 4.0, 2: 4.0}, {1, 2}),
+        (Keep(last=1, every=10), {10: None, 15: None, 20: 3.0, 21: None, 22: 9.0}, {10, 20, 22}),
+        (Keep(last=5), {}, set()),
+    ],
+)
+def test_the_last_the_best_and_each_nth_are_kept(
+    keep: Keep, losses: dict[int, float | None], kept: set[int]
+) -> None:
+    assert keep.of(losses) == kept
+
+
+def test_the_best_stays_however_old_it_is(tmp_path: Path) -> None:
+    for step, loss in ((1, 9.0), (2, 3.0), (3, 8.0), (4, None), (5, 7.0), (6, 7.5)):
+        state = {"step": step, "val_loss": loss}
+        checkpoint.save(tmp_path, model=MODEL, optimizer=OPTIMIZER, state=state, keep=Keep(last=1))
+    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step-00000002", "step-00000006"]
+    best = checkpoint.best(tmp_path)
+    assert best == tmp_path / "step-00000002"
+
+
 def test_saving_again_replaces(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     (folder / checkpoint.MODEL).write_bytes(b"broken")

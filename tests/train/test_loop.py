@@ -100,14 +100,14 @@ def assert_same_gradients(one: dict[str, torch.Tensor], other: dict[str, torch.T
             assert (moment - other[name]).norm() <= 1e-6 * max(moment.norm(), 0.1 * whole), name
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Sends this process SIGTERM while it computes a step."""
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Sends this process a signal while it computes a step."""
     original = Trainer.step
 
-    def step_and_signal(self: Trainer, number: int, *args: Any) -> Any:
-        if number == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, number, *args)
+    def step_and_signal(self: Trainer, this: int, *args: Any) -> Any:
+        if this == step:
+            os.kill(os.getpid(), number)
+        return original(self, this, *args)
 
     monkeypatch.setattr(Trainer, "step", step_and_signal)
 
@@ -119,10 +119,10 @@ def test_stopped_and_resumed_ends_with_the_same_bits(
     whole = train_here()
     folder = project.folder / "artifacts/checkpoint"
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    for step in (0, 7, 8):
+    for step, number in ((0, signal.SIGINT), (7, signal.SIGTERM), (8, signal.SIGUSR1)):
         monkeypatch.setenv("GPT2_WORK_DIR", f"stopped-{step}")
         with monkeypatch.context() as patch:
-            interrupt_at(patch, step)
+            interrupt_at(patch, step, number)
             with pytest.raises(Stopped):
                 train_here()
         assert f"step {step:2d}/12  stopped by a signal" in capsys.readouterr().out
@@ -131,6 +131,36 @@ def test_stopped_and_resumed_ends_with_the_same_bits(
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
         for name in ("train/loss", "val/loss", "lr", "grad_norm"):
             assert records(resumed, name) == records(whole, name)
+
+
+@pytest.mark.parametrize("step", [6, 12])
+def test_stopped_in_a_validation_and_resumed_ends_with_the_same_bits(
+    project: Project, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """The step is saved at once, and measured when the run resumes."""
+    monkeypatch.setenv("GPT2_WORK_DIR", "whole")
+    whole = train_here()
+    folder = project.folder / "artifacts/checkpoint"
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setenv("GPT2_WORK_DIR", "stopped")
+    original = Trainer.validate
+    asked = iter([step == 6, True])
+
+    def validate_and_signal(self: Trainer, *args: Any) -> float:
+        if next(asked):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "validate", validate_and_signal)
+        with pytest.raises(Stopped):
+            train_here()
+    stopped = Run.open()
+    assert checkpoint.steps(stopped.folder)[-1].name == f"step-{step:08d}"
+    assert step not in records(stopped, "val/loss")
+    resumed = train_here()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    assert records(resumed, "val/loss") == records(whole, "val/loss")
 
 
 def test_a_broken_last_checkpoint_costs_only_its_steps(

@@ -4,39 +4,64 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
+from random import Random
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 from safetensors.torch import load_file
 
 from tests.train.conftest import Project, kill_group, wait_for
 from tests.train.test_loop import assert_same_gradients
+from train import checkpoint
 from train.run import Run
 
-LONG = {"steps": 36, "checkpoint_every": 3, "val_every": 12, "log_every": 4}
+LONG = {"steps": 36, "checkpoint_every": 3, "val_every": 12, "log_every": 1}
 
 
-def wait_for_step_9(project: Project, process: subprocess.Popen[str], work: str = ".work") -> None:
-    store = project.folder / work
-    wait_for(lambda: list(store.glob("runs/*/step-00000009")) or process.poll() is not None)
+def wait_for_step(
+    project: Project, process: subprocess.Popen[str], step: int, work: str = ".work"
+) -> None:
+    """Waits until a run has saved a step, or a later one."""
+
+    def saved() -> bool:
+        found = (project.folder / work).glob("runs/*/step-*")
+        return any(checkpoint.step_of(path) >= step for path in found)
+
+    wait_for(lambda: saved() or process.poll() is not None)
     assert process.poll() is None, process.communicate()
 
 
 def start(project: Project, processes: int) -> subprocess.Popen[str]:
     """Starts a run under torchrun and waits until it has saved step 9."""
     process = project.start("train.launch", GPT2_PROCESSES=processes)
-    wait_for_step_9(project, process)
+    wait_for_step(project, process, 9)
     return process
 
 
-def kill_midway(project: Project, processes: int) -> None:
-    """Starts a run, and kills all its processes once it has saved step 9."""
+def stop_after(project: Project, processes: int, step: int, number: int) -> list[int]:
+    """Starts a run, and sends all its processes a signal once it has printed a step.
+
+    Returns:
+        The exit statuses.
+    """
     ranks = project.start_ranks(processes, GPT2_WORK_DIR="stopped", GPT2_MICRO_BATCH=2)
-    wait_for_step_9(project, ranks[0], "stopped")
-    for rank in ranks:
-        kill_group(rank)
+    try:
+        assert ranks[0].stdout is not None
+        for line in ranks[0].stdout:
+            if line.startswith("step") and int(line[4:].split("/")[0]) >= step:
+                break
+        for rank in ranks:
+            rank.send_signal(number)
+        for rank in ranks:
+            rank.communicate(timeout=60)
+    finally:
+        for rank in ranks:
+            kill_group(rank)
+    return [rank.returncode for rank in ranks]
 
 
 def log_of(project: Project, work: str) -> dict[int, float]:
@@ -52,7 +77,7 @@ def resumed_at(out: str) -> int:
 
 def whole_run(project: Project, processes: int) -> bytes:
     """The weights of a run left alone."""
-    project.write(train={**LONG, "batch_tokens": 12 * 16})
+    project.write(train={**LONG, "batch_tokens": 24 * 16})
     project.train_ranks(processes, GPT2_WORK_DIR="whole", GPT2_MICRO_BATCH=2)
     return project.weights()
 
@@ -64,23 +89,123 @@ def resume(project: Project, processes: int) -> None:
     assert log_of(project, "stopped") == log_of(project, "whole")
 
 
-def test_killed_and_resumed_on_two_ranks(project: Project) -> None:
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The training processes under torchrun, by rank."""
+    children = psutil.Process(process.pid).children()
+    return sorted(children, key=lambda child: int(child.environ()["RANK"]))
+
+
+def test_a_killed_rank_is_replaced_then_brings_the_job_down_and_the_job_resumes(
+    project: Project,
+) -> None:
     weights = whole_run(project, 2)
-    kill_midway(project, 2)
+    process = project.start(
+        "train.launch",
+        GPT2_PROCESSES=2,
+        GPT2_RESTARTS=1,
+        GPT2_WORK_DIR="stopped",
+        GPT2_MICRO_BATCH=2,
+    )
+    wait_for_step(project, process, 3, "stopped")
+    first = workers_of(process)
+    first[1].kill()
+    wait_for(lambda: len(now := workers_of(process)) == 2 and not {*now} & {*first})
+    wait_for_step(project, process, 12, "stopped")
+    workers_of(process)[1].kill()
+    before = time.monotonic()
+    out, err = process.communicate(timeout=40)
+    assert time.monotonic() - before < 15
+    assert process.returncode == 1
+    assert resumed_at(out) >= 3
+    assert "rank 1 was killed by SIGKILL; the same command goes on" in err.splitlines()[-1]
     resume(project, 2)
     assert project.weights() == weights
 
 
-@pytest.mark.parametrize(
-    "processes", [pytest.param(1, marks=pytest.mark.soak), pytest.param(3, marks=pytest.mark.slow)]
-)
-def test_killed_twice_and_resumed_on_more_or_fewer_ranks(project: Project, processes: int) -> None:
+def test_a_hung_rank_ends_the_run_by_name(project: Project) -> None:
+    project.write(train={**LONG, "steps": 5000})
+    ranks = project.start_ranks(2, GPT2_TIMEOUT=3)
+    try:
+        wait_for_step(project, ranks[0], 3)
+        ranks[1].send_signal(signal.SIGSTOP)
+        _, err = ranks[0].communicate(timeout=40)
+        assert ranks[0].returncode == 1
+        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert line.startswith(f"error: rank 1 (pid {ranks[1].pid} on ")
+        assert "gave no answer in 3 s" in line
+        assert "Traceback" not in err
+    finally:
+        for rank in ranks:
+            kill_group(rank)
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(project: Project) -> None:
+    """Rank 1's third micro-batch, after the two of the rehearsal: in step 2 of two each."""
+    project.write(train={"non_finite": "skip", "checkpoint_every": 1, "keep_checkpoints": 12})
+    ranks = project.start_ranks(2, module="tests.train.faulty", GPT2_MICRO_BATCH=2, FAULT="1,5")
+    try:
+        (out, err), _ = [rank.communicate(timeout=60) for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0, 0], err
+    finally:
+        for rank in ranks:
+            kill_group(rank)
+    assert "step  2/12  skipped: loss nan" in out
+    assert "python -m train.trace --step 2" in out
+    log = [json.loads(line) for line in (project.run_folder / "log.jsonl").open()]
+    assert [(r["step"], r["skipped"]) for r in log if "skipped" in r] == [(2, 1)]
+    saved = [path / "model.safetensors" for path in checkpoint.steps(project.run_folder)]
+    one, two, three = (path.read_bytes() for path in saved[:3])
+    assert one == two != three
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_on_three_ranks(project: Project) -> None:
     """With three ranks the order of the sums in DDP's buckets shows in the last bits."""
+    weights = whole_run(project, 3)
+    for step in (4, 20):
+        assert stop_after(project, 3, step, signal.SIGKILL) == [-signal.SIGKILL] * 3
+    resume(project, 3)
+    assert project.weights() == weights
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_killed_five_times_stopped_and_resumed_from_each_checkpoint(
+    project: Project, processes: int
+) -> None:
     weights = whole_run(project, processes)
-    kill_midway(project, processes)
-    kill_midway(project, processes)
+    *kills, term = sorted(Random(processes).sample(range(1, 26), 6))
+    for step in kills:
+        statuses = stop_after(project, processes, step, signal.SIGKILL)
+        assert statuses == [-signal.SIGKILL] * processes
+    assert stop_after(project, processes, term, signal.SIGTERM) == [3] * processes
     resume(project, processes)
     assert project.weights() == weights
+
+    (run,) = (project.folder / "stopped/runs").iterdir()
+    kept = checkpoint.steps(run)
+    assert len(kept) >= 2
+    for folder in kept[:-1]:
+        for later in checkpoint.steps(run):
+            if later > folder:
+                shutil.rmtree(later)
+        (run / "final.json").unlink()
+        done = project.train(processes, GPT2_WORK_DIR="stopped", GPT2_MICRO_BATCH=2)
+        assert resumed_at(done.stdout) == checkpoint.step_of(folder)
+        assert project.weights() == weights
+
+
+@pytest.mark.soak
+def test_process_counts_agree_for_twenty_steps(project: Project) -> None:
+    project.write(train={**LONG, "steps": 20, "log_every": 1, "batch_tokens": 16 * 16})
+    losses = []
+    for processes, micro_batch in ((1, 16), (1, 2), (2, 4), (4, 1), (4, 4)):
+        work = f"{processes}-{micro_batch}"
+        project.train_ranks(processes, GPT2_WORK_DIR=work, GPT2_MICRO_BATCH=micro_batch)
+        losses.append(log_of(project, work))
+    assert len(losses[0]) == 20
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_a_signal_saves_the_last_step_and_leaves_no_process(project: Project) -> None:
