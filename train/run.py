@@ -70,6 +70,12 @@ class Run:
         params = load_section("train", TrainParams)
         machine = Machine.load()
         params.batch_windows(model.block_size)
+        start = params.start()
+        if start is not None and CHECKPOINT.resolve() in (p := start.folder.resolve(), *p.parents):
+            raise UserError(
+                f"params.yaml: train.init: {CHECKPOINT} is what this stage makes, and DVC removes "
+                f"it before; name the run's folder in the store, or a copy"
+            )
         train_data, val_data = TokenStream(TOKENS, "train"), TokenStream(TOKENS, "val")
         _check_verified()
         if len(train_data) < model.block_size + 1:

@@ -121,8 +121,14 @@ class Trainer:
                 f"{step} already; set more"
             )
         self.gpt.load_state_dict(weights)
-        if moments:
-            load_flat_state(self.optimizer, self.named, moments)
+        try:
+            if moments:
+                load_flat_state(self.optimizer, self.named, moments)
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"params.yaml: train.init_with: all: {start.folder} is of another optimizer "
+                f"({error}); take weights"
+            ) from None
         return step
 
     def join(self) -> None:

@@ -96,6 +96,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"init": "checkpoint nowhere"}, r"train\.init: nowhere/model\.safetensors: No such file"),
     ({"init": "hf nowhere"}, r"train\.init: nowhere holds no"),
     ({"init": "hf source"}, r"train\.init: source/config\.json does not exist"),
+    ({"init": "checkpoint ./artifacts/checkpoint"}, r"artifacts/checkpoint is what this stage"),
     ({"keep_every": 5, "checkpoint_every": 4}, r"keep_every 5 is no multiple.*take 8"),
 ]
 
