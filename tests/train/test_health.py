@@ -8,16 +8,16 @@ from train.health import ENOUGH, MOST_SKIPPED, Health, NonFinite
 
 
 def noisy(step: int) -> float:
-    return 4.0 - step / 1000 + 0.05 * math.sin(step * 12.9898)
+    return 4.0 - step / 1000 + 0.3 * math.sin(step * 12.9898)
 
 
 def test_a_spike_is_marked_once_and_a_falling_loss_never() -> None:
     health = Health(skips=False)
     for step in range(1, 300):
         assert health.look(step, 7.0 * math.exp(-step / 20) + noisy(step), 1.0) is None
-    mark = health.look(300, 4.5, 1.0)
+    mark = health.look(300, 5.5, 1.0)
     assert mark is not None
-    assert (mark.name, mark.value) == ("spike", 4.5)
+    assert (mark.name, mark.value) == ("spike", 5.5)
     assert "python -m train.trace --step 300" in mark.text
     assert health.look(301, noisy(301), 1.0) is None
 

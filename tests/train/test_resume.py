@@ -90,9 +90,12 @@ def resume(project: Project, processes: int) -> None:
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The training processes under torchrun, by rank."""
-    children = psutil.Process(process.pid).children()
-    return sorted(children, key=lambda child: int(child.environ()["RANK"]))
+    """The training processes under torchrun, by rank; none while they come and go."""
+    try:
+        children = psutil.Process(process.pid).children()
+        return sorted(children, key=lambda child: int(child.environ()["RANK"]))
+    except (psutil.NoSuchProcess, KeyError):
+        return []
 
 
 def test_a_killed_rank_is_replaced_then_brings_the_job_down_and_the_job_resumes(
