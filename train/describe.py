@@ -96,7 +96,7 @@ def summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
     return {
         "step": run.params.steps,
         "tokens": tokens,
-        "loss": sum(losses) / len(losses),
+        "loss": sum(losses) / len(losses) if losses else None,  # None: all were skipped
         "val_loss": validations[-1],
         "best_val_loss": min(validations),
         "parameters": parameter_count(trainer.gpt.config),
