@@ -1,17 +1,24 @@
-"""AdamW with its parameter groups decided by one rule, and shown.
+"""The optimizer, with its parameter groups decided by one rule, and shown.
 
 Matrices (two dimensions and more) decay, vectors (biases, LayerNorm gains) do not, and embeddings
 do or do not by parameter: GPT-2's and GPT-3's recipes decay them, others leave them out. AdamW is
-Loshchilov and Hutter 2019: decay is taken from the weight, not added to the gradient.
+Loshchilov and Hutter 2019: decay is taken from the weight, not added to the gradient. With Muon
+(muon.py) the group "matrices" is Muon's, and AdamW has the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from train.muon import MuonAdamW
+
+Optimizer = torch.optim.AdamW | MuonAdamW
+Kind = Literal["adamw", "muon"]
 
 EMBEDDINGS = ("wte.", "wpe.")
 
@@ -56,13 +63,18 @@ def decay_groups(named: Iterable[tuple[str, Tensor]], *, embeddings_decay: bool)
     return groups
 
 
-def table(groups: Iterable[Group], weight_decay: float) -> str:
-    """The groups as lines for the log: name, tensors, numbers, decay."""
+def table(groups: Iterable[Group], weight_decay: float, kind: Kind = "adamw") -> str:
+    """The groups as lines for the log: name, tensors, numbers, decay, rule."""
     return "\n".join(
         f"  {group.name:<10} {len(group.parameters):>5} tensors {group.size:>14,} parameters"
         f"   weight decay {weight_decay if group.decays else 0.0:g}"
+        f"   {'Muon' if _is_muons(group, kind) else 'AdamW'}"
         for group in groups
     )
+
+
+def _is_muons(group: Group, kind: Kind) -> bool:
+    return kind == "muon" and group.name == "matrices"
 
 
 def adamw(
@@ -89,13 +101,37 @@ def adamw(
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+def make_optimizer(
+    groups: Sequence[Group],
+    kind: Kind,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> Optimizer:
+    """AdamW over all groups, or Muon over the matrices and AdamW over the rest."""
+    hidden = [group for group in groups if _is_muons(group, kind)]
+    rest = adamw(
+        [group for group in groups if not _is_muons(group, kind)],
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        betas=betas,
+        eps=eps,
+    )
+    if not hidden:
+        return rest
+    matrices = [pair for group in hidden for pair in group.parameters]
+    return MuonAdamW(matrices, rest, learning_rate=learning_rate, weight_decay=weight_decay)
+
+
+def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
     """Gives every group the learning rate of this step."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 
 
-def flat_state(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def flat_state(optimizer: Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The optimizer's state under names that speak: ``<parameter>.exp_avg`` and so on.
 
     Returns:
@@ -109,7 +145,7 @@ def flat_state(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) ->
 
 
 def load_flat_state(
-    optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    optimizer: Optimizer, named: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> None:
     """Puts a state made by ``flat_state`` into an optimizer over the same parameters.
 
@@ -118,9 +154,12 @@ def load_flat_state(
         ValueError: A state is of another shape, or belongs to no parameter.
     """
     left = set(state)
+    momenta = optimizer.momenta if isinstance(optimizer, MuonAdamW) else {}
+    adamw = optimizer.adamw if isinstance(optimizer, MuonAdamW) else optimizer
     for name, parameter in named.items():
+        keys = ("momentum_buffer",) if parameter in momenta else ("step", "exp_avg", "exp_avg_sq")
         loaded = {}
-        for key in ("step", "exp_avg", "exp_avg_sq"):
+        for key in keys:
             value = state[f"{name}.{key}"]
             if key != "step" and value.shape != parameter.shape:
                 raise ValueError(
@@ -130,6 +169,9 @@ def load_flat_state(
             # The fused kernels want the step counter beside the parameter, as float32.
             loaded[key] = value.to(parameter.device, torch.float32, copy=True)
             left.discard(f"{name}.{key}")
-        optimizer.state[parameter] = loaded
+        if parameter in momenta:
+            momenta[parameter].copy_(loaded["momentum_buffer"])
+        else:
+            adamw.state[parameter] = loaded
     if left:
         raise ValueError(f"optimizer state of no parameter of this model: {sorted(left)[:3]}")
