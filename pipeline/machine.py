@@ -82,6 +82,9 @@ class Machine(BaseSettings):
     timeout: float = Field(default=900.0, gt=0)
     """Seconds that a training process waits for another before it ends the run."""
 
+    overlap: bool = False
+    """Cut a compiled model in several graphs, to send gradients while others are computed."""
+
     fresh: bool = False
     """Make everything anew, ignoring the finished pieces of the store."""
 

@@ -44,6 +44,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the CPU, had no memory left to give."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def peak_memory(device: torch.device) -> int:
     """Most memory that this process has held, bytes: of the GPU, or resident on a CPU."""
     if device.type == "cuda":

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import platform
+import statistics
+import subprocess
 import sys
+from datetime import datetime, timezone
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,14 +36,72 @@ def banner(trainer: Trainer, done: int) -> str:
             f"training GPT-2, {parameter_count(config):,} parameters ({config.n_layer} layers, "
             f"{config.n_head} heads, width {config.n_embd}, context {config.block_size}), "
             f"on {len(run.train_data):,} tokens (dataset {run.dataset_key[:12]}): "
-            f"{params.steps:,} steps of {params.batch_tokens:,} tokens, "
-            f"{world.size} x {device_name(world.device)}, {split.micro_steps} micro-steps of "
+            f"{params.steps:,} steps of {params.batch_tokens:,} tokens{_ramp(trainer)}, "
+            f"{run.tokens(params.steps):,} in all; "
+            f"{world.size} x {device_name(world.device)}, "
+            f"{split.micro_steps(run.batches.full)} micro-steps of "
             f"{split.micro_batch} sequences, {params.dtype}, "
-            f"compile {'on' if trainer.compiled else 'off'}",
+            f"compile {'on' if trainer.compiled else 'off'}, "
+            f"commit {commit() or 'unknown (no git here)'}",
             f"run {run.folder}: " + (f"resumes after step {done}" if done else "starts"),
-            table(trainer.groups, params.weight_decay),
+            table(trainer.groups, params.weight_decay, params.optimizer),
         ]
     )
+
+
+def _ramp(trainer: Trainer) -> str:
+    params, batches = trainer.params, trainer.run.batches
+    if not params.batch_doublings:
+        return ""
+    first = batches.smallest * trainer.run.model.block_size
+    return f" (from {first:,}, doubled {params.batch_doublings} x in {params.batch_ramp_steps:,})"
+
+
+@lru_cache(maxsize=1)
+def commit() -> str | None:
+    """The commit that runs, 12 digits, "-dirty" where files differ from it; None without git.
+
+    It is told to people and to logs, and is part of no key: what decides a run is its content.
+    """
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def start_record(trainer: Trainer, done: int, peak: float | None) -> dict[str, Any]:
+    """The run record's line for one start: what was used, by whom, and when.
+
+    Args:
+        trainer: Ready to train.
+        done: Complete steps.
+        peak: Operations a second that all devices could do, if known.
+    """
+    run = trainer.run
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "commit": commit(),
+        "dataset_key": run.dataset_key,
+        "step": done,
+        "device_name": device_name(trainer.world.device),
+        "peak_flops": peak,
+        "arithmetic": arithmetic_of(trainer),
+        "versions": versions(),
+        "machine": run.machine.model_dump(mode="json"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what computes."""
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "safetensors": safetensors.__version__,
+    }
 
 
 def state(trainer: Trainer, step: int) -> dict[str, Any]:
@@ -49,11 +112,10 @@ def state(trainer: Trainer, step: int) -> dict[str, Any]:
         step: Complete steps.
     """
     run = trainer.run
-    samples = run.samples(step)
     return {
         "step": step,
-        "samples": samples,
-        "tokens": samples * run.model.block_size,
+        "samples": run.samples(step),
+        "tokens": run.tokens(step),
         "model": trainer.gpt.config.to_dict(),
         "train": run.params.model_dump(mode="json"),
         "run_key": run.key,
@@ -61,12 +123,7 @@ def state(trainer: Trainer, step: int) -> dict[str, Any]:
         "code_key": run.code_key,
         "adopted": run.record()["adopted"],
         "arithmetic": arithmetic_of(trainer),
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "safetensors": safetensors.__version__,
-        },
+        "versions": versions(),
     }
 
 
@@ -78,6 +135,7 @@ def arithmetic_of(trainer: Trainer) -> dict[str, Any]:
         "device": trainer.world.device.type,
         "threads": torch.get_num_threads(),
         "compile": trainer.compiled,
+        "overlap": trainer.compiled and trainer.run.machine.overlap,
     }
 
 
@@ -90,9 +148,10 @@ def summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
     """
     run, world, history = trainer.run, trainer.world, trainer.run.history
     losses, validations = history.last("train/loss", n=10), history.last("val/loss", n=10**9)
-    tokens = run.params.steps * run.params.batch_tokens
-    start = run.params.start()
-    taken = start.step * run.params.batch_tokens if start else 0  # trained before this run
+    begun = run.params.start()
+    taken = run.tokens(begun.step) if begun else 0  # trained before this run
+    tokens = run.tokens(run.params.steps)
+    waits, mfus = (history.last(name, n=10**9) for name in ("data_wait", "mfu"))
     return {
         "step": run.params.steps,
         "tokens": tokens,
@@ -102,9 +161,12 @@ def summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
         "parameters": parameter_count(trainer.gpt.config),
         "seconds": round(seconds, 1),
         "tokens_per_second": round((tokens - taken) / seconds, 1),
+        **({"mfu": round(statistics.median(mfus), 4)} if mfus else {}),
+        **({"data_wait": round(statistics.median(waits), 5)} if waits else {}),
         "peak_memory_bytes": peak_memory(world.device),
         "world_size": world.size,
         "micro_batch": trainer.split.micro_batch,
         "device": device_name(world.device),
         "dtype": run.params.dtype,
+        "commit": commit(),
     }

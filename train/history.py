@@ -13,7 +13,17 @@ from typing import Any, TextIO
 
 from pipeline import atomic
 
-CURVES = ("train/loss", "val/loss", "lr", "grad_norm", "tokens_per_second")
+CURVES = (
+    "train/loss",
+    "val/loss",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "mfu",
+    "step_seconds",
+    "data_wait",
+    "memory_gb",
+)
 
 Record = dict[str, Any]
 

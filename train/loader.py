@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline import TokenStream
 from pipeline.errors import UserError
 from train.order import DataOrder
 
@@ -26,6 +29,9 @@ class Tokens(Protocol):
     def __getitem__(self, part: slice, /) -> np.ndarray: ...
 
 
+_Item = tuple[Tensor, Tensor] | BaseException | None  # None: there are no more
+
+
 @dataclass(frozen=True, kw_only=True)
 class Split:
     """Who computes which samples of a global batch.
@@ -33,25 +39,32 @@ class Split:
         sample of (micro-step m, rank r, row b) = start + (m * world + r) * micro_batch + b
 
     Attributes:
-        batch: Windows in the global batch.
         world: Processes.
         micro_batch: Windows that one process computes at a time.
     """
 
-    batch: int
     world: int
     micro_batch: int
 
-    @property
-    def micro_steps(self) -> int:
-        """Micro-steps in a step, the same on each rank."""
-        return self.batch // (self.world * self.micro_batch)
+    def micro_steps(self, count: int) -> int:
+        """Micro-steps of a batch of ``count`` windows, the same on each rank."""
+        return count // (self.world * self.micro_batch)
+
+    def share(self, windows: np.ndarray, rank: int) -> np.ndarray:
+        """What one rank computes of a batch: (count,) -> (micro_steps, micro_batch)."""
+        return windows.reshape(-1, self.world, self.micro_batch)[:, rank]
 
     @classmethod
     def plan(
-        cls, batch: int, block_size: int, world: int, micro_batch: int | None, largest: int
+        cls,
+        batch: int,
+        block_size: int,
+        world: int,
+        micro_batch: int | None,
+        largest: int,
+        name: str = "train.batch_tokens",
     ) -> Split:
-        """Splits a batch.
+        """Splits a batch, and any multiple of it.
 
         Args:
             batch: Windows in the global batch.
@@ -59,34 +72,37 @@ class Split:
             world: Processes.
             micro_batch: Windows at a time, or None: the largest divisor up to ``largest``.
             largest: What fits without being asked for.
+            name: Of the batch, for the message.
 
         Raises:
             UserError: No even split; names the nearest that are.
         """
         if batch % world:
             raise UserError(
-                f"train.batch_tokens: {batch * block_size} are {batch} sequences, which {world} "
+                f"{name}: {batch * block_size} are {batch} sequences, which {world} "
                 f"processes cannot share; nearest: {_around(batch, world, block_size)}, or set "
                 f"processes (machine.yaml, GPT2_PROCESSES) to {_near_divisors(batch, world)}"
             )
         each = batch // world
         if micro_batch is None:
-            micro_batch = max(n for n in _divisors(each) if n <= max(1, largest))
+            micro_batch = max(n for n in divisors(each) if n <= max(1, largest))
         elif each % micro_batch:
             raise UserError(
                 f"micro_batch (machine.yaml, GPT2_MICRO_BATCH): {micro_batch} does not divide the "
                 f"{each} sequences that each of {world} processes has a step; nearest: "
                 f"{_near_divisors(each, micro_batch)}"
             )
-        return cls(batch=batch, world=world, micro_batch=micro_batch)
+        return cls(world=world, micro_batch=micro_batch)
 
 
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+def divisors(n: int) -> list[int]:
+    """All divisors, in order."""
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*low, *(n // d for d in low)})
 
 
 def _near_divisors(n: int, wanted: int) -> str:
-    nearest = sorted(_divisors(n), key=lambda d: abs(d - wanted))[:2]
+    nearest = sorted(divisors(n), key=lambda d: abs(d - wanted))[:2]
     return " or ".join(str(d) for d in sorted(nearest))
 
 
@@ -95,24 +111,27 @@ def _around(batch: int, world: int, block_size: int) -> str:
     return " or ".join(str(n * block_size) for n in (below, below + world) if n)
 
 
-def read_windows(stream: Tokens, windows: np.ndarray, block_size: int) -> Tensor:
+def read_windows(
+    stream: TokenStream, windows: np.ndarray, block_size: int
+) -> tuple[Tensor, Tensor]:
     """Reads windows of a stream.
 
     Returns:
-        (len(windows), block_size + 1) int64: inputs are [:, :-1], targets [:, 1:].
+        Inputs and targets, the latter one token on, each (len(windows), block_size) int64 and
+        contiguous: other strides would be compiled anew.
     """
-    rows = np.empty((len(windows), block_size + 1), dtype=np.int64)
-    for row, window in zip(rows, windows.tolist(), strict=True):
-        first = window * block_size
-        row[:] = stream[first : first + block_size + 1]
-    return torch.from_numpy(rows)
+    rows = stream.gather(windows * block_size, block_size + 1)
+    return (
+        torch.from_numpy(rows[:, :-1].astype(np.int64)),
+        torch.from_numpy(rows[:, 1:].astype(np.int64)),
+    )
 
 
 class Batches(Iterator[tuple[Tensor, Tensor]]):
-    """The micro-batches of one rank, in order, from a sample onwards.
+    """The micro-batches of one rank, in order.
 
     A context manager: a thread reads ahead between enter and exit. An error in the thread is
-    raised again where the batch is asked for. What is read depends on ``start`` alone, so a loader
+    raised again where the batch is asked for. What is read depends on ``spans`` alone, so a loader
     has no state to save.
 
     Args:
@@ -120,25 +139,27 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         order: Its order.
         split: How a global batch is shared.
         rank: Of this process.
-        start: First global sample, a multiple of nothing in particular.
-        steps: Global batches to deliver.
+        spans: For each step, the first global sample and their number (a ``BatchSchedule``'s).
         device: Where the tensors go; pinned memory and an asynchronous copy on CUDA.
+
+    Attributes:
+        waited: Seconds that ``next`` has taken so far: what data cost the training.
     """
 
     def __init__(
         self,
-        stream: Tokens,
+        stream: TokenStream,
         order: DataOrder,
         split: Split,
         *,
         rank: int,
-        start: int,
-        steps: int,
+        spans: Iterable[tuple[int, int]],
         device: torch.device,
     ) -> None:
         self._stream, self._order, self._split, self._rank = stream, order, split, rank
-        self._start, self._steps, self._device = start, steps, device
-        self._queue: queue.Queue[Tensor | BaseException | None] = queue.Queue(AHEAD)
+        self._spans, self._device = spans, device
+        self.waited = 0.0
+        self._queue: queue.Queue[_Item] = queue.Queue(AHEAD)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._fetch, name="batches", daemon=True)
 
@@ -152,36 +173,31 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
 
     def __next__(self) -> tuple[Tensor, Tensor]:
         """The next micro-batch: inputs and targets, each (micro_batch, block_size) int64."""
+        before = time.perf_counter()
         item = self._queue.get()
         if item is None:
             raise StopIteration
         if isinstance(item, BaseException):
             raise item
-        rows = item.to(self._device, non_blocking=True)
-        # Contiguous, as all that the model is given: other strides would be compiled anew.
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-
-    def _micro_batches(self) -> Iterator[np.ndarray]:
-        split = self._split
-        for step in range(self._steps):
-            for micro in range(split.micro_steps):
-                first = (micro * split.world + self._rank) * split.micro_batch
-                start = self._start + step * split.batch + first
-                yield self._order.samples(start, split.micro_batch)
+        inputs, targets = (part.to(self._device, non_blocking=True) for part in item)
+        self.waited += time.perf_counter() - before
+        return inputs, targets
 
     def _fetch(self) -> None:
         try:
-            for windows in self._micro_batches():
-                rows = read_windows(self._stream, windows, self._order.block_size)
-                if self._device.type == "cuda":
-                    rows = rows.pin_memory()
-                if not self._put(rows):
-                    return
+            for start, count in self._spans:
+                windows = self._order.samples(start, count)
+                for part in self._split.share(windows, self._rank):
+                    batch = read_windows(self._stream, part, self._order.block_size)
+                    if self._device.type == "cuda":
+                        batch = batch[0].pin_memory(), batch[1].pin_memory()
+                    if not self._put(batch):
+                        return
             self._put(None)
         except BaseException as error:  # the loop raises it, with the thread's traceback
             self._put(error)
 
-    def _put(self, item: Tensor | BaseException | None) -> bool:
+    def _put(self, item: _Item) -> bool:
         """Queues an item; False where nobody wants it any more."""
         while not self._closing.is_set():
             try:

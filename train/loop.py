@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 
+from model.size import flops_per_token
 from pipeline import stage
 from pipeline.errors import Stopped
 from train import checkpoint
-from train.describe import banner, summary
+from train.describe import banner, start_record, summary
 from train.distributed import World
 from train.health import Health, NonFinite
 from train.interrupt import Interrupt, Interrupted
@@ -33,13 +34,18 @@ def train(run: Run, world: World) -> None:
         run.record()
         history.begin(done)
     trainer.join()
+    peak = trainer.peak()
+    if world.first:
+        run.note_start(start_record(trainer, done, peak))
     meter = Meter(
         world,
         history,
         steps=run.params.steps,
-        batch_tokens=run.params.batch_tokens,
+        tokens=run.tokens,
         every=run.params.log_every,
         seconds=sum(history.last("seconds")),
+        flops_per_token=flops_per_token(trainer.gpt.config, run.model.block_size),
+        peak=peak,
         health=Health(skips=run.params.non_finite == "skip", skipped=sum(history.last("skipped"))),
     )
     batches = Batches(
@@ -47,8 +53,7 @@ def train(run: Run, world: World) -> None:
         run.order,
         trainer.split,
         rank=world.rank,
-        start=run.samples(done),
-        steps=run.params.steps - done,
+        spans=(run.batches(step) for step in range(done, run.params.steps)),
         device=world.device,
     )
     try:
@@ -94,7 +99,7 @@ def advance(
         while done < params.steps:
             learning_rate, numbers = trainer.step(done, batches, interrupt)
             done += 1
-            meter.step(done, learning_rate, numbers)
+            meter.step(done, learning_rate, numbers, waited=batches.waited)
             if due(params.val_every):
                 validate()  # also what is about to be saved
             if due(params.checkpoint_every):

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 from torch import Tensor
 
+from train.arithmetic import peak_memory
 from train.distributed import World
 from train.health import Health, NonFinite
-from train.history import History
+from train.history import History, Record
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class _Pending:
     step: int
     learning_rate: float
     seconds: float
+    waited: float
     values: Tensor
     arrived: torch.cuda.Event | None
 
@@ -39,9 +42,11 @@ class Meter:
         world: The processes.
         history: Where rank 0 logs.
         steps: Steps of the run.
-        batch_tokens: Tokens a step.
+        tokens: Tokens that so many complete steps have trained on.
         every: Steps between logged ones.
         seconds: Time that the run has spent training before this start.
+        flops_per_token: Operations that the model needs for a token, forward and backward.
+        peak: Operations a second that all devices could do; None: not known, so no MFU.
         health: Looks at each step's numbers.
     """
 
@@ -51,35 +56,40 @@ class Meter:
         history: History,
         *,
         steps: int,
-        batch_tokens: int,
+        tokens: Callable[[int], int],
         every: int,
         seconds: float,
+        flops_per_token: int,
+        peak: float | None,
         health: Health,
     ) -> None:
         self._world, self._history, self._health = world, history, health
-        self._steps, self._batch_tokens, self._every = steps, batch_tokens, every
+        self._steps, self._tokens, self._every = steps, tokens, every
+        self._flops_per_token, self._peak = flops_per_token, peak
         self.seconds = seconds
         self._pending: _Pending | None = None
         self._mark = time.perf_counter()
-        self._logged: tuple[int, float] | None = None  # (step, seconds) of the last line
+        # (step, seconds, seconds waited for data) at the last line
+        self._logged: tuple[int, float, float] | None = None
 
-    def step(self, step: int, learning_rate: float, values: Tensor) -> None:
+    def step(self, step: int, learning_rate: float, values: Tensor, waited: float) -> None:
         """Takes the numbers of a step, and deals with those of the step before.
 
         Args:
             step: Complete steps, this one included.
             learning_rate: Of this step.
             values: (2,) on the device: loss and gradient norm, both already reduced.
+            waited: Seconds that this start has waited for data so far.
 
         Raises:
             NonFinite: The step before went wrong.
         """
         if self._logged is None:  # speed is measured from this start's first step on
-            self._logged = (step - 1, self.seconds)
+            self._logged = (step - 1, self.seconds, 0.0)
         now = time.perf_counter()
         self.seconds += now - self._mark
         self._mark = now
-        before, self._pending = self._pending, self._send(step, learning_rate, values)
+        before, self._pending = self._pending, self._send(step, learning_rate, values, waited)
         if before is not None:
             self._read(before)
 
@@ -119,7 +129,7 @@ class Meter:
         if self._world.first:
             self._print(step, text)
 
-    def _send(self, step: int, learning_rate: float, values: Tensor) -> _Pending:
+    def _send(self, step: int, learning_rate: float, values: Tensor, waited: float) -> _Pending:
         arrived = None
         if values.is_cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -127,7 +137,7 @@ class Meter:
             arrived = torch.cuda.Event()
             arrived.record()
             values = host
-        return _Pending(step, learning_rate, self.seconds, values, arrived)
+        return _Pending(step, learning_rate, self.seconds, waited, values, arrived)
 
     def _read(self, pending: _Pending) -> None:
         if pending.arrived is not None:
@@ -143,30 +153,40 @@ class Meter:
         if step % self._every and step not in (1, self._steps):
             return
         assert self._logged is not None
-        before, at = self._logged
-        elapsed = pending.seconds - at
-        speed = (step - before) * self._batch_tokens / elapsed if elapsed > 0 else 0.0
-        self._logged = (step, pending.seconds)
+        before, at, waited = self._logged
+        self._logged = (step, pending.seconds, pending.waited)
         if not self._world.first:
             return
-        self._history.add(
-            {
-                "step": step,
-                "tokens": step * self._batch_tokens,
-                "train/loss": loss,
-                "lr": pending.learning_rate,
-                "grad_norm": norm,
-                "tokens_per_second": round(speed, 1),
-                "seconds": round(pending.seconds, 3),
-            }
-        )
-        left = (self._steps - step) * self._batch_tokens / speed if speed else 0.0
-        self._print(
-            step,
-            f"loss {loss:7.4f}  lr {pending.learning_rate:.2e}  norm {norm:7.3f}"
-            f"  {speed:11,.0f} tok/s  eta {timedelta(seconds=round(left))}",
-        )
+        elapsed = max(pending.seconds - at, 1e-9)
+        speed = (self._tokens(step) - self._tokens(before)) / elapsed
+        record = {
+            "step": step,
+            "tokens": self._tokens(step),
+            "train/loss": loss,
+            "lr": pending.learning_rate,
+            "grad_norm": norm,
+            "tokens_per_second": round(speed, 1),
+            "step_seconds": round(elapsed / (step - before), 4),
+            "data_wait": round((pending.waited - waited) / elapsed, 5),  # part of the time
+            "memory_gb": round(peak_memory(self._world.device) / 1e9, 3),
+            "seconds": round(pending.seconds, 3),
+        }
+        if self._peak is not None:
+            record["mfu"] = round(speed * self._flops_per_token / self._peak, 4)
+        self._history.add(record)
+        left = (self._tokens(self._steps) - self._tokens(step)) / speed
+        self._print(step, f"{_line(record)}  eta {timedelta(seconds=round(left))}")
 
     def _print(self, step: int, text: str) -> None:
         width = len(str(self._steps))
         print(f"step {step:{width}d}/{self._steps}  {text}", flush=True)
+
+
+def _line(record: Record) -> str:
+    mfu = f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
+    return (
+        f"loss {record['train/loss']:7.4f}  lr {record['lr']:.2e}"
+        f"  norm {record['grad_norm']:7.3f}  {record['tokens_per_second']:11,.0f} tok/s{mfu}"
+        f"  {record['step_seconds']:.3f} s/step  data wait {record['data_wait']:.1%}"
+        f"  {record['memory_gb']:.2f} GB"
+    )

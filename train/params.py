@@ -10,7 +10,7 @@ from model import GPTConfig
 from pipeline.errors import UserError
 from pipeline.params import Section
 from train.checkpoint import Keep
-from train.schedule import Schedule
+from train.schedule import BatchSchedule, Schedule
 from train.start import Start
 
 
@@ -81,6 +81,15 @@ class TrainParams(Section):
     batch_tokens: int = Field(ge=1)
     """Tokens a step over all processes, a multiple of `model.block_size` (124M: 524288)."""
 
+    batch_doublings: int = Field(default=0, ge=0, le=16)
+    """How often the batch doubles until it is `batch_tokens` (0 to 16; 0: whole from the start)."""
+
+    batch_ramp_steps: int = Field(default=0, ge=0)
+    """Steps before the batch is whole, shared evenly by the smaller sizes (0 to below `steps`)."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`adamw`, or `muon`: Muon for the matrices of the blocks, AdamW for the rest."""
+
     learning_rate: float = Field(gt=0, lt=1)
     """Highest learning rate (above 0, below 1; 124M: 6e-4)."""
 
@@ -97,7 +106,7 @@ class TrainParams(Section):
     """`wsd` only: part of the steps over which the rate falls at the end (above 0, to 1)."""
 
     weight_decay: float = Field(default=0.1, ge=0)
-    """AdamW's decoupled decay, of matrices only (0 or more)."""
+    """Decoupled decay, of matrices only (0 or more)."""
 
     embeddings_decay: bool = True
     """Whether token and position embeddings decay with the matrices."""
@@ -168,6 +177,20 @@ class TrainParams(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _ramp_is_whole(self) -> TrainParams:
+        if self.batch_ramp_steps >= self.steps:
+            raise ValueError(
+                f"batch_ramp_steps {self.batch_ramp_steps} leaves nothing of {self.steps} steps; "
+                f"at most {self.steps - 1}"
+            )
+        if bool(self.batch_doublings) != bool(self.batch_ramp_steps):
+            raise ValueError(
+                f"batch_doublings {self.batch_doublings} and batch_ramp_steps "
+                f"{self.batch_ramp_steps} go together; set both, or both to 0"
+            )
+        return self
+
     def start(self) -> Start | None:
         """What the run starts from; None: from nothing."""
         return Start.parse(self.init, self.init_with)
@@ -191,17 +214,23 @@ class TrainParams(Section):
             decay_steps=max(1, round(self.steps * self.decay_ratio)),
         )
 
-    def batch_windows(self, block_size: int) -> int:
-        """Windows (samples) in the global batch.
+    def batches(self, block_size: int) -> BatchSchedule:
+        """Which samples (windows of `block_size` tokens) each step takes.
 
         Raises:
-            UserError: `batch_tokens` is no multiple of the block size.
+            UserError: `batch_tokens` is no multiple of the block size, or not so often halved.
         """
-        windows, rest = divmod(self.batch_tokens, block_size)
+        unit = block_size << self.batch_doublings
+        windows, rest = divmod(self.batch_tokens, unit)
         if rest:
-            near = [n * block_size for n in (windows, windows + 1) if n]
+            near = [n * unit for n in (windows, windows + 1) if n]
+            ramp = f" times 2^{self.batch_doublings} (batch_doublings)" if unit > block_size else ""
             raise UserError(
                 f"params.yaml: train.batch_tokens: {self.batch_tokens} is no multiple of "
-                f"model.block_size {block_size}; nearest: {' and '.join(map(str, near))}"
+                f"model.block_size {block_size}{ramp}; nearest: {' and '.join(map(str, near))}"
             )
-        return windows
+        return BatchSchedule(
+            full=self.batch_tokens // block_size,
+            doublings=self.batch_doublings,
+            ramp_steps=self.batch_ramp_steps,
+        )

@@ -6,6 +6,7 @@ the code. Its folder in the store, ``.work/runs/<run_key>/``, grows while it tra
     run.json         what it is: all that its key is made of, and what it adopted (adopt.py)
     step-00000200/   checkpoints (checkpoint.py)
     log.jsonl        its history (history.py)
+    starts.jsonl     the run record: a line a start, with commit, machine and versions (describe.py)
     final.json       written last: the metrics of the finished run
     failed.json      a failure that would only repeat itself
 
@@ -36,6 +37,7 @@ from train import checkpoint
 from train.history import History
 from train.order import DataOrder
 from train.params import ModelParams, TrainParams
+from train.schedule import BatchSchedule
 from train.validation import check_split
 
 TOKENS = Path("data/tokens")
@@ -69,7 +71,7 @@ class Run:
         model = load_section("model", ModelParams)
         params = load_section("train", TrainParams)
         machine = Machine.load()
-        params.batch_windows(model.block_size)
+        params.batches(model.block_size)
         start = params.start()
         if start is not None and CHECKPOINT.resolve() in (p := start.folder.resolve(), *p.parents):
             raise UserError(
@@ -126,13 +128,17 @@ class Run:
         return self.store.folder("runs", self.key)
 
     @cached_property
-    def batch(self) -> int:
-        """Windows in a global batch."""
-        return self.params.batch_windows(self.model.block_size)
+    def batches(self) -> BatchSchedule:
+        """Which global samples each step takes."""
+        return self.params.batches(self.model.block_size)
 
     def samples(self, step: int) -> int:
         """Windows seen after ``step`` complete steps."""
-        return step * self.batch
+        return self.batches(step)[0]
+
+    def tokens(self, step: int) -> int:
+        """The same in tokens."""
+        return self.samples(step) * self.model.block_size
 
     @cached_property
     def order(self) -> DataOrder:
@@ -187,6 +193,11 @@ class Run:
     def fail(self, what: str) -> None:
         """Leaves a marker, so that a restart does not replay the failure."""
         atomic.write_json(self.folder / "failed.json", {"what": what})
+
+    def note_start(self, record: dict[str, Any]) -> None:
+        """Adds a line to the run record."""
+        with open(self.folder / "starts.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, sort_keys=True) + "\n")
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Marks the run as finished."""

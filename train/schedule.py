@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step."""
+"""The learning rate and the batch of each step, as pure functions of its number."""
 
 from __future__ import annotations
 
@@ -60,3 +60,46 @@ class Schedule:
         return 0.5 * (
             1.0 + math.cos(math.pi * (step - self.warmup_steps) / (last - self.warmup_steps))
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSchedule:
+    """Which global samples each step takes: ``[start, start + count)``, steps counted from 0.
+
+    A batch may grow to its full size by doublings, as many steps with each of the smaller sizes
+    (with 2 doublings in 100 steps: 50 of a quarter, 50 of a half, then the whole). Early gradients
+    agree so well that a small batch wastes none of them (McCandlish et al. 2018); GPT-3 grew its
+    batch so. Every size is the smallest times a power of two, so what shares the smallest among
+    processes and micro-steps shares them all.
+
+    Attributes:
+        full: Samples of a step once the batch is whole.
+        doublings: How often it doubles until then; 0: it is whole from the first step on.
+        ramp_steps: Steps before it is whole.
+    """
+
+    full: int
+    doublings: int = 0
+    ramp_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.full % 2**self.doublings:
+            raise ValueError(f"{self.full} samples cannot be halved {self.doublings} times")
+
+    @property
+    def smallest(self) -> int:
+        """Samples of the first step."""
+        return self.full >> self.doublings
+
+    def __call__(self, step: int) -> tuple[int, int]:
+        """First sample and number of samples of step ``step``, 0 <= step; O(doublings)."""
+        if step < 0:
+            raise ValueError(f"step {step} is negative")
+        start = begin = 0
+        for size in range(self.doublings):
+            end = (size + 1) * self.ramp_steps // self.doublings
+            count = self.smallest << size
+            if step < end:
+                return start + (step - begin) * count, count
+            start, begin = start + (end - begin) * count, end
+        return start + (step - begin) * self.full, self.full

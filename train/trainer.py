@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,13 +12,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT
 from pipeline.errors import UserError
-from train import arithmetic, checkpoint
+from train import arithmetic, checkpoint, hardware
 from train.arithmetic import summed_loss
 from train.describe import arithmetic_of, state
 from train.distributed import World
 from train.interrupt import Interrupt
-from train.loader import Batches, Split
-from train.optimizer import adamw, decay_groups, flat_state, load_flat_state, set_learning_rate
+from train.loader import Batches, Split, divisors
+from train.optimizer import (
+    decay_groups,
+    flat_state,
+    load_flat_state,
+    make_optimizer,
+    set_learning_rate,
+)
 from train.run import Run
 from train.validation import mean_loss
 from train.writer import Writer
@@ -35,7 +42,15 @@ def plan_split(run: Run, world_size: int, device: str) -> Split:
         UserError: It cannot be shared evenly.
     """
     largest = MICRO_BATCH_TOKENS[device] // run.model.block_size
-    return Split.plan(run.batch, run.model.block_size, world_size, run.machine.micro_batch, largest)
+    doublings = run.params.batch_doublings
+    return Split.plan(
+        run.batches.smallest,
+        run.model.block_size,
+        world_size,
+        run.machine.micro_batch,
+        largest,
+        "train.batch_tokens" + (f" / 2^{doublings} (batch_doublings)" if doublings else ""),
+    )
 
 
 class Trainer:
@@ -58,8 +73,9 @@ class Trainer:
         self.gpt = GPT.initialised(run.model.config(), seed=run.params.seed, device=world.device)
         self.named = dict(self.gpt.named_parameters())
         self.groups = decay_groups(self.named.items(), embeddings_decay=run.params.embeddings_decay)
-        self.optimizer = adamw(
+        self.optimizer = make_optimizer(
             self.groups,
+            run.params.optimizer,
             learning_rate=run.params.learning_rate,
             weight_decay=run.params.weight_decay,
             betas=(run.params.beta1, run.params.beta2),
@@ -72,8 +88,9 @@ class Trainer:
         self.measured: float | None = None  # validation loss of the weights as they are now
         self.forward: Any = self.gpt
         if self.compiled:
-            # DDP's own splitting of graphs would cut the one graph in six.
-            torch._dynamo.config.optimize_ddp = False
+            # One graph is the fastest. Cut where DDP's buckets end, it sends each bucket while the
+            # backward goes on, which pays where the links between the nodes are slow.
+            torch._dynamo.config.optimize_ddp = run.machine.overlap
             self.forward = torch.compile(self.gpt, fullgraph=True)
 
     def restore(self) -> int:
@@ -147,12 +164,45 @@ class Trainer:
             device_ids=[device] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
         )
+        try:
+            self._rehearse()
+        except RuntimeError as error:
+            if not arithmetic.is_out_of_memory(error):
+                raise
+            raise UserError(self._too_big()) from None
+
+    def _rehearse(self) -> None:
+        device = self.world.device
+        # What the first step will make, held meanwhile: a lack of memory is to show here.
+        moments = [torch.empty_like(p) for p in self.named.values() for _ in range(2)]
         shape = (self.split.micro_batch, self.run.model.block_size)
         inputs = torch.zeros(shape, dtype=torch.int64, device=device)
         targets = torch.zeros_like(inputs)  # not the same tensor twice: compiled as a case apart
         for _ in range(2):
             summed_loss(self.ddp, inputs, targets, self.params.dtype).backward()
         self.optimizer.zero_grad(set_to_none=False)
+        del moments
+
+    def _too_big(self) -> str:
+        """What to change where a step finds too little memory."""
+        rows, T = self.split.micro_batch, self.run.model.block_size
+        smaller = [n for n in divisors(rows) if n < rows]
+        mend = (
+            f"try {smaller[-1]} (the same result, more micro-steps)"
+            if smaller
+            else "it cannot be smaller: take a smaller model or model.block_size"
+        )
+        return (
+            f"micro_batch (machine.yaml, GPT2_MICRO_BATCH): {rows} sequences of {T} tokens at a "
+            f"time need more memory than {arithmetic.device_name(self.world.device)} has; {mend}"
+        )
+
+    def peak(self) -> float | None:
+        """What all devices together could compute, FLOP/s; None where that is not known."""
+        own = hardware.peak(self.world.device, self.params.dtype)
+        total = torch.tensor(own or math.nan, dtype=torch.float64, device=self.world.device)
+        together = self.world.sum(total).item()
+        return None if math.isnan(together) else together
 
     def step(self, step: int, batches: Batches, interrupt: Interrupt) -> tuple[float, Tensor]:
         """One optimizer step.
@@ -173,13 +223,15 @@ class Trainer:
 
         # The loss is the mean over the global batch: a sum over its tokens, divided once. DDP
         # divides the summed gradients by the number of ranks, which is undone here.
-        scale = self.world.size / self.params.batch_tokens
+        _, count = self.run.batches(step)
+        scale = self.world.size / (count * self.run.model.block_size)
+        micro_steps = self.split.micro_steps(count)
         total = torch.zeros((), device=self.world.device)
-        for micro_step in range(self.split.micro_steps):
+        for micro_step in range(micro_steps):
             interrupt.check()
             inputs, targets = next(batches)
             # Only the last backward talks to other ranks; no_sync must hold the forward as well.
-            last = micro_step == self.split.micro_steps - 1
+            last = micro_step == micro_steps - 1
             with nullcontext() if last else self.ddp.no_sync():
                 loss = summed_loss(self.ddp, inputs, targets, self.params.dtype) * scale
                 loss.backward()

@@ -8,6 +8,7 @@ included, is what a save costs. It is compared with 50 steps; and with a save th
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import tempfile
@@ -50,8 +51,8 @@ def measure(turns: int, steps: int, every: int) -> None:
         done = trainer.restore()
         trainer.join()
         batches = Batches(
-            run.train_data, run.order, trainer.split, rank=0, start=0, steps=10**6,
-            device=world.device,
+            run.train_data, run.order, trainer.split, rank=0, device=world.device,
+            spans=map(run.batches, itertools.count()),
         )  # fmt: skip
         with batches, trainer.writer, Interrupt(world) as interrupt:
 

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from model import GPT
-from model.size import parameter_count
+from model.size import flops_per_token, parameter_count
 from pipeline.errors import Stopped, UserError
 from tests.train.conftest import Project
 from train import checkpoint
 from train.distributed import process_group
 from train.loop import train
 from train.run import Run
-from train.trainer import Trainer
+from train.trainer import Trainer, plan_split
 
 
 def train_here() -> Run:
@@ -55,6 +55,19 @@ def test_a_run_leaves_what_it_promises(
     assert metrics["tokens"] == 12 * 128
     assert metrics["val_loss"] == records(run, "val/loss")[12]
     assert metrics["world_size"] == 1
+    (start,) = map(json.loads, (run.folder / "starts.jsonl").read_text().splitlines())
+    assert (start["step"], start["dataset_key"]) == (0, "k" * 64)
+    assert start["peak_flops"] > 0
+    for name in ("mfu", "step_seconds", "data_wait", "memory_gb"):
+        assert all(value >= 0 for value in records(run, name).values()), name
+        assert (project.folder / f"metrics/live/plots/metrics/{name}.tsv").exists()
+    last = run.history.records[-2]  # before the last validation
+    speed = 128 / last["step_seconds"]
+    assert last["tokens_per_second"] == pytest.approx(speed, rel=0.02)
+    flops = flops_per_token(run.model.config(), 16)
+    assert last["mfu"] == pytest.approx(speed * flops / start["peak_flops"], rel=0.02, abs=1e-4)
+    assert metrics["mfu"] > 0
+
     live = json.loads((project.folder / "metrics/live/metrics.json").read_text())
     assert live["val"]["loss"] == metrics["val_loss"]
     assert (project.folder / "metrics/live/plots/metrics/train/loss.tsv").exists()
@@ -100,6 +113,46 @@ def assert_same_gradients(one: dict[str, torch.Tensor], other: dict[str, torch.T
             assert (moment - other[name]).norm() <= 1e-6 * max(moment.norm(), 0.1 * whole), name
 
 
+def test_a_growing_batch_reads_on_where_the_smaller_one_ended(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project.write(train={"batch_doublings": 2, "batch_ramp_steps": 6})
+    run = train_here()
+    assert "(from 32, doubled 2 x in 6)" in capsys.readouterr().out
+    tokens = records(run, "tokens")
+    assert tokens == {1: 32, 2: 64, 4: 160, 6: 288, 8: 544, 10: 800, 12: 1056}
+    state = checkpoint.verify(project.folder / "artifacts/checkpoint")
+    assert (state["samples"], state["tokens"]) == (66, 1056)
+    losses = list(records(run, "train/loss").values())
+    assert losses[0] == pytest.approx(10.83, abs=0.05)  # a mean also while the batch is small
+    assert project.metrics()["tokens"] == 1056
+
+
+def test_a_batch_that_cannot_grow_is_refused(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.write(train={"batch_doublings": 4, "batch_ramp_steps": 5})
+    with pytest.raises(UserError, match=r"batch_tokens: 128 .* 2\^4 \(batch_doublings\).*: 256"):
+        Run.open()
+    project.write(train={"batch_doublings": 1})
+    with pytest.raises(UserError, match="batch_ramp_steps 0 go together"):
+        Run.open()
+    project.write(train={"batch_doublings": 3, "batch_ramp_steps": 5})
+    with pytest.raises(UserError, match=r"batch_tokens / 2\^3 \(batch_doublings\): 16 are 1 seq"):
+        plan_split(Run.open(), 2, "cpu")
+
+
+def test_too_little_memory_shows_before_the_first_step_and_says_what_to_change(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A micro-batch that no machine holds: 2^44 bytes of tokens alone."""
+    project.write(train={"batch_tokens": 2**41})
+    monkeypatch.setenv("GPT2_MICRO_BATCH", str(2**37))
+    with pytest.raises(UserError, match=rf"micro_batch .*: {2**37} seq.* 16 tokens.*; try {2**36}"):
+        train_here()
+    assert not list(project.run_folder.glob("step-*"))
+
+
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
     """Sends this process a signal while it computes a step."""
     original = Trainer.step
@@ -112,14 +165,24 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signa
     monkeypatch.setattr(Trainer, "step", step_and_signal)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_stopped_and_resumed_ends_with_the_same_bits(
-    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    project: Project,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    optimizer: str,
 ) -> None:
+    project.write(
+        train={"optimizer": optimizer}
+        if optimizer == "adamw"
+        else {"optimizer": optimizer, "batch_doublings": 1, "batch_ramp_steps": 8}
+    )
     monkeypatch.setenv("GPT2_WORK_DIR", "whole")
     whole = train_here()
     folder = project.folder / "artifacts/checkpoint"
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    for step, number in ((0, signal.SIGINT), (7, signal.SIGTERM), (8, signal.SIGUSR1)):
+    stops = ((0, signal.SIGINT), (7, signal.SIGTERM), (8, signal.SIGUSR1))
+    for step, number in stops if optimizer == "adamw" else stops[1:2]:
         monkeypatch.setenv("GPT2_WORK_DIR", f"stopped-{step}")
         with monkeypatch.context() as patch:
             interrupt_at(patch, step, number)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.schedule import Schedule
+from train.schedule import BatchSchedule, Schedule
 
 
 def schedule(**changes: Any) -> Schedule:
@@ -67,3 +67,42 @@ def test_constant_stays() -> None:
 def test_steps_outside_the_run_are_refused(step: int) -> None:
     with pytest.raises(ValueError, match="outside"):
         schedule()(step)
+
+
+# -- the batch -------------------------------------------------------------------------------------
+
+
+@given(
+    smallest=st.integers(1, 20),
+    doublings=st.integers(0, 5),
+    ramp=st.integers(1, 60),
+    step=st.integers(0, 100),
+)
+def test_the_batches_follow_each_other_without_a_gap(
+    smallest: int, doublings: int, ramp: int, step: int
+) -> None:
+    full = smallest << doublings
+    batches = BatchSchedule(full=full, doublings=doublings, ramp_steps=ramp if doublings else 0)
+    start, count = batches(step)
+    assert batches(step + 1)[0] == start + count
+    assert count % batches.smallest == 0
+    assert count == full or (doublings and step < ramp and count < full)
+
+
+def test_a_constant_batch() -> None:
+    batches = BatchSchedule(full=8)
+    assert [batches(step) for step in (0, 1, 10)] == [(0, 8), (8, 8), (80, 8)]
+
+
+def test_a_growing_batch() -> None:
+    batches = BatchSchedule(full=16, doublings=2, ramp_steps=5)  # 2 steps of 4, 3 of 8
+    assert [batches(step)[1] for step in range(7)] == [4, 4, 8, 8, 8, 16, 16]
+    assert batches(0)[0] == 0
+    assert batches(7)[0] == 2 * 4 + 3 * 8 + 2 * 16
+
+
+def test_impossible_batches_are_refused() -> None:
+    with pytest.raises(ValueError, match="12 samples cannot be halved 3 times"):
+        BatchSchedule(full=12, doublings=3, ramp_steps=3)
+    with pytest.raises(ValueError, match="negative"):
+        BatchSchedule(full=4)(-1)

@@ -1,0 +1,250 @@
+"""Our run against the same run written plainly over `transformers`, on real text.
+
+    python -m tests.benchmarks.curves FOLDER --text PARQUET... [--minutes N] [--only ours|plain]
+
+`ours` is `python -m train.launch` with two processes. `plain` is one process, one loop and
+`transformers.GPT2LMHeadModel`: no DDP, no loader, no module of train/ but the data order (what is
+compared needs the same data), with the schedule, the decay groups, clipping and AdamW written out
+again from their papers. Both start from the same weights. Where their losses, gradient norms and
+rates lie on each other, none of the two has a bug of its own.
+
+Both resume: with --minutes each call goes on for so long, and says at its end whether more is to be
+done (status 3). When both are finished the figures are printed and `curves.png` is drawn.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pipeline import Manifest, atomic
+from pipeline.params import read_yaml
+
+REPO = Path(__file__).parents[2]
+MODEL: dict[str, Any] = {"size": None, "n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 256}
+TRAIN: dict[str, Any] = {
+    "steps": 400, "batch_tokens": 4096, "learning_rate": 2e-3, "warmup_steps": 40,
+    "dtype": "float32", "val_every": 50, "val_tokens": 65536, "checkpoint_every": 20,
+    "log_every": 1,
+}  # fmt: skip
+STOPPED = 3
+
+
+def prepare(folder: Path, text: list[Path]) -> None:
+    """A project of its own, with a copy of the code, and the tokens of parquet files."""
+    if (folder / "data/verified.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("pipeline", "model", "train"):
+        shutil.copytree(REPO / name, folder / name, dirs_exist_ok=True)
+    shutil.copy(REPO / "dvc.yaml", folder)
+    params = read_yaml(REPO / "params.yaml")
+    params["source"] |= {"kind": "files", "paths": [str(path.absolute()) for path in text]}
+    params["tokenize"] |= {"shard_tokens": 1_000_000, "val_per_10k": 200}
+    params["model"], params["train"] = MODEL, params["train"] | TRAIN
+    (folder / "params.yaml").write_text(json.dumps(params, indent=1))  # JSON is YAML
+    for stage in ("download", "tokenize", "verify"):
+        subprocess.run([sys.executable, "-m", f"pipeline.{stage}"], cwd=folder, check=True)
+
+
+def ours(folder: Path, seconds: float) -> None:
+    """Runs `train.launch`, which goes on where it stopped; a SIGTERM ends it in time."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train.launch"],
+        cwd=folder,
+        env={**os.environ, "GPT2_PROCESSES": "2", "GPT2_DEVICE": "cpu", "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+    if process.wait() not in (0, STOPPED):
+        sys.exit(process.returncode)
+
+
+def our_log(folder: Path) -> dict[str, dict[int, float]]:
+    """Curve -> step -> value, of our run."""
+    (path,) = (folder / ".work/runs").glob("*/log.jsonl")
+    return _curves(path, {"loss": "train/loss", "val": "val/loss", "norm": "grad_norm", "lr": "lr"})
+
+
+def plain_log(folder: Path) -> dict[str, dict[int, float]]:
+    """The same of the plain one."""
+    return _curves(folder / "plain.jsonl", {k: k for k in ("loss", "val", "norm", "lr")})
+
+
+def _curves(path: Path, names: dict[str, str]) -> dict[str, dict[int, float]]:
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return {
+        short: {record["step"]: record[name] for record in records if name in record}
+        for short, name in names.items()
+    }
+
+
+def rate(step: int) -> float:
+    """Linear warm-up, then a cosine to a tenth at the last step; steps from 0."""
+    peak, warmup, last = TRAIN["learning_rate"], TRAIN["warmup_steps"], TRAIN["steps"] - 1
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (0.1 + 0.9 * (1 + math.cos(math.pi * (step - warmup) / (last - warmup))) / 2)
+
+
+def all_tokens(folder: Path, split: str) -> np.ndarray:
+    """A split's tokens, read as numpy reads any file."""
+    tokens = folder / "data/tokens"
+    names = [shard.name for shard in Manifest.load(tokens).shards if shard.split == split]
+    return np.concatenate([np.fromfile(tokens / name, "<u2")[512:] for name in names])
+
+
+def plain(folder: Path, seconds: float) -> None:
+    """Goes on with the run over `transformers` for so long, or to its end."""
+    import transformers
+
+    from model import GPT, GPTConfig
+    from train import DataOrder
+
+    end = time.monotonic() + seconds
+    params = read_yaml(folder / "params.yaml")["train"]
+    T, rows = MODEL["block_size"], TRAIN["batch_tokens"] // MODEL["block_size"]
+    train_tokens, val_tokens = all_tokens(folder, "train"), all_tokens(folder, "val")
+    order = DataOrder(n_tokens=len(train_tokens), block_size=T, seed=params["seed"])
+
+    sizes = {key: value for key, value in MODEL.items() if key != "size"}
+    GPT.initialised(GPTConfig(**sizes), seed=params["seed"]).to_hf(folder / "initial")
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder / "initial")
+    matrices = [p for p in model.parameters() if p.dim() >= 2]  # embeddings among them, tied once
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    done, lines, saved = 0, [], folder / "plain.pt"
+    if saved.exists():
+        state = torch.load(saved)
+        done, lines = state["done"], state["lines"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+
+    def loss_of(tokens: np.ndarray, first: int) -> torch.Tensor:
+        window = torch.from_numpy(tokens[first : first + T + 1].astype(np.int64))
+        return F.cross_entropy(model(window[None, :-1]).logits[0], window[1:])
+
+    def validate() -> float:
+        n = TRAIN["val_tokens"] // T  # whole windows only
+        with torch.no_grad():
+            return sum(loss_of(val_tokens, w * T).item() for w in range(n)) / n
+
+    while done < TRAIN["steps"] and time.monotonic() < end:
+        for group in optimizer.param_groups:
+            group["lr"] = rate(done)
+        windows = order.samples(done * rows, rows)
+        indices = windows[:, None] * T + np.arange(T + 1)
+        total = 0.0
+        for part in np.split(train_tokens[indices].astype(np.int64), 4):
+            batch = torch.from_numpy(part)
+            logits = model(batch[:, :-1]).logits
+            loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()) / 4
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        line = {"step": done + 1, "loss": total, "norm": norm, "lr": rate(done)}
+        done += 1
+        if done % TRAIN["val_every"] == 0:
+            line["val"] = validate()
+            print(f"plain: step {done}, loss {total:.4f}, val {line['val']:.4f}", flush=True)
+        lines.append(line)
+    torch.save(
+        {"done": done, "lines": lines, "model": model.state_dict(),
+         "optimizer": optimizer.state_dict()}, saved,
+    )  # fmt: skip
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    atomic.write_bytes(folder / "plain.jsonl", text.encode())
+
+
+def compare(folder: Path) -> None:
+    """Prints how far the curves lie apart, and draws them."""
+    mine, theirs = our_log(folder), plain_log(folder)
+    steps = sorted(mine["loss"])
+    assert steps == sorted(theirs["loss"]), "both runs must be finished"
+
+    def difference(name: str, among: list[int]) -> np.ndarray:
+        return np.abs([mine[name][s] - theirs[name][s] for s in among])
+
+    print(f"loss, largest difference in steps 1 to 20: {difference('loss', steps[:20]).max():.1e}")
+    for first, last in ((20, 100), (100, 300), (300, len(steps))):
+        apart = difference("loss", steps[first:last])
+        print(f"  steps {first + 1} to {last}: mean {apart.mean():.1e}, largest {apart.max():.1e}")
+    relative = difference("norm", steps) / [theirs["norm"][s] for s in steps]
+    print(f"gradient norm: mean relative difference {relative.mean():.1e}")
+    print(f"learning rate: largest difference {difference('lr', steps).max():.1e}")
+    print(f"validation: largest difference {difference('val', sorted(theirs['val'])).max():.1e}")
+    last = max(theirs["val"])
+    print(f"  at the end: ours {mine['val'][last]:.4f}, plain {theirs['val'][last]:.4f}")
+    losses = np.array([mine["loss"][s] for s in steps])
+    spread = np.array(
+        [losses[i] - np.median(losses[max(0, i - 20) : i]) for i in range(20, len(losses))]
+    )
+    print(f"largest rise of our loss over the median of the 20 steps before: {spread.max():.3f}")
+    draw(mine, theirs, folder / "curves.png")
+
+
+def draw(mine: dict[str, dict[int, float]], theirs: dict[str, Any], path: Path) -> None:
+    """The curves, one above the other, and their difference."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 9), layout="constrained")
+    panels = figure.subplots(2, 2).ravel()
+    for axes, name in zip(panels, ("loss", "norm", "lr"), strict=False):
+        for label, curve, style in (("ours", mine, "-"), ("plain transformers", theirs, "--")):
+            axes.plot(*zip(*sorted(curve[name].items()), strict=True), style, label=label, lw=1)
+        axes.set_title({"loss": "loss, nats", "norm": "gradient norm", "lr": "learning rate"}[name])
+    for label, curve, marker in (("ours, val", mine, "o"), ("plain, val", theirs, "x")):
+        panels[0].plot(*zip(*sorted(curve["val"].items()), strict=True), marker, label=label)
+    gap = {s: abs(v - theirs["loss"][s]) + 1e-9 for s, v in mine["loss"].items()}
+    panels[3].semilogy(*zip(*sorted(gap.items()), strict=True), lw=1)
+    panels[3].set_title("difference of the losses, nats")
+    for axes in panels:
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+    panels[0].legend()
+    figure.savefig(path, dpi=110)
+    print(f"drawn: {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.curves")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="parquet files")
+    parser.add_argument("--minutes", type=float, default=1e4, help="of each run, at most")
+    parser.add_argument("--only", choices=["ours", "plain"])
+    args = parser.parse_args()
+    folder = args.folder.absolute()
+    prepare(folder, args.text)
+    if args.only != "plain":
+        ours(folder, 60 * args.minutes)
+    if args.only != "ours":
+        plain(folder, 60 * args.minutes)
+    logs = list((folder / ".work/runs").glob("*/final.json"))
+    done = logs and (folder / "plain.jsonl").exists()
+    if not done or max(plain_log(folder)["loss"]) < TRAIN["steps"]:
+        print("there is more to do: the same command goes on", flush=True)
+        sys.exit(STOPPED)
+    compare(folder)
+
+
+if __name__ == "__main__":
+    main()
