@@ -185,6 +185,8 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
 
     def _fetch(self) -> None:
         try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # a new thread's is the first GPU
             for start, count in self._spans:
                 windows = self._order.samples(start, count)
                 for part in self._split.share(windows, self._rank):

@@ -173,8 +173,9 @@ class Trainer:
 
     def _rehearse(self) -> None:
         device = self.world.device
-        # What the first step will make, held meanwhile: a lack of memory is to show here.
-        moments = [torch.empty_like(p) for p in self.named.values() for _ in range(2)]
+        # The moments that the first step will make, held meanwhile: a lack of memory shows here.
+        stateless = [p for p in self.named.values() if p not in self.optimizer.state]
+        moments = [torch.empty_like(p) for p in stateless for _ in range(2)]
         shape = (self.split.micro_batch, self.run.model.block_size)
         inputs = torch.zeros(shape, dtype=torch.int64, device=device)
         targets = torch.zeros_like(inputs)  # not the same tensor twice: compiled as a case apart
