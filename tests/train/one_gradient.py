@@ -1,12 +1,14 @@
 """`python -m tests.train.one_gradient`: a rank's gradients of a run's first step, in a file.
 
-It is the trainer's own step, under DDP, up to the moment when the optimizer would use them.
+It is the trainer's own step, under DDP, up to the moment when the optimizer would use them. The
+validation loss is in the file, too.
 """
 
 import os
 from types import SimpleNamespace
 from typing import Any, cast
 
+import torch
 from safetensors.torch import save_file
 
 from train.distributed import process_group
@@ -40,6 +42,7 @@ def main() -> None:
         with batches:
             trainer.step(0, batches, interrupt)
         assert next(batches, None) is None, "the step did not take all of its samples"
+        seen["validation"] = torch.tensor([trainer.validate(interrupt)])
         save_file(seen, f"{os.environ['GRADIENTS']}-{world.rank}.safetensors")
 
 

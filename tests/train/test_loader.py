@@ -158,3 +158,14 @@ def test_impossible_splits_are_refused_with_the_nearest(
 def test_divisors_are_all_of_them() -> None:
     for n in range(1, 200):
         assert divisors(n) == [d for d in range(1, n + 1) if n % d == 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_given_the_same_batches(stream: TokenStream) -> None:
+    split, spans = Split(world=1, micro_batch=4), [(0, 64)]
+    device = torch.device("cuda", 0)
+    with Batches(stream, ORDER, split, rank=0, spans=spans, device=device) as batches:
+        for on_gpu, on_cpu in zip(batches, load(stream, split, 0, spans), strict=True):
+            assert all(part.device == device for part in on_gpu)
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(on_gpu, on_cpu, strict=True))
