@@ -16,14 +16,17 @@ import torch
 # and, for the GeForce cards, from the appendices of the white papers of Ada and Ampere (GA102).
 # The first that a device's name contains counts: longer names stand first.
 GPU_PEAKS: dict[str, tuple[float, float]] = {
+    "GB200": (2500.0, 1250.0),
     "B200": (2250.0, 1125.0),
     "GH200": (989.4, 494.7),
+    "H200 NVL": (835.5, 417.5),
     "H200": (989.4, 494.7),
     "H100 PCIe": (756.0, 378.0),
     "H100 NVL": (835.5, 417.5),
     "H100": (989.4, 494.7),
     "A100": (312.0, 156.0),
     "A800": (312.0, 156.0),
+    "RTX A6000": (154.8, 77.4),
     "A40": (149.7, 74.8),
     "A30": (165.0, 82.0),
     "A10G": (70.0, 35.0),
