@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import atomic, convert
+from pipeline import atomic, to_parquet
 from pipeline.errors import UserError
 from pipeline.partial import Partial
 from pipeline.transfer import Patience
@@ -138,7 +138,7 @@ def _find(pattern: str) -> list[PathFile]:
                 _file(name, match if local else system.unstrip_protocol(match), info, local)
             )
     if not files:
-        known = ", ".join((*convert.PARQUET[:1], *convert.FORMATS))
+        known = ", ".join((*to_parquet.PARQUET[:1], *to_parquet.FORMATS))
         raise UserError(f"source.paths: {pattern}: no file of a known format there ({known})")
     return files
 
@@ -162,8 +162,8 @@ def _fixed(parts: list[str]) -> list[str]:
 
 
 def _is_known(path: str) -> bool:
-    suffix = convert.suffix_of(path)
-    return suffix in convert.PARQUET or suffix in convert.FORMATS
+    suffix = to_parquet.suffix_of(path)
+    return suffix in to_parquet.PARQUET or suffix in to_parquet.FORMATS
 
 
 def _reason(error: Exception) -> str:

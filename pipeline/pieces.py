@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pipeline import atomic, convert
+from pipeline import atomic, to_parquet
 from pipeline.errors import UserError
 from pipeline.partial import DATA
 from pipeline.recut import inspect, is_coarse, recut
@@ -59,14 +59,14 @@ class Kept:
 
 def key_of(item: Item, column: str) -> str:
     """The key of what comes of an item; that of a converted file also names the column."""
-    if convert.suffix_of(item.path) in convert.PARQUET:
+    if to_parquet.suffix_of(item.path) in to_parquet.PARQUET:
         return item.identity
-    return atomic.sha256_json([item.identity, column, convert.VERSION])
+    return atomic.sha256_json([item.identity, column, to_parquet.VERSION])
 
 
 def published_path(item: Item) -> str:
     """Where the item's file lies in `data/raw`."""
-    parquet = convert.suffix_of(item.path) in convert.PARQUET
+    parquet = to_parquet.suffix_of(item.path) in to_parquet.PARQUET
     return item.path if parquet else f"{item.path}.parquet"
 
 
@@ -116,8 +116,8 @@ def bring(item: Item, column: str, store: Store, patience: float) -> Kept:
 def _settle(item: Item, column: str, store: Store, folder: Path, patience: float) -> Kept:
     path, sha256 = item.fetch(folder, patience)
     made = folder / "made.parquet"
-    if convert.suffix_of(item.path) not in convert.PARQUET:
-        convert.to_parquet(path, item.path, column, made)
+    if to_parquet.suffix_of(item.path) not in to_parquet.PARQUET:
+        to_parquet.to_parquet(path, item.path, column, made)
         inspect(made, item.path, column)
     else:
         inspect(path, item.path, column)
