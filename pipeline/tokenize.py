@@ -13,6 +13,7 @@ from pipeline.machine import Machine
 from pipeline.manifest import (
     NAME,
     SPLITS,
+    ChunkRecord,
     Manifest,
     Part,
     RawManifest,
@@ -64,9 +65,12 @@ def tokenize(raw: Path, out: Path, params: TokenizeParams, machine: Machine, cod
         *_link_train(pieces, records, files),
         *_merge_val(pieces, records, params.shard_tokens, store, files),
     ]
-    for index, piece in enumerate(pieces):
-        files[f"chunks/{index:05d}.json"] = piece / RECORD
-    manifest = _manifest(source, params, records, shards)
+    commits = []
+    for index, (piece, key) in enumerate(zip(pieces, keys, strict=True)):
+        name, path = f"chunks/{index:05d}.json", piece / RECORD
+        files[name] = path
+        commits.append(ChunkRecord(name=name, chunk_key=key, sha256=atomic.sha256_file(path)))
+    manifest = _manifest(source, params, records, commits, shards)
     publish({**files, NAME: atomic.json_bytes(manifest.model_dump())}, out)
     return manifest
 
@@ -188,7 +192,11 @@ def _check_unchanged(path: Path, sha256: str) -> None:
 
 
 def _manifest(
-    source: RawManifest, params: TokenizeParams, records: Sequence[Record], shards: list[Shard]
+    source: RawManifest,
+    params: TokenizeParams,
+    records: Sequence[Record],
+    commits: list[ChunkRecord],
+    shards: list[Shard],
 ) -> Manifest:
     skipped: Counter[str] = Counter()
     for record in records:
@@ -214,6 +222,7 @@ def _manifest(
         ),
         params=params.model_dump(),
         source=source,
+        chunks=commits,
         shards=shards,
         totals=totals,
         skipped=dict(skipped),
