@@ -265,7 +265,7 @@ def engine_metrics(pieces: Sequence[Path]) -> dict[str, float]:
         except (OSError, ValueError):
             continue
         sizes.update(note["bytes"])
-        differences += note["differences"]
+        differences += len(note["differences"])
     if not (total := sum(sizes.values())):
         return {}
     shares = {f"{name}_share": round(size / total, 6) for name, size in sorted(sizes.items())}

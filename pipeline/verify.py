@@ -85,19 +85,20 @@ def _tasks(
 ) -> list[_Task]:
     """A task a source file, a shard, and a chunk with text to encode; the largest first."""
     has_text = raw_manifest.source.kind != "tokens"
-    file_indices = {file.path: index for index, file in enumerate(raw_manifest.files)}
+    file_indices = {file.path: index for index, file in enumerate(manifest.source.files)}
     of_file: dict[str, list[checks.Place]] = {file.path: [] for file in raw_manifest.files}
     of_chunk: dict[str, list[checks.Place]] = {}
     tasks, twins = [], set()
     for shard in manifest.shards:
         for place in checks.places_of(shard):
-            of_chunk.setdefault(place.part.chunk_key, []).append(place)
-            of_file.get(place.part.path, []).append(place)
+            if place.part.path in of_file:
+                of_file[place.part.path].append(place)
+                of_chunk.setdefault(place.part.chunk_key, []).append(place)
         keys = [part.chunk_key for part in shard.parts]
         contents = {
             key: records[key]["splits"][shard.split]["content"] for key in keys if key in records
         }
-        indices = {part.path: file_indices.get(part.path, -1) for part in shard.parts}
+        indices = {part.path: file_indices.get(part.path, 0) for part in shard.parts}
         twin = None if has_text else _twin(raw, tokens, shard)
         if twin is not None:
             twins.add(twin)
@@ -162,10 +163,12 @@ def _check_folder(
 def _check_records(tokens: Path, manifest: Manifest, records: dict[str, Record]) -> list[Fault]:
     """The chunks' records against the manifest's parts, and all of them against its key."""
     parts: dict[str, list[tuple[str, int, int]]] = {}
+    faults, files = [], {file.path for file in manifest.source.files}
     for shard in manifest.shards:
         for part in shard.parts:
             parts.setdefault(part.chunk_key, []).append((shard.split, part.tokens, part.docs))
-    faults = []
+        if other := {part.path for part in shard.parts} - files:
+            faults.append(Fault(tokens / NAME, f"{min(other)} is no file of its source"))
     keys = [chunk.chunk_key for chunk in manifest.chunks]
     if len(set(keys)) < len(keys) or parts.keys() - set(keys):
         faults.append(Fault(tokens / NAME, "its chunks are not those of its shards"))

@@ -100,7 +100,8 @@ def test_what_the_report_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         note = {
             "bytes": {"gigatoken": 900, "tiktoken": 100 * number},
             "documents": {"gigatoken": 9, "tiktoken": number},
-            "differences": number,
+            "checked": 1,
+            "differences": [7] * number,
         }
         atomic.write_json(Path(".work/chunks") / chunk.chunk_key / "engine.json", note)
     metrics = report()

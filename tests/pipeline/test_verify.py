@@ -326,6 +326,11 @@ def value_name(index: int) -> str:
     return str(json.loads((TOKENS / NAME).read_text())["shards"][index]["name"])
 
 
+def part_of_no_file() -> str:
+    edit_manifest(lambda value: value["shards"][1]["parts"][0].update(path="no.parquet"))
+    return NAME
+
+
 def another_raw_manifest() -> str:
     edit_manifest(lambda value: value["source"]["source"].update(revision="2"))
     return NAME
@@ -343,7 +348,7 @@ DAMAGES: list[tuple[Callable[[], str], int]] = [
     (stale_record, 1), (edited_statistics_of_a_record, 1), (missing_record, 1),
     (shard_of_another_run, 1), (rows_of_another_chunk, 1), (edited_bytes_of_text, 1),
     (foreign_file_with_a_colon, 0), (rotten_record, 1), (edited_totals, 0),
-    (edited_count_of_a_shard, 1), (another_raw_manifest, 0),
+    (edited_count_of_a_shard, 1), (part_of_no_file, 0), (another_raw_manifest, 0),
 ]  # fmt: skip
 
 
