@@ -58,7 +58,10 @@ def verify(
             progress.advance(tasks[nth].size, f"{len(faults)} faults" if faults else "no fault")
     if faults:
         _remove_bad(faults, raw, tokens, manifest, Store.open(machine))
-        raise DataFault("\n".join(sorted(map(str, faults))))
+        said = "\n".join(sorted(map(str, faults)))
+        for folder in (raw, tokens):  # as the caller calls them; tasks have the absolute paths
+            said = said.replace(str(folder.absolute()), str(folder))
+        raise DataFault(said)
     print(f"verify: {len(tasks)} checks over {total / 1e6:.1f} MB, no fault", flush=True)
     return manifest, report
 

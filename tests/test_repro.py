@@ -316,8 +316,9 @@ def test_damage_is_named_and_exactly_those_chunks_are_mended(copy: Clone) -> Non
     foreign.write_bytes((tokens / "train-00004.bin").read_bytes())  # whole, and of another chunk
     edited.write_text(edited.read_text().replace('"docs": ', '"docs": 1'))
     output = copy.run(sys.executable, "-m", "pipeline.verify", status=1)
-    faults = [line for line in output.splitlines() if line.startswith("/")]
-    assert sorted({line.split(": ")[0] for line in faults}) == sorted(map(str, damaged))
+    faults = [line for line in output.splitlines() if line.startswith("data/")]
+    named = {copy.folder / line.split(": ")[0] for line in faults}
+    assert sorted(named) == sorted(damaged)
     output = copy.run("dvc", "repro")
     assert "5 chunks done before, 4 to do" in output
     assert copy.hashes("data/tokens") == before
