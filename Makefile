@@ -67,4 +67,4 @@ lock:  ## resolve constraints.txt anew (needs uv)
 lock: SHELL := bash -o pipefail
 
 clean:  ## remove what the pipeline made (data, artifacts, store, DVC's cache); keep .venv
-	rm -rf data artifacts .work .dvc/cache .dvc/tmp metrics/live metrics/document_lengths.csv
+	rm -rf data artifacts .work .dvc/cache .dvc/tmp metrics/live metrics/*.csv

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from pipeline.convert import FORMATS, PARQUET, suffix_of
 from pipeline.errors import UserError
 from pipeline.params import nearest
+from pipeline.to_parquet import FORMATS, PARQUET, suffix_of
 
 # The files below a folder, or those in it alone.
 Tree = Callable[[str, bool], list[str]]

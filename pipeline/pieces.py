@@ -2,7 +2,7 @@
 
 ```
 .work/partial/<identity>/      a file that arrives (see partial.py)
-.work/files/<sha256>/          data.parquet, as `data/raw` has it
+.work/files/<sha256>/          data.parquet (tokens: data.bin, data.npy), as `data/raw` has it
 .work/origins/<identity>/      origin.json: the sha256 of the file that came of it, where the
                                identity is not that sha256 itself
 ```
@@ -13,14 +13,15 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from pipeline import atomic, convert
+from pipeline import atomic, to_parquet
 from pipeline.errors import UserError
 from pipeline.partial import DATA
 from pipeline.recut import inspect, is_coarse, recut
 from pipeline.store import Store
+from pipeline.token_files import is_token_file, open_token_file
 
 PIECE = "data.parquet"
 _NOTE = "origin.json"
@@ -59,15 +60,28 @@ class Kept:
 
 def key_of(item: Item, column: str) -> str:
     """The key of what comes of an item; that of a converted file also names the column."""
-    if convert.suffix_of(item.path) in convert.PARQUET:
+    if _is_taken(item.path):
         return item.identity
-    return atomic.sha256_json([item.identity, column, convert.VERSION])
+    return atomic.sha256_json([item.identity, column, to_parquet.VERSION])
 
 
 def published_path(item: Item) -> str:
     """Where the item's file lies in `data/raw`."""
-    parquet = convert.suffix_of(item.path) in convert.PARQUET
-    return item.path if parquet else f"{item.path}.parquet"
+    return item.path if _is_taken(item.path) else f"{item.path}.parquet"
+
+
+def _is_taken(path: str) -> bool:
+    """Whether a file is taken as it is; else it becomes parquet."""
+    return is_token_file(path) or to_parquet.suffix_of(path) in to_parquet.PARQUET
+
+
+def piece_path(store: Store, file: str, sha256: str) -> Path:
+    """Where the bytes of a file of `data/raw` lie in the store."""
+    return store.root / "files" / sha256 / _name_in_piece(file)
+
+
+def _name_in_piece(file: str) -> str:
+    return f"data{PurePosixPath(file.lower()).suffix}" if is_token_file(file) else PIECE
 
 
 def arrived(item: Item, column: str, store: Store) -> int:
@@ -116,8 +130,12 @@ def bring(item: Item, column: str, store: Store, patience: float) -> Kept:
 def _settle(item: Item, column: str, store: Store, folder: Path, patience: float) -> Kept:
     path, sha256 = item.fetch(folder, patience)
     made = folder / "made.parquet"
-    if convert.suffix_of(item.path) not in convert.PARQUET:
-        convert.to_parquet(path, item.path, column, made)
+    if is_token_file(item.path):
+        open_token_file(path, item.path)
+        keep(store, path, sha256, _name_in_piece(item.path))
+        return Kept(sha256)
+    if to_parquet.suffix_of(item.path) not in to_parquet.PARQUET:
+        to_parquet.to_parquet(path, item.path, column, made)
         inspect(made, item.path, column)
     else:
         inspect(path, item.path, column)
@@ -130,24 +148,28 @@ def _settle(item: Item, column: str, store: Store, folder: Path, patience: float
     return kept
 
 
-def keep(store: Store, path: Path, sha256: str) -> None:
-    """Make a file of known sha256 a piece; one that is not the store's own stays where it is."""
+def keep(store: Store, path: Path, sha256: str, name: str = PIECE) -> None:
+    """Make a file of known sha256 a piece; one that is not the store's own stays where it is.
+
+    Args:
+        name: what it is called within the piece.
+    """
     with store.lock("files", sha256):
         if not store.fresh and store.find("files", sha256) is not None:
             return
         # Of 2 GB this takes seconds, and a kill in the midst of `make` costs the whole file.
         atomic.fsync_file(path)
-        with store.make("files", sha256, {PIECE: sha256}) as piece:
+        with store.make("files", sha256, {name: sha256}) as piece:
             if path.is_relative_to(store.root):
                 try:
-                    os.link(path, piece / PIECE)  # not moved: a kill before the end would lose it
+                    os.link(path, piece / name)  # not moved: a kill before the end would lose it
                 except OSError:
-                    os.rename(path, piece / PIECE)
+                    os.rename(path, piece / name)
                 return
             # The user's own file is copied: DVC would make a link of it read-only, and a change in
             # it would be one in the store.
-            shutil.copyfile(path, piece / PIECE)
-            if atomic.sha256_file(piece / PIECE) != sha256:
+            shutil.copyfile(path, piece / name)
+            if atomic.sha256_file(piece / name) != sha256:
                 raise UserError(f"{path}: it changed while it was copied; run again")
 
 

@@ -1,18 +1,21 @@
-"""Stage `tokenize`: parquet to token shards and their manifest, by Ray tasks over chunks."""
+"""Stage `tokenize`: parquet, or tokens as they come, to token shards and their manifest."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline import atomic, stage, tokenizer
 from pipeline.chunks import Chunk, plan_chunks
 from pipeline.cluster import cluster, run_tasks
 from pipeline.code import code_key
 from pipeline.encode import RECORD, Record, chunk_key, dataset_key, encode_chunk, read_record
+from pipeline.index import index_chunk, index_key, plan_token_chunks, written_tokens
 from pipeline.machine import Machine
 from pipeline.manifest import (
     NAME,
     SPLITS,
+    ChunkRecord,
     Manifest,
     Part,
     RawManifest,
@@ -32,7 +35,7 @@ FORMAT = "llm.c"
 
 
 def tokenize(raw: Path, out: Path, params: TokenizeParams, machine: Machine, code: str) -> Manifest:
-    """Tokenize the parquet files of ``raw`` into ``out``.
+    """Tokenize the parquet files of ``raw`` into ``out``; token files are indexed only.
 
     Chunks that stand in the store are not made again, so a killed run goes on where it was, and a
     changed parameter or one more file costs only what it changes.
@@ -46,8 +49,12 @@ def tokenize(raw: Path, out: Path, params: TokenizeParams, machine: Machine, cod
     store = Store.open(machine)
     source = RawManifest.load(raw)
     column = source.text_column
-    chunks = plan_chunks(raw, source.files, column, params.shard_tokens)
-    keys = [chunk_key(chunk, column, params, code) for chunk in chunks]
+    if source.source.kind == "tokens":
+        chunks = plan_token_chunks(raw, source.files, params.shard_tokens)
+        keys = [index_key(chunk, code) for chunk in chunks]
+    else:
+        chunks = plan_chunks(raw, source.files, column, params.shard_tokens)
+        keys = [chunk_key(chunk, column, params, code) for chunk in chunks]
     missing = [i for i, key in enumerate(keys) if store.fresh or store.find("chunks", key) is None]
     estimate = sum(chunk.estimated_tokens for chunk in chunks)
     print(
@@ -56,7 +63,7 @@ def tokenize(raw: Path, out: Path, params: TokenizeParams, machine: Machine, cod
         flush=True,
     )
     if missing:
-        _encode_missing(missing, chunks, keys, raw, column, params, machine, store)
+        _encode_missing(missing, chunks, keys, raw, source, params, machine, store)
     pieces = [store.root / "chunks" / key for key in keys]
     records = [read_record(piece) for piece in pieces]
     files: dict[str, Path | bytes] = {}
@@ -64,9 +71,12 @@ def tokenize(raw: Path, out: Path, params: TokenizeParams, machine: Machine, cod
         *_link_train(pieces, records, files),
         *_merge_val(pieces, records, params.shard_tokens, store, files),
     ]
-    for index, piece in enumerate(pieces):
-        files[f"chunks/{index:05d}.json"] = piece / RECORD
-    manifest = _manifest(source, params, records, shards)
+    commits = []
+    for index, (piece, key) in enumerate(zip(pieces, keys, strict=True)):
+        name, path = f"chunks/{index:05d}.json", piece / RECORD
+        files[name] = path
+        commits.append(ChunkRecord(name=name, chunk_key=key, sha256=atomic.sha256_file(path)))
+    manifest = _manifest(source, params, records, commits, shards)
     publish({**files, NAME: atomic.json_bytes(manifest.model_dump())}, out)
     return manifest
 
@@ -76,7 +86,7 @@ def _encode_missing(
     chunks: Sequence[Chunk],
     keys: Sequence[str],
     raw: Path,
-    column: str,
+    source: RawManifest,
     params: TokenizeParams,
     machine: Machine,
     store: Store,
@@ -88,10 +98,17 @@ def _encode_missing(
             with store.lock("chunks", keys[index]):
                 store.discard("chunks", keys[index])
     tokens = sum(chunks[i].estimated_tokens for i in missing)
-    require_space(store.root, 5 * tokens // 2, "the token shards")  # 2 bytes each, and some air
-    tasks = [(chunks[i], keys[i], raw.absolute(), column, params, store) for i in missing]
+    work: Callable[..., Record]
+    tasks: list[tuple[Any, ...]]
+    if source.source.kind == "tokens":
+        work, written = index_chunk, sum(written_tokens(chunks[i], raw) for i in missing)
+        tasks = [(chunks[i], keys[i], raw.absolute(), store) for i in missing]
+    else:
+        work, written, column = encode_chunk, tokens, source.text_column
+        tasks = [(chunks[i], keys[i], raw.absolute(), column, params, store) for i in missing]
+    require_space(store.root, 5 * written // 2, "the token shards")  # 2 bytes each, and some air
     with cluster(machine) as cpus, Progress("tokenize", tokens, "tokens") as progress:
-        for done, (nth, _) in enumerate(run_tasks(encode_chunk, tasks, 2 * cpus, "tokenize"), 1):
+        for done, (nth, _) in enumerate(run_tasks(work, tasks, 2 * cpus, "tokenize"), 1):
             chunk = chunks[missing[nth]]
             progress.advance(chunk.estimated_tokens, f"{done} of {len(missing)} chunks")
 
@@ -188,7 +205,11 @@ def _check_unchanged(path: Path, sha256: str) -> None:
 
 
 def _manifest(
-    source: RawManifest, params: TokenizeParams, records: Sequence[Record], shards: list[Shard]
+    source: RawManifest,
+    params: TokenizeParams,
+    records: Sequence[Record],
+    commits: list[ChunkRecord],
+    shards: list[Shard],
 ) -> Manifest:
     skipped: Counter[str] = Counter()
     for record in records:
@@ -214,6 +235,7 @@ def _manifest(
         ),
         params=params.model_dump(),
         source=source,
+        chunks=commits,
         shards=shards,
         totals=totals,
         skipped=dict(skipped),

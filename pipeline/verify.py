@@ -1,17 +1,20 @@
-"""Stage `verify`: every byte of the data against its manifest, and what the data is like."""
+"""Stage `verify`: every byte of the data against its manifest, and what the data are like."""
 
-import csv
-import io
-import json
-from collections import Counter
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline import atomic, checks, stage
+from pipeline.checks import Fault, Findings
 from pipeline.cluster import cluster, run_tasks
-from pipeline.encode import dataset_key
+from pipeline.data_report import DataReport, engine_metrics
+from pipeline.documents import show_documents
+from pipeline.encode import Record, dataset_key
 from pipeline.machine import Machine
-from pipeline.manifest import NAME, Manifest, RawManifest
+from pipeline.manifest import NAME, Manifest, RawManifest, Shard
 from pipeline.params import VerifyParams, load_section
 from pipeline.progress import Progress
 from pipeline.shards import HEADER_BYTES, TOKEN_DTYPE
@@ -21,15 +24,16 @@ RAW = Path("data/raw")
 TOKENS = Path("data/tokens")
 VERIFIED = Path("data/verified.json")
 METRICS = Path("metrics/data.json")
-LENGTHS = Path("metrics/document_lengths.csv")
 
 
 class DataFault(Exception):
     """The data on disk is not what its manifests say."""
 
 
-def verify(raw: Path, tokens: Path, params: VerifyParams, machine: Machine) -> Manifest:
-    """Check `data/raw` and `data/tokens` against their manifests.
+def verify(
+    raw: Path, tokens: Path, params: VerifyParams, machine: Machine
+) -> tuple[Manifest, DataReport]:
+    """Check `data/raw` and `data/tokens` against their manifests; learn what the data are like.
 
     Damaged files are named, and removed from the workspace and the store, so that the next
     `dvc repro` makes exactly them anew.
@@ -39,108 +43,163 @@ def verify(raw: Path, tokens: Path, params: VerifyParams, machine: Machine) -> M
         DataFault: naming each file that differs.
     """
     raw_manifest, manifest = RawManifest.load(raw), Manifest.load(tokens)
-    tasks: list[tuple[Any, ...]] = [
-        (checks.check_source, raw.absolute(), file) for file in raw_manifest.files
-    ]
-    column = raw_manifest.text_column
-    for shard in manifest.shards:
-        tasks.append((checks.check_shard, tokens.absolute(), shard, manifest.tokenizer))
-        if params.retokenize:
-            tasks.append(
-                (
-                    checks.check_tokens,
-                    raw.absolute(),
-                    column,
-                    tokens.absolute(),
-                    shard,
-                    params.retokenize,
-                )
-            )
-    faults = _check_folder(raw, tokens, raw_manifest, manifest)
-    total = sum(f.bytes for f in raw_manifest.files) + sum(map(_shard_bytes, manifest.shards))
-    with cluster(machine) as cpus, Progress("verify", len(tasks), "checks") as progress:
-        for _, found in run_tasks(_check, tasks, 2 * cpus, "verify"):
-            faults += found
-            progress.advance(1, f"{len(faults)} faults")
+    faults, records = _check_folder(raw, tokens, raw_manifest, manifest)
+    tasks = _tasks(raw.absolute(), tokens.absolute(), raw_manifest, manifest, records, params)
+    report = DataReport()
+    total = sum(task.size for task in tasks)
+    with cluster(machine) as cpus, Progress("verify", total, "bytes") as progress:
+        work = [(task.check, *task.arguments) for task in tasks]
+        for nth, found in run_tasks(_run, work, 2 * cpus, "verify"):
+            faults += found.faults
+            if found.shard is not None:
+                report.add_shard(found.shard)
+            if found.source is not None:
+                report.add_source(found.source)
+            progress.advance(tasks[nth].size, f"{len(faults)} faults" if faults else "no fault")
     if faults:
         _remove_bad(faults, raw, tokens, manifest, Store.open(machine))
-        raise DataFault("\n".join(faults))
+        said = "\n".join(sorted(map(str, faults)))
+        for folder in (raw, tokens):  # as the caller calls them; tasks have the absolute paths
+            said = said.replace(str(folder.absolute()), str(folder))
+        raise DataFault(said)
     print(f"verify: {len(tasks)} checks over {total / 1e6:.1f} MB, no fault", flush=True)
-    return manifest
+    return manifest, report
 
 
-def _check(check: Any, *args: Any) -> list[str]:
-    found: list[str] = check(*args)
-    return found
+@dataclass(frozen=True)
+class _Task:
+    check: Callable[..., Findings]
+    arguments: tuple[Any, ...]
+    size: int
+    """Bytes that it reads, about."""
 
 
-def _shard_bytes(shard: Any) -> int:
+def _run(check: Callable[..., Findings], *arguments: Any) -> Findings:
+    return check(*arguments)
+
+
+def _tasks(
+    raw: Path,
+    tokens: Path,
+    raw_manifest: RawManifest,
+    manifest: Manifest,
+    records: dict[str, Record],
+    params: VerifyParams,
+) -> list[_Task]:
+    """A task a source file, a shard, and a chunk with text to encode; the largest first."""
+    has_text = raw_manifest.source.kind != "tokens"
+    file_indices = {file.path: index for index, file in enumerate(manifest.source.files)}
+    of_file: dict[str, list[checks.Place]] = {file.path: [] for file in raw_manifest.files}
+    of_chunk: dict[str, list[checks.Place]] = {}
+    tasks, twins = [], set()
+    for shard in manifest.shards:
+        for place in checks.places_of(shard):
+            if place.part.path in of_file:
+                of_file[place.part.path].append(place)
+                of_chunk.setdefault(place.part.chunk_key, []).append(place)
+        keys = [part.chunk_key for part in shard.parts]
+        contents = {
+            key: records[key]["splits"][shard.split]["content"] for key in keys if key in records
+        }
+        indices = {part.path: file_indices.get(part.path, 0) for part in shard.parts}
+        twin = None if has_text else _twin(raw, tokens, shard)
+        if twin is not None:
+            twins.add(twin)
+        shard_arguments = (tokens, shard, manifest.tokenizer, indices, contents, twin)
+        tasks.append(_Task(checks.check_shard, shard_arguments, _shard_bytes(shard)))
+    for file in raw_manifest.files:
+        if raw / file.path not in twins:
+            arguments = (raw, file, tokens, of_file[file.path], has_text)
+            tasks.append(_Task(checks.check_source, arguments, file.bytes))
+    if has_text and params.retokenize:
+        column, val_per_10k = raw_manifest.text_column, manifest.params.get("val_per_10k", 0)
+        for places in of_chunk.values():
+            text_arguments = (raw, column, tokens, places, params.retokenize, val_per_10k)
+            tasks.append(_Task(checks.check_texts, text_arguments, 0))
+    return sorted(tasks, key=lambda task: -task.size)
+
+
+def _twin(raw: Path, tokens: Path, shard: Shard) -> Path | None:
+    """The file of `data/raw` that a shard is a link to, if it is one."""
+    path = raw / shard.parts[0].path
+    try:
+        return path if len(shard.parts) == 1 and path.samefile(tokens / shard.name) else None
+    except OSError:
+        return None
+
+
+def _shard_bytes(shard: Shard) -> int:
     size: int = HEADER_BYTES + shard.tokens * TOKEN_DTYPE.itemsize
     return size
 
 
 def _check_folder(
     raw: Path, tokens: Path, raw_manifest: RawManifest, manifest: Manifest
-) -> list[str]:
-    """What is checked without reading a shard: names, records, totals, and where it came from."""
+) -> tuple[list[Fault], dict[str, Record]]:
+    """What is checked without reading a shard: names, totals, records, and where it came from.
+
+    Returns:
+        The faults, and the records that are whole, by their chunk's key.
+    """
     faults = []
     if manifest.source != raw_manifest:
-        faults.append(f"{tokens / NAME}: was made from another {raw / NAME}")
-    known = {NAME, *(s.name for s in manifest.shards), *(s.docs_name for s in manifest.shards)}
-    records = sorted((tokens / "chunks").glob("*.json"))
-    known |= {f"chunks/{path.name}" for path in records}
+        faults.append(Fault(tokens / NAME, f"was made from another {raw / NAME}"))
+    known = {NAME, *(name for shard in manifest.shards for name in (shard.name, shard.docs_name))}
+    known |= {chunk.name for chunk in manifest.chunks}
     for path in sorted(tokens.rglob("*")):
         if path.is_file() and path.relative_to(tokens).as_posix() not in known:
-            faults.append(f"{path}: belongs to no shard of the manifest")
-    parts: dict[str, list[tuple[str, int, int]]] = {}
-    for shard in manifest.shards:
-        for part in shard.parts:
-            parts.setdefault(part.chunk_key, []).append((shard.split, part.tokens, part.docs))
-    faults += _check_records(records, parts, tokens, manifest)
+            faults.append(Fault(path, "the manifest does not name it"))
     for split, totals in manifest.totals.items():
         of_split = [shard for shard in manifest.shards if shard.split == split]
         for key in ("tokens", "docs", "text_bytes"):
             if sum(getattr(shard, key) for shard in of_split) != getattr(totals, key):
-                faults.append(f"{tokens / NAME}: totals.{split}.{key} is not the shards' sum")
-    return faults
+                faults.append(Fault(tokens / NAME, f"totals.{split}.{key} is not the shards' sum"))
+    records: dict[str, Record] = {}
+    for chunk in manifest.chunks:
+        if isinstance(found := checks.read_record_of(tokens / chunk.name, chunk), Fault):
+            faults.append(found)
+        else:
+            records[chunk.chunk_key] = found
+    return [*faults, *_check_records(tokens, manifest, records)], records
 
 
-def _check_records(
-    paths: list[Path],
-    parts: dict[str, list[tuple[str, int, int]]],
-    tokens: Path,
-    manifest: Manifest,
-) -> list[str]:
-    """The chunks' commit records: each readable, one a chunk, and together the dataset's key."""
-    if faults := [fault for path in paths for fault in checks.check_record(path, parts)]:
-        return faults
-    by_key: dict[str, Path] = {}
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    for path, record in zip(paths, records, strict=True):
-        if (first := by_key.setdefault(record["chunk_key"], path)) is not path:
-            faults.append(f"{path}: the same chunk as {first.name}")
-    if missing := parts.keys() - by_key.keys():
-        faults.append(f"{tokens / 'chunks'}: {len(missing)} records are missing")
-    if not faults and dataset_key(records) != manifest.dataset_key:
-        faults.append(f"{tokens / NAME}: its dataset_key is not that of the chunks' records")
+def _check_records(tokens: Path, manifest: Manifest, records: dict[str, Record]) -> list[Fault]:
+    """The chunks' records against the manifest's parts, and all of them against its key."""
+    parts: dict[str, list[tuple[str, int, int]]] = {}
+    faults, files = [], {file.path for file in manifest.source.files}
+    for shard in manifest.shards:
+        for part in shard.parts:
+            parts.setdefault(part.chunk_key, []).append((shard.split, part.tokens, part.docs))
+        if other := {part.path for part in shard.parts} - files:
+            faults.append(Fault(tokens / NAME, f"{min(other)} is no file of its source"))
+    keys = [chunk.chunk_key for chunk in manifest.chunks]
+    if len(set(keys)) < len(keys) or parts.keys() - set(keys):
+        faults.append(Fault(tokens / NAME, "its chunks are not those of its shards"))
+    for chunk in manifest.chunks:
+        if (record := records.get(chunk.chunk_key)) is None:
+            continue
+        said = sorted((split, f["tokens"], f["docs"]) for split, f in record["splits"].items())
+        if said != sorted(parts.get(chunk.chunk_key, [])):
+            faults.append(Fault(tokens / chunk.name, "does not agree with the manifest"))
+    if len(records) == len(keys) and dataset_key(list(records.values())) != manifest.dataset_key:
+        faults.append(Fault(tokens / NAME, "its dataset_key is not that of the chunks' records"))
     return faults
 
 
 def _remove_bad(
-    faults: list[str], raw: Path, tokens: Path, manifest: Manifest, store: Store
+    faults: Sequence[Fault], raw: Path, tokens: Path, manifest: Manifest, store: Store
 ) -> None:
     """Remove the damaged files and the pieces of the store that share their bytes."""
-    bad = {Path(fault.split(": ")[0]).absolute() for fault in faults}
+    bad = {fault.path.absolute() for fault in faults}
     for path in bad:
         if path.is_file():
             unlink_bad(path)
-    # A chunk whose record is bad is one that no good record names.
-    named = {part.chunk_key for shard in manifest.shards for part in shard.parts}
-    for key in named - {key for path in (tokens / "chunks").glob("*.json") if (key := _key(path))}:
-        _discard(store, "chunks", key)
     for file in manifest.source.files:
         if (raw / file.path).absolute() in bad:
             _discard(store, "files", file.sha256)
+    for chunk in manifest.chunks:
+        if (tokens / chunk.name).absolute() in bad:
+            _discard(store, "chunks", chunk.chunk_key)
     for shard in manifest.shards:
         if bad & {(tokens / name).absolute() for name in (shard.name, shard.docs_name)}:
             keys = [part.chunk_key for part in shard.parts]
@@ -155,57 +214,33 @@ def _discard(store: Store, kind: str, key: str) -> None:
         store.discard(kind, key)
 
 
-def _key(record: Path) -> str | None:
-    """The chunk key that a record names, of those that are still there."""
+def main(argv: Sequence[str] = ()) -> None:
+    """Read the parameters, verify, write the metrics, print one summary; or show documents."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.verify", description=__doc__)
+    parser.add_argument(
+        "--show", type=int, metavar="K", help="print K decoded documents, and verify nothing"
+    )
+    args = parser.parse_args(list(argv))
+    if args.show is not None:
+        for document in show_documents(TOKENS, max(args.show, 0)):
+            print(document, end="\n\n")
+        return
+    params, machine = load_section("verify", VerifyParams), Machine.load()
     try:
-        return str(json.loads(record.read_text(encoding="utf-8"))["chunk_key"])
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def data_metrics(tokens: Path, manifest: Manifest) -> tuple[dict[str, Any], str]:
-    """What the data is like: the metrics, and the documents' lengths as CSV."""
-    lengths: Counter[int] = Counter()
-    for path in (tokens / "chunks").glob("*.json"):
-        for facts in json.loads(path.read_text(encoding="utf-8"))["splits"].values():
-            lengths.update({int(size): count for size, count in facts["lengths"].items()})
-    train, val = manifest.totals["train"], manifest.totals["val"]
-    n_tokens, n_docs = train.tokens + val.tokens, train.docs + val.docs
-    metrics = {
-        "documents": n_docs,
-        "tokens": n_tokens,
-        "train_tokens": train.tokens,
-        "val_tokens": val.tokens,
-        "text_bytes": train.text_bytes + val.text_bytes,
-        "bytes_per_token": round(
-            (train.text_bytes + val.text_bytes) / max(n_tokens - n_docs, 1), 4
-        ),
-        "tokens_per_document": round(n_tokens / max(n_docs, 1), 1),
-        "shards": train.shards + val.shards,
-        "skipped": sum(manifest.skipped.values()),
-    }
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["tokens", "documents"])
-    for size in sorted(lengths):
-        writer.writerow([f"{size:,} to {2 * size - 1:,}", lengths[size]])
-    return metrics, table.getvalue()
-
-
-def main() -> None:
-    """Read the parameters, verify, write the metrics, print one summary."""
-    params = load_section("verify", VerifyParams)
-    try:
-        manifest = verify(RAW, TOKENS, params, Machine.load())
+        manifest, report = verify(RAW, TOKENS, params, machine)
     except DataFault as fault:
         print(f"verify: the data is damaged; `dvc repro` makes these anew:\n{fault}", flush=True)
         raise SystemExit(stage.FAULT) from None
-    metrics, lengths = data_metrics(TOKENS, manifest)
+    chunks = Store.open(machine).root / "chunks"
+    engines = engine_metrics([chunks / chunk.chunk_key for chunk in manifest.chunks])
+    metrics = report.metrics(manifest, engines)
+    for name, table in report.tables().items():
+        atomic.write_bytes(METRICS.with_name(f"{name}.csv"), table.encode())
     atomic.write_json(METRICS, metrics)
-    atomic.write_bytes(LENGTHS, lengths.encode())
     atomic.write_json(VERIFIED, {"manifest_sha256": atomic.sha256_file(TOKENS / NAME)})
-    print("verify: " + ", ".join(f"{key} {value:,}" for key, value in metrics.items()))
+    shown = (f"{key} {v:,}" if isinstance(v, int) else f"{key} {v}" for key, v in metrics.items())
+    print("verify: " + ", ".join(shown))
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    stage.run(lambda: main(sys.argv[1:]))

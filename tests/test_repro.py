@@ -299,22 +299,32 @@ def test_changed_tokenizer_code_makes_the_chunks_anew(copy: Clone) -> None:
     assert {name for name in before if name.endswith((".bin", ".npy"))} <= same
 
 
-def test_a_flipped_byte_is_named_and_mended(copy: Clone) -> None:
-    before = copy.hashes("data/tokens")
-    shard = copy.folder / "data/tokens/train-00001.bin"
-    shard.chmod(0o644)
-    with open(shard, "r+b") as file:
+def test_damage_is_named_and_exactly_those_chunks_are_mended(copy: Clone) -> None:
+    """In the workspace, the store and DVC's cache, which share their bytes."""
+    before, tokens = copy.hashes("data/tokens"), copy.folder / "data/tokens"
+    pieces = {p: p.stat().st_ino for p in (copy.folder / ".work/chunks").glob("*/record.json")}
+    damaged = [tokens / f"train-{n:05d}.bin" for n in (1, 2, 3)] + [tokens / "chunks/00005.json"]
+    for path in damaged:
+        path.chmod(0o644)
+    flipped, truncated, foreign, edited = damaged
+    with open(flipped, "r+b") as file:
         file.seek(5000)
         byte = file.read(1)[0]
         file.seek(5000)
         file.write(bytes([byte ^ 1]))
+    os.truncate(truncated, truncated.stat().st_size - 2)
+    foreign.write_bytes((tokens / "train-00004.bin").read_bytes())  # whole, and of another chunk
+    edited.write_text(edited.read_text().replace('"docs": ', '"docs": 1'))
     output = copy.run(sys.executable, "-m", "pipeline.verify", status=1)
-    assert "train-00001.bin: sha256" in output
+    faults = [line for line in output.splitlines() if line.startswith("data/")]
+    named = {copy.folder / line.split(": ")[0] for line in faults}
+    assert sorted(named) == sorted(damaged)
     output = copy.run("dvc", "repro")
-    assert "8 chunks done before, 1 to do" in output
+    assert "5 chunks done before, 4 to do" in output
     assert copy.hashes("data/tokens") == before
+    assert sum(path.stat().st_ino == inode for path, inode in pieces.items()) == 5
     assert ran(copy.run("dvc", "repro")) == set()
-    # The cache's object was the same inode: it must be whole again as well.
+    # The cache's objects were the same inodes: they must be whole again as well.
     shutil.rmtree(copy.folder / "data")
     copy.run("dvc", "checkout", "data/tokens")
     assert copy.hashes("data/tokens") == before

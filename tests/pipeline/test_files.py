@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import atomic, convert, recut
+from pipeline import atomic, recut, to_parquet
 from pipeline.download import download, first_of
 from pipeline.errors import UserError
 from pipeline.files import PathFile, resolve
@@ -338,7 +338,7 @@ def test_a_huge_row_group_is_cut_in_bounded_memory(tmp_path: Path) -> None:
 
 
 def test_names_say_the_format() -> None:
-    assert convert.suffix_of("a/b.v1.JSONL.gz") == ".jsonl"
-    assert convert.suffix_of("a/b.parquet") == ".parquet"
-    assert convert.suffix_of("a/b.tar.gz") == ".tar"
-    assert convert.suffix_of("a/b") == ""
+    assert to_parquet.suffix_of("a/b.v1.JSONL.gz") == ".jsonl"
+    assert to_parquet.suffix_of("a/b.parquet") == ".parquet"
+    assert to_parquet.suffix_of("a/b.tar.gz") == ".tar"
+    assert to_parquet.suffix_of("a/b") == ""

@@ -81,7 +81,7 @@ def test_clean_data_passes_and_is_described(
     assert metrics["tokens"] == train.tokens + val.tokens
     assert metrics["text_bytes"] == sum(len((t or "").encode()) for t in all_texts())
     assert metrics["bytes_per_token"] == round(metrics["text_bytes"] / (metrics["tokens"] - 55), 4)
-    rows = list(csv.DictReader(verify.LENGTHS.read_text().splitlines()))
+    rows = list(csv.DictReader(Path("metrics/document_lengths.csv").read_text().splitlines()))
     assert sum(int(row["documents"]) for row in rows) == 55
     said = json.loads(verify.VERIFIED.read_text())
     assert said == {"manifest_sha256": atomic.sha256_file(TOKENS / NAME)}
@@ -232,6 +232,64 @@ def edited_record() -> str:
     return "chunks/00001.json"
 
 
+def stale_record() -> str:
+    """That of the chunk as another run made it: all but its key is right."""
+    path = TOKENS / "chunks/00001.json"
+    path.write_bytes(atomic.json_bytes({**json.loads(path.read_text()), "chunk_key": 64 * "0"}))
+    return "chunks/00001.json"
+
+
+def edited_statistics_of_a_record() -> str:
+    path = TOKENS / "chunks/00001.json"
+    record = json.loads(path.read_text())
+    record["splits"]["train"]["lengths"] = {"1": 1}
+    path.write_bytes(atomic.json_bytes(record))
+    return "chunks/00001.json"
+
+
+def missing_record() -> str:
+    (TOKENS / "chunks/00001.json").unlink()
+    return "chunks/00001.json"
+
+
+def shard_of_another_run() -> str:
+    """It is whole, its header and its sidecar are right, and it is not of these data."""
+    other = Path("other").absolute()
+    raw = write_raw(other / "raw", [some_texts(30, "another text")])
+    tokenize_here(raw, other / "tokens", SIZES, Machine(work_dir=other / "work"))
+    for name in ("train-00001.bin", "train-00001.docs.npy"):
+        os.replace(other / "tokens" / name, TOKENS / name)
+    return "train-00001.bin"
+
+
+def rows_of_another_chunk() -> str:
+    path = TOKENS / "train-00001.docs.npy"
+    docs = read_docs(TOKENS / "train-00001.bin").copy()
+    docs[:, 1] += 1
+    with open(path, "wb") as file:
+        np.save(file, docs)
+
+    def edit(value: dict[str, Any]) -> None:
+        value["shards"][1]["docs_sha256"] = atomic.sha256_file(path)
+
+    edit_manifest(edit)
+    return "train-00001.bin"
+
+
+def edited_bytes_of_text() -> str:
+    def edit(value: dict[str, Any]) -> None:
+        value["shards"][1]["text_bytes"] += 1
+        value["totals"]["train"]["text_bytes"] += 1
+
+    edit_manifest(edit)
+    return "train-00001.bin"
+
+
+def foreign_file_with_a_colon() -> str:
+    (TOKENS / "a: b.bin").write_text("not of these data")
+    return "a: b.bin"
+
+
 def copied_record() -> str:
     shutil.copy(TOKENS / "chunks/00001.json", TOKENS / "chunks/00099.json")
     return "chunks/00099.json"
@@ -242,7 +300,7 @@ def edited_content() -> str:
     record = json.loads(path.read_text())
     record["splits"]["train"]["content"] = 32 * "0"
     path.write_bytes(atomic.json_bytes(record))
-    return NAME
+    return "chunks/00001.json"
 
 
 def rotten_record() -> str:
@@ -268,6 +326,11 @@ def value_name(index: int) -> str:
     return str(json.loads((TOKENS / NAME).read_text())["shards"][index]["name"])
 
 
+def part_of_no_file() -> str:
+    edit_manifest(lambda value: value["shards"][1]["parts"][0].update(path="no.parquet"))
+    return NAME
+
+
 def another_raw_manifest() -> str:
     edit_manifest(lambda value: value["source"]["source"].update(revision="2"))
     return NAME
@@ -282,7 +345,10 @@ DAMAGES: list[tuple[Callable[[], str], int]] = [
     (sidecar_of_rows_that_are_not, 1), (outside_the_vocabulary, 1), (eot_removed, 1),
     (eot_too_many, 1), (another_text_in_the_first_document, 1), (rotten_validation, 0),
     (foreign_shard, 0), (copied_record, 0), (edited_content, 1), (edited_record, 1),
-    (rotten_record, 1), (edited_totals, 0), (edited_count_of_a_shard, 1), (another_raw_manifest, 0),
+    (stale_record, 1), (edited_statistics_of_a_record, 1), (missing_record, 1),
+    (shard_of_another_run, 1), (rows_of_another_chunk, 1), (edited_bytes_of_text, 1),
+    (foreign_file_with_a_colon, 0), (rotten_record, 1), (edited_totals, 0),
+    (edited_count_of_a_shard, 1), (part_of_no_file, 0), (another_raw_manifest, 0),
 ]  # fmt: skip
 
 
