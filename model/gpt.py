@@ -35,7 +35,10 @@ from model.loss import Reduction, cross_entropy, linear_cross_entropy
 
 
 class MLP(Module):
-    """Two linear maps with a GELU between, four times as wide inside. Output: that of `Linear`."""
+    """Two linear maps with a GELU between, four times as wide inside. Output: that of `Linear`.
+
+    Each token by itself: what attention has gathered is worked on here.
+    """
 
     def __init__(self, config: GPTConfig, implementation: Implementation = "fused") -> None:
         super().__init__()
@@ -45,11 +48,16 @@ class MLP(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        return cast(Tensor, self.c_proj(self.gelu(self.c_fc(x))))
+        x = self.gelu(self.c_fc(x))  # (B, T, 4 C)
+        return cast(Tensor, self.c_proj(x))
 
 
 class Block(Module):
-    """Communication, then computation, each added to the residual stream. Output: float32."""
+    """Communication, then computation, each added to the residual stream. Output: float32.
+
+    LayerNorm stands before each (Radford et al. 2019), not after it as in Vaswani et al.: from the
+    embeddings to the head runs a path of additions alone, on which gradients pass unchanged.
+    """
 
     def __init__(self, config: GPTConfig, implementation: Implementation = "fused") -> None:
         super().__init__()
@@ -159,7 +167,9 @@ class GPT(Module):
         for layer, block in enumerate(self.h):
             recall = None if cache is None else partial(cache.recall, layer)
             if self.config.checkpoint_activations and torch.is_grad_enabled():
-                x = cast(Tensor, checkpoint(block, x, mask, recall, use_reentrant=False))
+                x = checkpoint(  # nothing in a block is random: there is no such state to keep
+                    block, x, mask, recall, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 x = block(x, mask, recall)
         return cast(Tensor, self.ln_f(x))

@@ -1,7 +1,7 @@
 """Cross-entropy, written out, and joined with the head so that the logits are never all held.
 
-For logits z and target y the loss of a token is  -log softmax(z)_y  =  log Σ exp(z_i) - z_y,
-and its gradient  softmax(z) - onehot(y).
+For logits z = W x and target y the loss of a token is  -log softmax(z)_y = log Σ exp(z_i) - z_y,
+and its gradient  dz = softmax(z) - onehot(y);  from it follow  dx = Wᵀ dz  and  dW = dz xᵀ.
 
 At 16 x 1024 tokens the logits of GPT-2 are 3.3 GB in float32, several times over. So the head and
 the loss go through the tokens in chunks, and since the gradient of a chunk's logits is known as
@@ -82,7 +82,7 @@ def linear_cross_entropy(
     _check(reduction)
     x = hidden.reshape(-1, hidden.shape[-1])  # (N, C)
     y = targets.reshape(-1)  # (N,)
-    cut = Cut.of(*x.shape, vocab_size, chunk, autocast_dtype(hidden))
+    cut = Cut.of(len(x), x.shape[1], vocab_size, chunk, autocast_dtype(hidden))
     training = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
 
     if reduction == "none":
