@@ -86,6 +86,9 @@ class GPT(Module):
             rounding only; explicit holds all attention scores and all logits, and is meant for
             reading and tests.
         seed: Decides the initial weights.
+
+    Attributes:
+        checkpoint_activations: As in the config, and may be set at any time.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class GPT(Module):
             )
         self.config = config
         self.implementation: Implementation = implementation
+        self.checkpoint_activations = config.checkpoint_activations
         self.wte = Embedding(config.padded_vocab_size, config.n_embd, implementation)
         self.wpe = Embedding(config.block_size, config.n_embd, implementation)
         self.h = ModuleList(Block(config, implementation) for _ in range(config.n_layer))
@@ -166,7 +170,7 @@ class GPT(Module):
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         for layer, block in enumerate(self.h):
             recall = None if cache is None else partial(cache.recall, layer)
-            if self.config.checkpoint_activations and torch.is_grad_enabled():
+            if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(  # nothing in a block is random: there is no such state to keep
                     block, x, mask, recall, use_reentrant=False, preserve_rng_state=False
                 )

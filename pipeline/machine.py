@@ -76,6 +76,10 @@ class Machine(BaseSettings):
     compile: bool | None = None
     """Whether the model is compiled by torch.compile; null: on a GPU only."""
 
+    checkpoint_activations: bool = False
+    """Train with less memory and a third more arithmetic: activations are computed a second time
+    in the backward pass instead of being kept (gpt2-xl). The results are the same."""
+
     fresh: bool = False
     """Make everything anew, ignoring the finished pieces of the store."""
 
