@@ -63,6 +63,9 @@ def test_generate_in_a_process_of_its_own(saved):
     assert done.stdout.decode().startswith("Hello, Wörld")
     assert len(done.stdout) > 40
     wrong = shell("--temperature", "-1")
+    command = f'"{sys.executable}" -m model.generate --checkpoint "{saved}" --seed 1 | head -c 1'
+    cut = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, check=False)
+    assert (len(cut.stdout), cut.stderr) == (1, b"")
     assert fails((wrong.returncode, "", wrong.stderr.decode()), "temperature")
 
 
