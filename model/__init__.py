@@ -2,11 +2,13 @@
 
 Read in this order: `config.py` (the sizes), `layers.py` (linear, LayerNorm, GELU, embedding),
 `attention.py`, `gpt.py` (the whole model), `loss.py` (cross-entropy), `init.py` (initial weights),
-`generation.py` (sampling). The rest is formats and commands: `checkpoint.py`, `hf.py`,
-`tokenizer_files.py`, `size.py`, and `generate.py`, `export.py`, `import_hf.py` on the command line.
+`generation.py` (sampling). The rest is formats and commands: `size.py`, `checkpoint.py`, `hf.py`,
+`tokenizer_files.py`, and `generate.py`, `export.py`, `import_hf.py` on the command line. What was
+measured stands in `docs/model.md`.
 
 In every shape comment: B batch, T time (tokens of a sequence), S time so far (with a cache), C
-channels (`n_embd`), H heads, D = C / H width of a head, V vocabulary, P vocabulary padded.
+channels (`n_embd`), H heads, D = C / H width of a head, V vocabulary, P vocabulary padded, L
+layers; in the loss N = B T tokens, R tokens of a chunk.
 """
 
 from model.config import GPTConfig

@@ -2,13 +2,13 @@
 
 Each token asks (query), offers (key) and tells (value). It takes the mean of the values of the
 tokens up to itself, weighted by how well their keys answer its query; several heads do so side by
-side on D channels each.
+side on D channels each. It is the one place of the model where tokens learn of each other.
 
 What a token may see is a `mask`:
-    None                every token up to itself: the training case, which kernels know without a
-    mask; bool (B, 1, T, S)   true where query t sees key s: document borders, or the KV cache in
-    generation; BlockMask           the same as a rule, for FlexAttention: document borders in
-    compiled CUDA code.
+
+    None                 itself and all before it: the training case, which kernels know unmasked
+    bool (B, 1, T, S)    true where query t sees key s: document borders; a cache, in generation
+    BlockMask            the same as a rule, for FlexAttention: document borders, compiled, on CUDA
 """
 
 from __future__ import annotations
@@ -42,14 +42,15 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
     Returns:
         (B, H, T, D) in the type of `v`; the softmax is computed in float32.
     """
+    # a product of D terms grows as sqrt(D), which would leave the softmax to one key alone
     scores = q @ k.mT / q.shape[-1] ** 0.5  # (B, H, T, S)
-    if mask is None:
+    if mask is None:  # (T, S), true on and below the diagonal
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     scores = widened(scores).masked_fill(~mask, -torch.inf)
     # exp of large scores overflows: shifting a row by its maximum changes nothing but that
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
-    weights = weights / weights.sum(-1, keepdim=True)
-    return weights.to(v.dtype) @ v
+    weights = weights / weights.sum(-1, keepdim=True)  # (B, H, T, S), each row sums to 1
+    return weights.to(v.dtype) @ v  # (B, H, T, D)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
@@ -90,13 +91,14 @@ class CausalSelfAttention(Module):
             for part in self.c_attn(x).split(C, dim=2)
         )
         if recall is not None:
-            k, v = recall(k, v)  # (B, H, S, D)
+            k, v = recall(k, v)  # (B, H, S, D), S = T and all earlier tokens
         if self.fused:
             y = fused_attention(q, k, v, mask)
         else:
             assert not isinstance(mask, BlockMask)
             y = explicit_attention(q, k, v, mask)
-        return cast(Tensor, self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads of a token side by side again
+        return cast(Tensor, self.c_proj(y))
 
 
 # -- documents -------------------------------------------------------------------------------------
@@ -105,12 +107,15 @@ class CausalSelfAttention(Module):
 def document_mask(documents: Tensor, implementation: Implementation = "fused") -> Mask:
     """Attention to the past of the same document only.
 
-    FlexAttention skips what lies outside, but only pays in compiled code (and has no backward on
-    the CPU): elsewhere the mask is written out as booleans.
+    FlexAttention (Dong et al. 2024) skips blocks of 128 x 128 that lie outside, but pays in
+    compiled code only (and has no backward on the CPU): elsewhere the mask is written out.
 
     Args:
         documents: (B, T) ids; tokens of one document, and of no other in their row, share an id.
         implementation: FlexAttention is a fused kernel.
+
+    Returns:
+        Bool (B, 1, T, T), the same for all heads; or a BlockMask, where it pays.
     """
     B, T = documents.shape
     if implementation == "fused" and documents.is_cuda and torch.compiler.is_compiling():
@@ -161,7 +166,8 @@ class KVCache:
         self.config = config
         self.device = device
         self.lengths = [0] * batch  # tokens in each row
-        self.positions = torch.empty(batch, 0, dtype=torch.int64)
+        self.positions = torch.empty(batch, 0, dtype=torch.int64)  # (B, T) of the expected tokens
+        # a layer's keys and values (B, H, block_size, D), once it has any
         self.layers: list[tuple[Tensor, Tensor] | None] = [None] * config.n_layer
 
     def expect(self, T: int) -> tuple[Tensor, Tensor]:
@@ -174,8 +180,8 @@ class KVCache:
         self.positions = lengths[:, None] + torch.arange(T, device=self.device)
         self.stop = max(self.lengths) + T  # S: longer than this is no row
         assert self.stop <= self.config.block_size, "the cache is full: cut the window first"
-        slots = torch.arange(self.stop, device=self.device)
-        return self.positions, (slots <= self.positions[:, :, None])[:, None]
+        slots = torch.arange(self.stop, device=self.device)  # (S,)
+        return self.positions, (slots <= self.positions[:, :, None])[:, None]  # (B, 1, T, S)
 
     def recall(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores keys and values (B, H, T, D) of the expected tokens; returns all (B, H, S, D)."""
@@ -184,7 +190,7 @@ class KVCache:
         if stored is None:
             shape = B, H, self.config.block_size, D
             stored = self.layers[layer] = k.new_zeros(shape), v.new_zeros(shape)
-        rows = torch.arange(B, device=self.device)[:, None]
+        rows = torch.arange(B, device=self.device)[:, None]  # (B, 1), beside positions (B, T)
         for store, new in zip(stored, (k, v), strict=True):
             store[rows, :, self.positions] = new.transpose(1, 2)  # (B, T, H, D)
         return stored[0][:, :, : self.stop], stored[1][:, :, : self.stop]

@@ -26,21 +26,21 @@ _SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
-    """Size and options of a GPT-2.
+    """Size and options of a GPT-2. Letters are those of the shape comments.
 
     Attributes:
         n_layer: Number of transformer blocks (L).
         n_head: Attention heads a block (H); divides `n_embd`.
         n_embd: Width of the residual stream (C).
-        block_size: Longest sequence in tokens; the number of learned positions.
-        vocab_size: Number of tokens (V). Logits have this width.
+        block_size: Longest sequence in tokens (of T); the number of learned positions.
+        vocab_size: Number of different tokens (V). Logits have this width.
         document_positions: Positions restart at 0 with each document, where `documents` are given.
         loss_chunk: Rows (tokens) of logits computed at a time in the loss. None chooses: all at
             once while the logits are small, else as many as bound them (see `loss.py`). Changes
             rounding only.
-        checkpoint_activations: Keep only each block's input for the backward pass and compute the
-            rest
-            again: a third more arithmetic for far less memory (gpt2-xl). Changes no result.
+        checkpoint_activations: Keep only each block's input for the backward pass, and compute the
+            rest again there: a third more arithmetic for far less memory (gpt2-xl). Changes no
+            result.
 
     Raises:
         ConfigError: A value out of its range; the message names the field.

@@ -35,7 +35,10 @@ from model.loss import Reduction, cross_entropy, linear_cross_entropy
 
 
 class MLP(Module):
-    """Two linear maps with a GELU between, four times as wide inside. Output: that of `Linear`."""
+    """Two linear maps with a GELU between, four times as wide inside. Output: that of `Linear`.
+
+    Each token by itself: what attention has gathered is worked on here.
+    """
 
     def __init__(self, config: GPTConfig, implementation: Implementation = "fused") -> None:
         super().__init__()
@@ -45,11 +48,16 @@ class MLP(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        return cast(Tensor, self.c_proj(self.gelu(self.c_fc(x))))
+        x = self.gelu(self.c_fc(x))  # (B, T, 4 C)
+        return cast(Tensor, self.c_proj(x))
 
 
 class Block(Module):
-    """Communication, then computation, each added to the residual stream. Output: float32."""
+    """Communication, then computation, each added to the residual stream. Output: float32.
+
+    LayerNorm stands before each (Radford et al. 2019), not after it as in Vaswani et al.: from the
+    embeddings to the head runs a path of additions alone, on which gradients pass unchanged.
+    """
 
     def __init__(self, config: GPTConfig, implementation: Implementation = "fused") -> None:
         super().__init__()
@@ -78,6 +86,9 @@ class GPT(Module):
             rounding only; explicit holds all attention scores and all logits, and is meant for
             reading and tests.
         seed: Decides the initial weights.
+
+    Attributes:
+        checkpoint_activations: As in the config, and may be set at any time.
     """
 
     def __init__(
@@ -90,6 +101,7 @@ class GPT(Module):
             )
         self.config = config
         self.implementation: Implementation = implementation
+        self.checkpoint_activations = config.checkpoint_activations
         self.wte = Embedding(config.padded_vocab_size, config.n_embd, implementation)
         self.wpe = Embedding(config.block_size, config.n_embd, implementation)
         self.h = ModuleList(Block(config, implementation) for _ in range(config.n_layer))
@@ -158,8 +170,10 @@ class GPT(Module):
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         for layer, block in enumerate(self.h):
             recall = None if cache is None else partial(cache.recall, layer)
-            if self.config.checkpoint_activations and torch.is_grad_enabled():
-                x = cast(Tensor, checkpoint(block, x, mask, recall, use_reentrant=False))
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(  # nothing in a block is random: there is no such state to keep
+                    block, x, mask, recall, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 x = block(x, mask, recall)
         return cast(Tensor, self.ln_f(x))

@@ -60,7 +60,7 @@ def explicit_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 def explicit_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Computes (x - mean) / sqrt(variance + 1e-5) * weight + bias (Ba et al. 2016, eq. 4).
 
-    Mean and variance are those of each token, over the last axis.
+    Mean and variance are those of each token over its channels: no token knows of another.
 
     Args:
         x: (..., C).
@@ -93,7 +93,10 @@ def explicit_gelu(x: Tensor) -> Tensor:
 
 
 def explicit_embedding(tokens: Tensor, weight: Tensor) -> Tensor:
-    """Row `tokens[...]` of `weight` (P, C) for each: (..., C). A product with one-hots, cheaper."""
+    """The row of `weight` (rows, C) for each id: (...) int64 -> (..., C).
+
+    It is the product of one-hot vectors with `weight`, without the multiplications by 0.
+    """
     return weight[tokens]
 
 
@@ -134,9 +137,9 @@ class Linear(Module):
 
 
 class LayerNorm(Module):
-    """Normalises each token's channels. Output: the type of its input.
+    """Brings each token's channels to mean 0 and variance 1, then to a learned scale and shift.
 
-    Its input here is the residual stream, so that is float32, also in autocast.
+    Output: the type of its input. That is the residual stream here, so float32, also in autocast.
     """
 
     def __init__(self, width: int, implementation: Implementation = "fused") -> None:

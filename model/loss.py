@@ -1,7 +1,7 @@
 """Cross-entropy, written out, and joined with the head so that the logits are never all held.
 
-For logits z and target y the loss of a token is  -log softmax(z)_y  =  log Σ exp(z_i) - z_y,
-and its gradient  softmax(z) - onehot(y).
+For logits z = W x and target y the loss of a token is  -log softmax(z)_y = log Σ exp(z_i) - z_y,
+and its gradient  dz = softmax(z) - onehot(y);  from it follow  dx = Wᵀ dz  and  dW = dz xᵀ.
 
 At 16 x 1024 tokens the logits of GPT-2 are 3.3 GB in float32, several times over. So the head and
 the loss go through the tokens in chunks, and since the gradient of a chunk's logits is known as
@@ -29,8 +29,8 @@ Reduction = Literal["mean", "sum", "none"]
 IGNORED = -100
 """A target that does not count."""
 
-CHUNK_LOGITS = 2**26
-"""Logits in a chunk when its size is chosen here: 268 MB in float32, 1334 tokens of GPT-2."""
+SMALLEST_CHUNK = 512
+"""Tokens of a chunk, at least, when its size is chosen here (see `Cut.of`)."""
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:
@@ -82,7 +82,7 @@ def linear_cross_entropy(
     _check(reduction)
     x = hidden.reshape(-1, hidden.shape[-1])  # (N, C)
     y = targets.reshape(-1)  # (N,)
-    cut = Cut.of(len(y), vocab_size, weight.shape[0], chunk, autocast_dtype(hidden))
+    cut = Cut.of(len(x), x.shape[1], vocab_size, chunk, autocast_dtype(hidden))
     training = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
 
     if reduction == "none":
@@ -111,10 +111,17 @@ class Cut(NamedTuple):
     dtype: torch.dtype  # of the products
 
     @classmethod
-    def of(cls, n: int, vocab_size: int, padded: int, chunk: int | None, dtype: torch.dtype) -> Cut:
-        """Chooses the chunk where it is None: about equal ones, each under `CHUNK_LOGITS`."""
+    def of(cls, n: int, width: int, vocab_size: int, chunk: int | None, dtype: torch.dtype) -> Cut:
+        """Chooses the chunk where it is None: about equal ones, of up to 2 C tokens.
+
+        A chunk costs more than its P R logits: it also reads and writes the gradient of the table
+        once, P C numbers. That stays the smaller part while R is 2 C, and the memory of the loss is
+        then a few times that of the table, whatever B and T are. Larger chunks gain nothing: their
+        logits leave the cache. Where C is small, so many operations on so little cost more than
+        they save.
+        """
         if chunk is None:
-            pieces = -(-n * padded // CHUNK_LOGITS)
+            pieces = -(-n // max(2 * width, SMALLEST_CHUNK))
             chunk = -(-n // max(1, pieces))
         return cls(n, max(1, chunk), vocab_size, dtype)
 

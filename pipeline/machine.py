@@ -85,6 +85,10 @@ class Machine(BaseSettings):
     overlap: bool = False
     """Cut a compiled model in several graphs, to send gradients while others are computed."""
 
+    checkpoint_activations: bool = False
+    """Train with less memory and a third more arithmetic: activations are computed a second time
+    in the backward pass instead of being kept (gpt2-xl). The results are the same."""
+
     fresh: bool = False
     """Make everything anew, ignoring the finished pieces of the store."""
 

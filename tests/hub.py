@@ -1,10 +1,11 @@
-"""A Hugging Face hub on loopback, as far as the clients of data sets need one, with faults.
+"""A Hugging Face hub on loopback, as far as clients of data sets and models need one, with faults.
 
 ```
 hub  http://127.0.0.1:PORT   /api/datasets/{repo}[/revision/{rev}]      what a repository is
                              /api/datasets/{repo}/tree/{rev}[/{path}]   listing, paged by `Link`
                              /api/datasets/{repo}/paths-info/{rev}      the same, of named paths
                              /datasets/{repo}/resolve/{rev}/{path}      a file, or 302 to the CDN
+                             /api/models/{repo}..., /{repo}/resolve/... the same, of models
 cdn  http://127.0.0.2:PORT   /{sha256}?Signature=...                    the bytes of an LFS file
 ```
 
@@ -128,7 +129,7 @@ class _Injected:
 
 
 class Repo:
-    """A data set's repository: commits, each a mapping of paths to bytes, and names for them."""
+    """A repository: commits, each a mapping of paths to bytes, and names for them."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -176,7 +177,7 @@ class Repo:
 
 def is_lfs(path: str) -> bool:
     """Whether the hub keeps a file on the CDN."""
-    return path.endswith((".parquet", ".zst", ".gz"))
+    return path.endswith((".parquet", ".zst", ".gz", ".safetensors", ".bin"))
 
 
 class Hub:
@@ -348,9 +349,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _route(self, parts: list[str]) -> None:
         match parts:
-            case ["api", "datasets", owner, name, *rest]:
+            case ["api", "datasets" | "models", owner, name, *rest]:
                 repo, rest = f"{owner}/{name}", rest or ["revision", "main"]
-            case ["datasets", owner, name, "resolve", *rest]:
+            case ["datasets", owner, name, "resolve", *rest] | [owner, name, "resolve", *rest]:
                 repo, rest = f"{owner}/{name}", ["resolve", *rest]
             case _:
                 return self._refuse(404, "RepoNotFound", "Repository not found")

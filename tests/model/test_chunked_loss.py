@@ -1,18 +1,15 @@
 """The loss in chunks against the plain one, its memory, its padding."""
 
-import weakref
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from model import GPT, GPTConfig
 from model.errors import ConfigError
-from model.loss import CHUNK_LOGITS, cross_entropy, linear_cross_entropy
+from model.loss import Cut, cross_entropy, linear_cross_entropy
+from tests.model.metering import Meter
 
 V, P, C = 300, 384, 16
 
@@ -158,28 +155,6 @@ def test_unknown_reduction_is_refused():
         linear_cross_entropy(hidden, weight, targets, V, "average")  # type: ignore[arg-type]
 
 
-class Meter(TorchDispatchMode):
-    """Counts the bytes of storages made under it and alive, their peak, and matrix products."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive = {}
-        self.peak = self.products = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.products += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor):
-                storage = t.untyped_storage()
-                if storage._cdata not in self.alive:
-                    key = storage._cdata
-                    self.alive[key] = storage.nbytes()
-                    weakref.finalize(storage, self.alive.pop, key, None)
-        self.peak = max(self.peak, sum(self.alive.values()))
-        return out
-
-
 def test_peak_memory_is_an_eighth_of_the_plain_way():
     """16 x 1024 tokens, C = 768, P = 50304, forward and backward, counted on the meta device."""
     peaks = {}
@@ -187,7 +162,7 @@ def test_peak_memory_is_an_eighth_of_the_plain_way():
         hidden = torch.empty(16, 1024, 768, device="meta", requires_grad=True)
         weight = torch.empty(50304, 768, device="meta", requires_grad=True)
         targets = torch.zeros(16, 1024, dtype=torch.int64, device="meta")
-        with Meter() as meter:
+        with Meter("meta") as meter:
             if way == "chunked":
                 loss = linear_cross_entropy(hidden, weight, targets, 50257)
             else:
@@ -202,18 +177,25 @@ def test_peak_memory_is_an_eighth_of_the_plain_way():
 
 def test_evaluation_computes_no_gradients():
     hidden, weight, targets = inputs(8)
-    with torch.no_grad(), Meter() as meter:
+    with torch.no_grad(), Meter("cpu") as meter:
         linear_cross_entropy(hidden, weight, targets, V, "mean", 11)
     assert meter.products == 3  # one a chunk
-    with Meter() as meter:
+    with Meter("cpu") as meter:
         linear_cross_entropy(hidden, weight, targets, V, "mean", 11).backward()
     assert meter.products == 9  # logits and two gradients a chunk, the head not computed twice
 
 
 def test_small_logits_are_one_chunk_and_large_ones_bounded():
-    from model.loss import Cut
-
-    assert len(Cut.of(1024, 50257, 50304, None, torch.float32).pieces()) == 1
-    large = Cut.of(16 * 1024, 50257, 50304, None, torch.float32)
-    assert large.chunk * 50304 <= CHUNK_LOGITS
-    assert sum(s.stop - s.start for s in large.pieces()) == 16 * 1024
+    for n, width, pieces in [
+        (1024, 768, 1),
+        (16 * 1024, 768, 11),
+        (64 * 1024, 1600, 21),
+        (512, 128, 1),
+        (513, 128, 2),
+        (0, 128, 0),
+    ]:
+        cut = Cut.of(n, width, 50257, None, torch.float32)
+        sizes = [s.stop - s.start for s in cut.pieces()]
+        assert len(sizes) == pieces
+        assert sum(sizes) == n
+        assert max(sizes, default=0) <= max(2 * width, 512)

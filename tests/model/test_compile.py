@@ -1,6 +1,7 @@
 """torch.compile: one graph for training, one for evaluation, none broken."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -100,20 +101,33 @@ def test_compiled_under_ddp(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_flex_attention_equals_the_boolean_mask():
-    config = GPTConfig(n_layer=2, n_head=2, n_embd=128, block_size=256, vocab_size=300)
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_flex_attention_equals_the_boolean_mask(autocast, checkpointed):
+    config = GPTConfig(
+        n_layer=2,
+        n_head=2,
+        n_embd=128,
+        block_size=256,
+        vocab_size=300,
+        checkpoint_activations=checkpointed,
+    )
     gpt = GPT.initialised(config, device="cuda")
-    tokens, targets = torch.randint(300, (2, 2, 256), device="cuda").unbind()
-    documents = torch.arange(256, device="cuda").expand(2, 256) // 100
-    compiled = torch.compile(gpt, fullgraph=True)
-    results = []
-    for run in (gpt, compiled):
-        loss = run(tokens, targets, documents=documents)
+    # 200 tokens: the last block of 128 is not full
+    tokens, targets = torch.randint(300, (2, 2, 200), device="cuda").unbind()
+    documents = torch.arange(200, device="cuda").expand(2, 200) // 90
+    losses: list[float] = []
+    gradients: list[dict[str, Any]] = []
+    for run in (gpt, torch.compile(gpt, fullgraph=True)):
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            loss = run(tokens, targets, documents=documents)
         loss.backward()
-        results.append(
-            (loss.detach(), [p.grad.clone() for p in gpt.parameters() if p.grad is not None])
-        )
-        gpt.zero_grad()
-    assert abs(results[0][0] - results[1][0]) < 1e-4
-    for a, b in zip(results[0][1], results[1][1], strict=True):
-        assert (a - b).norm() < 1e-2 * b.norm() + 1e-6
+        losses.append(loss.item())
+        gradients.append({n: p.grad for n, p in gpt.named_parameters()})
+        gpt.zero_grad(set_to_none=True)
+    assert abs(losses[0] - losses[1]) < (5e-3 if autocast else 1e-4)
+    for name, expected in gradients[0].items():
+        if name.endswith("c_attn.bias"):  # its key third is round-off
+            continue
+        distance = (gradients[1][name] - expected).norm() / expected.norm()
+        assert distance < (0.05 if autocast else 1e-3), name

@@ -7,30 +7,36 @@ import torch
 
 from model import GPT, GPTConfig
 from model.init import initial_std, initialise
+from tests.model.metering import Meter
 
 CONFIG = GPTConfig(n_layer=3, n_head=2, n_embd=64, block_size=64, vocab_size=1000)
 
 
-def test_standard_deviations_follow_the_formula():
-    rows = []
-    for name, parameter in GPT(CONFIG, seed=5).named_parameters():
+def check_table(gpt):
+    """Holds every parameter against the formula, and prints the table that docs/model.md shows."""
+    L, V = gpt.config.n_layer, gpt.config.vocab_size
+    print(f"{'parameter':24} {'formula':>9} {'measured':>9}")
+    for name, parameter in gpt.named_parameters():
         p = parameter.detach()
         if name == "wte.weight":
-            assert (p[1000:] == 0).all()
-            p = p[:1000]
-        expected = initial_std(name, 3)
-        rows.append(f"{name:24} {p.numel():8} {expected:.6f} {p.std():.6f}")
+            assert (p[V:] == 0).all()
+            p = p[:V]
         if name.endswith("bias"):
             assert (p == 0).all()
         elif "ln_" in name:
             assert (p == 1).all()
         else:
             residual = name.endswith("c_proj.weight")
-            assert expected == pytest.approx(0.02 / math.sqrt(6) if residual else 0.02)
+            expected = 0.02 / math.sqrt(2 * L) if residual else 0.02
+            assert initial_std(name, L) == pytest.approx(expected)
+            print(f"{name:24} {expected:9.6f} {p.std():9.6f}")
             # the error of a standard deviation of n draws is its size / sqrt(2 n)
             assert abs(p.std() / expected - 1) < 5 / math.sqrt(2 * p.numel()), name
             assert abs(p.mean()) < 5 * expected / math.sqrt(p.numel()), name
-    print("\n".join(rows))
+
+
+def test_standard_deviations_follow_the_formula():
+    check_table(GPT(CONFIG, seed=5))
 
 
 def test_same_seed_same_weights_and_other_seed_others():
@@ -73,15 +79,26 @@ def test_meta_device_and_materialising():
         assert torch.equal(p, r)
 
 
+def test_initialising_holds_no_second_copy():
+    """The weights, and beside them the one parameter that is being drawn."""
+    with Meter("cpu") as meter:
+        gpt = GPT.initialised(CONFIG)
+    sizes = [4 * p.numel() for p in gpt.parameters()]
+    assert sum(sizes) <= meter.peak < sum(sizes) + 1.1 * max(sizes)
+
+
 @pytest.mark.slow
 def test_initial_loss_of_the_124m_model():
     gpt = GPT.initialised(GPTConfig.named("gpt2"))
+    check_table(gpt)
     generator = torch.Generator().manual_seed(0)
     tokens, targets = torch.randint(50257, (2, 4, 1024), generator=generator).unbind()
     with torch.no_grad():
         loss = gpt(tokens, targets)
     # a tied N(0, 0.02) head over normalised channels gives logits of variance C 0.02^2
-    assert abs(loss - (math.log(50257) + 768 * 0.02**2 / 2)) < 0.03
+    expected = math.log(50257) + 768 * 0.02**2 / 2
+    print(f"initial loss {loss:.4f}, expected {expected:.4f}")
+    assert abs(loss - expected) < 0.03
 
 
 def test_overfits_one_batch():

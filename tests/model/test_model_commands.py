@@ -10,6 +10,7 @@ import torch
 
 from model import GPT, GPTConfig, checkpoint, command, export, generate, import_hf
 from model.generate import as_text
+from tests.hub import Hub
 
 ROOT = Path(__file__).parents[2]
 CONFIG = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16)
@@ -62,6 +63,9 @@ def test_generate_in_a_process_of_its_own(saved):
     assert done.stdout.decode().startswith("Hello, Wörld")
     assert len(done.stdout) > 40
     wrong = shell("--temperature", "-1")
+    command = f'"{sys.executable}" -m model.generate --checkpoint "{saved}" --seed 1 | head -c 1'
+    cut = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, check=False)
+    assert (len(cut.stdout), cut.stderr) == (1, b"")
     assert fails((wrong.returncode, "", wrong.stderr.decode()), "temperature")
 
 
@@ -130,25 +134,40 @@ def test_mistakes_of_export_and_import(saved, call, tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
-def test_import_takes_a_name_on_the_hub(call, tmp_path, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub", reason="names on the hub need it")
-    GPT(CONFIG).to_hf(tmp_path / "cache")
-    asked = []
-
-    def snapshot_download(name, allow_patterns):
-        asked.append(name)
-        if name != "openai-community/gpt2":
-            raise OSError("offline")
-        return str(tmp_path / "cache")
-
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    out = tmp_path / "out"
-    assert call(import_hf, "openai-community/gpt2", "--out", out)[0] == 0
-    assert GPT.from_checkpoint(out).config == CONFIG
-    assert fails(
-        call(import_hf, "nobody/nothing", "--out", tmp_path / "b"), "nobody/nothing", "offline"
-    )
-    assert asked == ["openai-community/gpt2", "nobody/nothing"]
+def test_import_takes_a_name_on_the_hub(tmp_path):
+    """By huggingface_hub's own client, from a hub on loopback; pickles are not even fetched."""
+    GPT(CONFIG).to_hf(tmp_path / "hf")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    with Hub() as hub:
+        hub.repo("openai-community/gpt2").commit({**files, "pytorch_model.bin": b"pickle"})
+        weights = files.pop("model.safetensors")
+        hub.repo("some/pickle").commit({**files, "pytorch_model.bin": weights})
+        running = {
+            name: subprocess.Popen(
+                [sys.executable, "-m", "model.import_hf", name, "--out", tmp_path / str(i)],
+                cwd=ROOT,
+                env={**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for i, name in enumerate(["openai-community/gpt2", "some/pickle", "nobody/nothing"])
+        }
+        ended = [(*process.communicate(timeout=120), process) for process in running.values()]
+        results = [(process.returncode, out, err) for out, err, process in ended]
+        asked = {request.path for request in hub.asked("cdn")}
+    assert results[0][0] == 0, results[0][2]
+    assert GPT.from_checkpoint(tmp_path / "0").config == CONFIG
+    for p, q in zip(
+        GPT.from_checkpoint(tmp_path / "0").parameters(), GPT(CONFIG).parameters(), strict=True
+    ):
+        assert torch.equal(p, q)
+    for (status, _, err), words in zip(
+        results[1:], ["safetensors files only", "nobody/nothing is no folder"], strict=True
+    ):
+        last = err.splitlines(keepends=True)[-1]  # above it stands how the download went
+        assert fails((status, "", last), words)
+    assert asked == {"model.safetensors"}
 
 
 def test_text_waits_for_whole_characters():

@@ -116,6 +116,15 @@ def test_stop_ends_a_row_and_the_others_go_on(gpt):
     assert filled[0, end:].eq(stop).all()
 
 
+def test_a_row_stops_at_endoftext_unless_told_otherwise():
+    gpt = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16))
+    with torch.no_grad():  # a model that ends every document at once
+        gpt.ln_f.bias.fill_(1.0)
+        gpt.wte.weight[50256] = 100.0
+    assert gpt.generate([[1], [2, 3]], 5, temperature=0) == [[1, 50256], [2, 3, 50256]]
+    assert gpt.generate([[1]], 3, temperature=0, stop=None) == [[1, 50256, 50256, 50256]]
+
+
 def test_choose_follows_the_probabilities():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     generator = torch.Generator().manual_seed(0)

@@ -92,6 +92,19 @@ def test_settings_of_the_machine_change_no_sample_and_hardly_a_loss(
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+def test_checkpointed_activations_change_no_loss(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = []
+    for on in (False, True):
+        monkeypatch.setenv("GPT2_CHECKPOINT_ACTIVATIONS", str(on))
+        monkeypatch.setenv("GPT2_WORK_DIR", f"work-{on}")
+        with process_group("cpu") as world:
+            assert Trainer(Run.open(), world).gpt.checkpoint_activations is on
+        losses.append(records(train_here(), "train/loss"))
+    assert losses[0] == losses[1]
+
+
 def test_gradients_do_not_depend_on_the_micro_batch(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
