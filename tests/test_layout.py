@@ -35,10 +35,11 @@ DECIDE_NO_BYTE = {
     "train/hardware.py",
     "train/interrupt.py",
     "train/meter.py",
+    "train/torchrun.py",
 }
 # What a stage imports and does not use: `model/gpt.py` offers more than each stage needs.
 NOT_USED_BY = {
-    "train": frozenset({"model/generation.py"}),
+    "train": frozenset({"model/generation.py", "train/reference.py"}),
     "evaluate": frozenset({"model/hf.py"}),
     "export": frozenset({"model/generation.py"}),
 }

@@ -7,24 +7,18 @@ any status of a worker into 1. Then this process is torchrun.
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
 from collections.abc import Sequence
 
-from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
 from model.size import parameter_count
 from pipeline import stage
-from pipeline.errors import Stopped, UserError
-from pipeline.machine import usable_cores
+from pipeline.errors import UserError
 from pipeline.store import require_space
 from train import checkpoint
 from train.adopt import adopt, adoptable
 from train.distributed import default_processes, device_type
 from train.run import Run
+from train.torchrun import run_torchrun
 from train.trainer import plan_split
 
 
@@ -72,43 +66,6 @@ def main(argv: Sequence[str] = ()) -> None:
                 flush=True,
             )
     run_torchrun(processes, run.machine.restarts)
-
-
-def run_torchrun(processes: int, restarts: int = 0) -> None:
-    """Runs torchrun in this process, with the workers of one node.
-
-    Raises:
-        Stopped: A signal came; the workers have saved and left.
-        SystemExit: A worker failed, and has said why.
-    """
-    # torchrun would set it to 1 and say so at length; the workers set their threads themselves.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
-    try:
-        torchrun.main(
-            [
-                "--standalone",
-                f"--nproc-per-node={processes}",
-                f"--max-restarts={restarts}",
-                "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-                "-m",
-                "train",
-            ]
-        )
-    except SignalException as error:
-        raise Stopped(str(error)) from None
-    except ChildFailedError as error:
-        rank, first = error.get_first_failure()
-        if first.exitcode == stage.STOPPED:  # the signal reached the workers alone
-            raise Stopped(f"rank {rank}") from None
-        if first.exitcode < 0:
-            how = (
-                f"was killed by {signal.Signals(-first.exitcode).name}; the same command goes on "
-                "from the last checkpoint"
-            )
-        else:
-            how = f"ended with status {first.exitcode}, as it says above"
-        print(f"error: {error.name}: rank {rank} {how}", file=sys.stderr, flush=True)
-        sys.exit(stage.FAULT)
 
 
 if __name__ == "__main__":

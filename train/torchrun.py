@@ -1,0 +1,57 @@
+"""A command in several processes: torchrun, inside this process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from pipeline import stage
+from pipeline.errors import Stopped
+from pipeline.machine import usable_cores
+
+
+def run_torchrun(processes: int, restarts: int = 0, *, module: str = "train") -> None:
+    """Runs torchrun in this process, with the workers of one node.
+
+    Args:
+        processes: Workers.
+        restarts: How often they are started again when one has failed.
+        module: What each of them runs, as `python -m` does.
+
+    Raises:
+        Stopped: A signal came; the workers have saved and left.
+        SystemExit: A worker failed, and has said why.
+    """
+    # torchrun would set it to 1 and say so at length; the workers set their threads themselves.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
+    try:
+        torchrun.main(
+            [
+                "--standalone",
+                f"--nproc-per-node={processes}",
+                f"--max-restarts={restarts}",
+                "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+                "-m",
+                module,
+            ]
+        )
+    except SignalException as error:
+        raise Stopped(str(error)) from None
+    except ChildFailedError as error:
+        rank, first = error.get_first_failure()
+        if first.exitcode == stage.STOPPED:  # the signal reached the workers alone
+            raise Stopped(f"rank {rank}") from None
+        if first.exitcode < 0:
+            how = (
+                f"was killed by {signal.Signals(-first.exitcode).name}; the same command goes on "
+                "from the last checkpoint"
+            )
+        else:
+            how = f"ended with status {first.exitcode}, as it says above"
+        print(f"error: {error.name}: rank {rank} {how}", file=sys.stderr, flush=True)
+        sys.exit(stage.FAULT)
