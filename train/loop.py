@@ -81,7 +81,10 @@ def advance(
 
     def validate() -> None:
         meter.settle()
-        meter.validation(done, trainer.validate(interrupt))
+        loss = trainer.validate(interrupt)
+        meter.validation(done, loss)
+        if beside := trainer.run.beside_published(done, loss):
+            meter.note(done, str(beside))
 
     def save() -> None:
         nonlocal saved

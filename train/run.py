@@ -33,7 +33,7 @@ from pipeline.errors import UserError
 from pipeline.machine import Machine
 from pipeline.params import load_section
 from pipeline.store import Store, publish
-from train import checkpoint
+from train import checkpoint, reference
 from train.history import History
 from train.order import DataOrder
 from train.params import ModelParams, TrainParams
@@ -198,6 +198,13 @@ class Run:
         """Adds a line to the run record."""
         with open(self.folder / "starts.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record, sort_keys=True) + "\n")
+
+    def beside_published(self, step: int, loss: float) -> reference.Point | None:
+        """A validation beside the published curve; None where there is nothing to compare."""
+        model, train = self.model.config().to_dict(), self.params.model_dump(mode="json")
+        if reference.why_not(model, train, self.train_data.manifest.source):
+            return None
+        return reference.Point.at(step, loss)
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Marks the run as finished."""
