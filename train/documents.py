@@ -87,9 +87,9 @@ class Documents:
     def _path(self, index: int, number: int) -> str | None:
         """The source file of a document: a shard's parts are runs of whole documents."""
         parts = self._stream.shards[index].parts
-        borders = np.cumsum([part.docs for part in parts])
+        borders = np.cumsum([part.docs for part in parts[:-1]])
         part = int(np.searchsorted(borders, max(0, number), side="right"))
-        return parts[part].path if part < len(parts) else None
+        return parts[part].path if parts else None
 
     def _read_starts(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """First tokens and rows of a shard's documents, each (docs,) int64."""

@@ -36,7 +36,7 @@ CURVE = {
 
 RECIPE: dict[str, dict[str, Any]] = {
     "model": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024},
-    "train": {"batch_tokens": 524288, "init": "scratch"},
+    "train": {"batch_tokens": 524288, "batch_doublings": 0, "init": "scratch"},
 }
 """What a run must share with the published one for the curve to say anything."""
 

