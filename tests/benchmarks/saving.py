@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from tests.train.conftest import make_project
 from train.distributed import process_group
 from train.interrupt import Interrupt
@@ -76,18 +78,27 @@ def measure(turns: int, steps: int, every: int) -> None:
             for _ in range(turns):
                 without.append(train(steps, save=False))
                 with_save.append(train(steps, save=True))
-            start = time.perf_counter()
+            trainer.writer.wait()
+            start, used = time.perf_counter(), thread_seconds(trainer)
             trainer.save(done)
             trainer.writer.wait()
-            waited = time.perf_counter() - start
+            waited, used = time.perf_counter() - start, thread_seconds(trainer) - used
     step = statistics.median(without) / steps
     costs = [b - a for a, b in zip(without, with_save, strict=True)]
     cost = statistics.median(costs)
     print(f"a step of {TOKENS} tokens: {step:.2f} s ({TOKENS / step:.0f} tokens/s)")
     print(f"the copy: {statistics.median(copied[1:]):.2f} s (the first: {copied[0]:.2f} s)")
     print(f"a save waited for: {waited:.2f} s, {waited / step / every:.1%} of {every} steps")
+    cores = torch.get_num_threads()
+    share = used / (cores * step * every)
+    print(f"the thread's processor time: {used:.2f} s, {share:.1%} of that of {every} steps")
     said = ", ".join(f"{c:.2f}" for c in sorted(costs))
     print(f"a save beside the training: {cost:.2f} s ({said}), {cost / step / every:.1%}")
+
+
+def thread_seconds(trainer: Trainer) -> float:
+    """Processor time that the writer's thread has used."""
+    return trainer.writer._pool.submit(time.thread_time).result()
 
 
 if __name__ == "__main__":
