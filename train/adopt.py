@@ -112,7 +112,8 @@ def _take_over(run: Run, other: Path, adopted: list[dict[str, Any]]) -> None:
     part.mkdir()
     for folder in checkpoint.steps(other):
         shutil.copytree(folder, part / folder.name, copy_function=os.link)
-    shutil.copy2(other / "log.jsonl", part / "log.jsonl")
+    for path in other.glob("*.jsonl"):  # they grow: no links
+        shutil.copy2(path, part / path.name)
     atomic.write_json(part / RECORD, {**run.identity, "adopted": adopted})
     shutil.rmtree(run.folder)
     os.rename(part, run.folder)

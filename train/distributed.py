@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from typing import Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from pipeline import stage
@@ -166,8 +168,8 @@ def process_group(
         torch.set_num_threads(max(1, usable_cores() // local_size))
     backend = "nccl" if kind == "cuda" else "gloo"
     bound = where if kind == "cuda" else None
-    store = _meet(rank)
     timeout = timedelta(seconds=patience)
+    store = _meet(rank, size, timeout)
     # NCCL would end the process without a word: the control group, which can say more, is first.
     longer = 2 * timeout if kind == "cuda" else timeout
     dist.init_process_group(
@@ -182,13 +184,40 @@ def process_group(
         dist.destroy_process_group()
 
 
-def _meet(rank: int) -> Store:
+def _meet(rank: int, size: int, timeout: timedelta) -> Store:
     """The store in which the ranks find each other, with the name of each."""
     if "RANK" not in os.environ:
         return dist.HashStore()  # type: ignore[attr-defined]
     store: Store = next(rendezvous("env://"))[0]
+    store.set_timeout(timeout)
+    store = PrefixStore(_agree(store, rank, size), store)
     store.set(f"rank-{rank}", f"rank {rank} (pid {os.getpid()} on {socket.gethostname()})")
     return store
+
+
+def _agree(store: Store, rank: int, size: int) -> str:
+    """A name for this start of the group, which no earlier start had.
+
+    torchrun's store outlives the workers. Those that it starts again would find there the addresses
+    of the dead (pytorch issue 135712), and the count of restarts is not the same on each node.
+    So each rank brings a number of its own, rank 0 answers with all that it sees, and a rank knows
+    by its own number that the answer is not an old one.
+    """
+    mine = uuid.uuid4().hex
+    others = range(1, size)
+    if rank > 0:
+        store.set(f"here-{rank}", mine)
+        while (answer := json.loads(store.get("start")))["here"].get(str(rank)) != mine:
+            time.sleep(0.05)
+        store.set(f"seen-{rank}", answer["name"])
+        return str(answer["name"])
+    while True:
+        here = {other: store.get(f"here-{other}").decode() for other in others}
+        store.set("start", json.dumps({"name": mine, "here": here}))
+        keys = [f"seen-{other}" for other in others]
+        if all(store.check([key]) and store.get(key).decode() == mine for key in keys):
+            return mine
+        time.sleep(0.05)
 
 
 def _is_of_a_collective(error: RuntimeError) -> bool:

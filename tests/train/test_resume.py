@@ -113,7 +113,7 @@ def test_a_killed_rank_is_replaced_then_brings_the_job_down_and_the_job_resumes(
     first = workers_of(process)
     first[1].kill()
     wait_for(lambda: len(now := workers_of(process)) == 2 and not {*now} & {*first})
-    wait_for_step(project, process, 12, "stopped")
+    wait_for_step(project, process, 9, "stopped")
     workers_of(process)[1].kill()
     before = time.monotonic()
     out, err = process.communicate(timeout=40)
