@@ -14,18 +14,19 @@ chunks add up to that of the dataset, whatever its shards look like.
 import json
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import xxhash
 
 from pipeline import atomic, tokenizer
 from pipeline.chunks import Chunk
 from pipeline.manifest import SPLITS, Split
 from pipeline.params import TokenizeParams
-from pipeline.parquet import read_texts
+from pipeline.parquet import read_batches
 from pipeline.shards import TOKEN_DTYPE, ShardWriter
 from pipeline.store import Store
 
@@ -78,9 +79,43 @@ def encode_chunk(
     with store.lock("chunks", key):
         if (folder := store.find("chunks", key)) is None:
             with store.make("chunks", key) as folder:
-                _write_piece(chunk, key, raw, column, params, folder)
+                path = raw / chunk.file.path
+                batches = read_batches(path, column, chunk.start, chunk.stop)
+                write_piece(batches, chunk, key, params, folder)
             folder = store.root / "chunks" / key
     return read_record(folder)
+
+
+def write_piece(
+    batches: Iterable[tuple[int, pa.Array]],
+    chunk: Chunk,
+    key: str,
+    params: TokenizeParams,
+    folder: Path,
+) -> None:
+    """Write a chunk's piece into an empty folder, wherever its text comes from.
+
+    Args:
+        batches: runs of the chunk's rows in order: the first one's number in the file, their texts.
+    """
+    skipped: Counter[str] = Counter()
+    splits = {split: _Split(ShardWriter(folder / f"{split}.bin")) for split in SPLITS}
+    for first_row, texts in batches:
+        for row, text in enumerate(texts.to_pylist(), start=first_row):
+            if not text:
+                skipped["null" if text is None else "empty"] += 1
+                continue
+            utf8 = text.encode()
+            split = splits[split_of(utf8, params.val_per_10k)]
+            split.add(chunk.file_index, row, utf8, encode_text(text))
+    record = {
+        "chunk_key": key,
+        "source": chunk.file.model_dump(),
+        "rows": [chunk.start, chunk.stop],
+        "skipped": dict(skipped),
+        "splits": {name: facts for name, split in splits.items() if (facts := split.close())},
+    }
+    atomic.write_json(folder / RECORD, record)
 
 
 def read_record(folder: Path) -> Record:
@@ -103,29 +138,6 @@ def dataset_key(records: Sequence[Record]) -> str:
             f"{sum(int(fact['content'], 16) for fact in facts) % 2**128:032x}",
         ]
     return atomic.sha256_json(content)
-
-
-def _write_piece(
-    chunk: Chunk, key: str, raw: Path, column: str, params: TokenizeParams, folder: Path
-) -> None:
-    skipped: Counter[str] = Counter()
-    splits = {split: _Split(ShardWriter(folder / f"{split}.bin")) for split in SPLITS}
-    for first_row, texts in read_texts(raw / chunk.file.path, column, chunk.start, chunk.stop):
-        for row, text in enumerate(texts, start=first_row):
-            if not text:
-                skipped["null" if text is None else "empty"] += 1
-                continue
-            utf8 = text.encode()
-            split = splits[split_of(utf8, params.val_per_10k)]
-            split.add(chunk.file_index, row, utf8, encode_text(text))
-    record = {
-        "chunk_key": key,
-        "source": chunk.file.model_dump(),
-        "rows": [chunk.start, chunk.stop],
-        "skipped": dict(skipped),
-        "splits": {name: facts for name, split in splits.items() if (facts := split.close())},
-    }
-    atomic.write_json(folder / RECORD, record)
 
 
 class _Split:

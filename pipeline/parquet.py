@@ -67,13 +67,21 @@ def row_groups(path: Path, column: str) -> list[tuple[int, int]]:
 def read_texts(
     path: Path, column: str, start: int, stop: int, batch_rows: int = _BATCH_ROWS
 ) -> Iterator[tuple[int, list[str | None]]]:
+    """`read_batches`, its texts as Python strings: for a few documents."""
+    for row, texts in read_batches(path, column, start, stop, batch_rows):
+        yield row, texts.to_pylist()
+
+
+def read_batches(
+    path: Path, column: str, start: int, stop: int, batch_rows: int = _BATCH_ROWS
+) -> Iterator[tuple[int, pa.Array]]:
     """Read rows ``start`` to ``stop`` of a text column, a batch at a time.
 
     pyarrow cannot seek inside a row group, so rows before ``start`` in its group are decoded and
     dropped.
 
     Yields:
-        The number of the batch's first row in the file, and its texts.
+        The number of the batch's first row in the file, and its texts as Arrow has them.
     """
     with open_parquet(path) as file:
         metadata = file.metadata
@@ -93,7 +101,7 @@ def read_texts(
         for batch in batches:
             low, high = max(start - row, 0), min(stop - row, batch.num_rows)
             if low < high:
-                yield row + low, batch.column(0).slice(low, high - low).to_pylist()
+                yield row + low, batch.column(0).slice(low, high - low)
             row += batch.num_rows
             if row >= stop:
                 return
