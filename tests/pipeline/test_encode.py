@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from pipeline.encode import (
     content_hash,
     encode_chunk,
     encode_text,
-    length_bin,
+    length_bins,
     read_record,
     split_of,
 )
@@ -51,7 +52,7 @@ def test_the_split_has_its_size() -> None:
 
 def test_content_hash_goldens() -> None:
     tokens = np.array([50256, 15496, 995], dtype=np.uint16)
-    assert f"{content_hash(0, 0, tokens):032x}" == "8398efd93666df9e4919a448e44b4fc2"
+    assert f"{content_hash(0, 0, tokens):032x}" == "b293035de6ded5c10dac580d5c3460b4"
     others = {
         content_hash(0, 0, tokens), content_hash(1, 0, tokens), content_hash(0, 1, tokens),
         content_hash(0, 0, tokens[:2]), content_hash(0, 0, tokens[::-1]),
@@ -59,9 +60,12 @@ def test_content_hash_goldens() -> None:
     assert len(others) == 5
 
 
-@given(st.integers(1, 2**40))
-def test_length_bin(n: int) -> None:
-    assert length_bin(n) <= n < 2 * length_bin(n)
+@given(st.lists(st.integers(1, 2**40), max_size=20))
+def test_length_bins(lengths: list[int]) -> None:
+    expected = Counter(1 << (n.bit_length() - 1) for n in lengths)
+    assert length_bins(np.array(lengths, dtype=np.int64)) == {
+        str(k): n for k, n in expected.items()
+    }
 
 
 def test_a_document_is_eot_and_its_tokens() -> None:
@@ -106,7 +110,13 @@ def test_a_piece_holds_its_rows_and_says_so(tmp_path: Path) -> None:
     record = encode_chunk(chunk_of(file, 1, 6), "key", tmp_path, "text", params, store)
     folder = store.find("chunks", "key")
     assert folder is not None
-    assert sorted(hashes(folder)) == ["piece.json", "record.json", "train.bin", "train.docs.npy"]
+    assert sorted(hashes(folder)) == [
+        "engine.json",
+        "piece.json",
+        "record.json",
+        "train.bin",
+        "train.docs.npy",
+    ]
     tokens, docs = open_shard(folder / "train.bin"), read_docs(folder / "train.bin")
     assert docs[:, 1].tolist() == [3, 4]
     expected = [encode_text("second é"), encode_text("third <|endoftext|>")]
@@ -131,7 +141,11 @@ def test_a_chunk_of_nothing_is_a_record_alone(tmp_path: Path) -> None:
     store = Store(tmp_path / "work")
     record = encode_chunk(chunk_of(file, 0, 3), "key", tmp_path, "text", TokenizeParams(), store)
     assert record["splits"] == {}
-    assert sorted(hashes(store.root / "chunks" / "key")) == ["piece.json", "record.json"]
+    assert sorted(hashes(store.root / "chunks" / "key")) == [
+        "engine.json",
+        "piece.json",
+        "record.json",
+    ]
 
 
 def test_a_piece_that_stands_is_not_made_again(tmp_path: Path) -> None:
