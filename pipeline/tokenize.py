@@ -120,10 +120,13 @@ def _encode_missing(
             print(f"tokenize: {reason}: tiktoken serves, at a tenth of the speed", flush=True)
     require_space(store.root, 5 * written // 2, "the token shards")  # 2 bytes each, and some air
     documents, text_bytes, began = 0, 0, time.monotonic()
+    encoded: Counter[str] = Counter()
     with cluster(machine) as cpus, Progress("tokenize", tokens, "tokens") as progress:
         for done, (nth, record) in enumerate(run_tasks(work, tasks, 2 * cpus, "tokenize"), 1):
             chunk = chunks[missing[nth]]
-            _warn_of_differences(store.root / "chunks" / keys[missing[nth]], chunk)
+            made = read_engine(store.root / "chunks" / keys[missing[nth]])
+            _warn_of_differences(made["differences"], chunk)
+            encoded.update(made["bytes"])
             documents += sum(facts["docs"] for facts in record["splits"].values())
             text_bytes += sum(facts["text_bytes"] for facts in record["splits"].values())
             speed = text_bytes / 1e6 / (time.monotonic() - began)
@@ -131,10 +134,12 @@ def _encode_missing(
                 chunk.estimated_tokens,
                 f"{done} of {len(missing)} chunks, {documents:,} documents, {speed:.1f} MB/s",
             )
+    share = 100 * encoded["tiktoken"] / max(encoded.total(), 1)
+    print(f"tokenize: tiktoken encoded {share:.2f} % of the text, gigatoken the rest", flush=True)
 
 
-def _warn_of_differences(piece: Path, chunk: Chunk) -> None:
-    for row in read_engine(piece)["differences"]:
+def _warn_of_differences(rows: Sequence[int], chunk: Chunk) -> None:
+    for row in rows:
         print(
             f"warning: gigatoken and tiktoken differ on row {row} of {chunk.file.path}; tiktoken "
             "has encoded the chunk. Please report the document; engine: tiktoken in machine.yaml "
