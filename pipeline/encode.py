@@ -142,7 +142,7 @@ def write_piece(
         val = encoded.hashes % np.uint64(10_000) < params.val_per_10k
         splits["train"].add(encoded, ~val, chunk.file_index)
         splits["val"].add(encoded, val, chunk.file_index)
-    record = {
+    record: Record = {
         "chunk_key": key,
         "source": chunk.file.model_dump(),
         "rows": [chunk.start, chunk.stop],
@@ -171,7 +171,12 @@ def read_record(folder: Path) -> Record:
 
 
 def read_engine(folder: Path) -> dict[str, Any]:
-    """How a piece was made: documents and bytes by engine, those checked, rows that differed."""
+    """How a piece was made: documents and bytes by engine, those checked, rows that differed.
+
+    Of one that was not encoded, for its tokens came as tokens: nothing.
+    """
+    if not (folder / ENGINE).exists():
+        return {"documents": {}, "bytes": {}, "checked": 0, "differences": []}
     report: dict[str, Any] = json.loads((folder / ENGINE).read_text(encoding="utf-8"))
     return report
 

@@ -134,8 +134,9 @@ def _encode_missing(
                 chunk.estimated_tokens,
                 f"{done} of {len(missing)} chunks, {documents:,} documents, {speed:.1f} MB/s",
             )
-    share = 100 * encoded["tiktoken"] / max(encoded.total(), 1)
-    print(f"tokenize: tiktoken encoded {share:.2f} % of the text, gigatoken the rest", flush=True)
+    if encoded:
+        share = 100 * encoded["tiktoken"] / encoded.total()
+        print(f"tokenize: {share:.2f} % of the text was encoded by tiktoken", flush=True)
 
 
 def _warn_of_differences(rows: Sequence[int], chunk: Chunk) -> None:
