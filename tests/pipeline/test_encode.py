@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +37,7 @@ from pipeline.params import TokenizeParams
 from pipeline.parquet import read_batches
 from pipeline.shards import open_shard, read_docs
 from pipeline.store import Store
-from tests.pipeline.mini import hashes, some_texts, write_parquet
+from tests.pipeline.mini import REPO, hashes, some_texts, write_parquet
 
 
 @pytest.mark.parametrize(
@@ -315,3 +318,56 @@ def test_without_gigatoken_tiktoken_serves(tmp_path: Path, monkeypatch: pytest.M
         engines.fast.cache_clear()
     assert without == with_it
     assert read_engine(tmp_path / "without")["documents"]["gigatoken"] == 0
+
+
+def ten_megabytes_each(generator: np.random.Generator) -> Iterator[bytes]:
+    words = [b"The", b" law", b" of", b" the", b" land", b",", b" 1789", b".\n"]
+    for i in range(60):
+        picks = generator.integers(0, len(words), 2_700_000)
+        yield b"%d " % i + b"".join(words[pick] for pick in picks)
+
+
+def a_million_rows(generator: np.random.Generator) -> Iterator[bytes]:
+    """In one row group, and among them 70 large ones in a row."""
+    large = list(ten_megabytes_each(generator))[:7]
+    for i in range(1_000_000):
+        yield large[i % 7] if 500_000 <= i < 500_070 else b"row %d of a million, and no more" % i
+
+
+def no_word_twice(generator: np.random.Generator) -> Iterator[bytes]:
+    for _ in range(6000):
+        text = generator.integers(97, 123, 10_000).astype(np.uint8)
+        text[::8] = 32
+        yield text.tobytes()
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from tests.pipeline.test_encode import piece
+piece(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), "gigatoken")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", [ten_megabytes_each, a_million_rows, no_word_twice])
+def test_a_worker_s_memory_is_bounded(
+    tmp_path: Path, kind: Callable[[np.random.Generator], Iterator[bytes]]
+) -> None:
+    texts = kind(np.random.default_rng(1))
+    path, rows = tmp_path / "a.parquet", 0
+    with pq.ParquetWriter(path, pa.schema([("text", pa.binary())])) as writer:
+        if kind is a_million_rows:
+            table = pa.table({"text": pa.array(texts, pa.large_binary()).cast(pa.binary())})
+            writer.write_table(table, row_group_size=1_000_000)
+            rows = 1_000_000
+            del table
+        else:
+            while part := list(islice(texts, 100)):
+                rows += len(part)
+                writer.write_table(pa.table({"text": pa.array(part, pa.binary())}))
+    command = [sys.executable, "-c", MEASURE, str(path), str(rows), str(tmp_path / "out")]
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 1_500_000  # kB
+    print(f"{kind.__name__}: {int(result.stdout) / 1e3:.0f} MB")
