@@ -4,32 +4,39 @@ A document is `<|endoftext|>` and its tokens. It belongs to validation where
 ``xxh3_64(text) mod 10000 < val_per_10k``: by content, so copies of a text never straddle the split.
 
 A piece holds, for each split that has documents, `<split>.bin` and `<split>.docs.npy`, and
-`record.json`: what went in, what came out, every hash, and the documents' statistics.
+`record.json`: what went in, what came out, every hash, and the documents' statistics. Besides,
+unpublished, for it says how the piece was made and not what it is: `engine.json`.
 
-The **content sum** of a split is the sum mod 2^128 of xxh3_128 over (file index, row, tokens) of
-its documents. A sum does not depend on the order or the cutting of what is summed, so those of
-chunks add up to that of the dataset, whatever its shards look like.
+The **content sum** of a split is the sum mod 2^128 of xxh3_128 over the tokens of its documents,
+seeded with where they stand in the source. A sum does not depend on the order or the cutting of
+what is summed, so those of chunks add up to that of the dataset, whatever its shards look like.
 """
 
 import json
-import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import xxhash
 
-from pipeline import atomic, tokenizer
+from pipeline import atomic, engines, tokenizer
+from pipeline.batch import Differs, Encoded, Report, encode_batch
 from pipeline.chunks import Chunk
 from pipeline.manifest import SPLITS, Split
 from pipeline.params import TokenizeParams
-from pipeline.parquet import read_texts
+from pipeline.parquet import read_batches
 from pipeline.shards import TOKEN_DTYPE, ShardWriter
 from pipeline.store import Store
 
 RECORD = "record.json"
+ENGINE = "engine.json"
+
+CHECK_FRACTION = 0.002
+"""Of the fast engine's documents, the part that the reference encodes as well."""
+
 Record = dict[str, Any]
 
 
@@ -54,39 +61,124 @@ def split_of(text: bytes, val_per_10k: int) -> Split:
     return "val" if xxhash.xxh3_64_intdigest(text) % 10_000 < val_per_10k else "train"
 
 
-def content_hash(file_index: int, row: int, tokens: np.ndarray) -> int:
-    """xxh3_128 of a document: where it stands in the source, and its (n,) uint16 tokens."""
-    digest = xxhash.xxh3_128(struct.pack("<QQ", file_index, row))
-    digest.update(tokens.astype(TOKEN_DTYPE, copy=False).tobytes())
-    return digest.intdigest()
+def content_hash(file_index: int, row: int, tokens: np.ndarray | memoryview) -> int:
+    """xxh3_128 of a document's (n,) little-endian uint16 tokens, seeded with its file and row."""
+    view = tokens if isinstance(tokens, memoryview) else np.ascontiguousarray(tokens).data
+    return xxhash.xxh3_128_intdigest(view, file_index << 40 | row)
 
 
-def length_bin(n_tokens: int) -> int:
-    """The power of two at or below a document's length in tokens: its bin in the histogram."""
-    return 1 << (n_tokens.bit_length() - 1)
+def length_bins(lengths: np.ndarray) -> dict[str, int]:
+    """How many documents have so many tokens: (d,) int64 lengths, counted by powers of two.
+
+    A bin is named by the power of two at or below the lengths in it.
+    """
+    powers = np.bincount(np.frexp(lengths)[1] - 1)
+    return {str(1 << power): int(powers[power]) for power in np.flatnonzero(powers)}
 
 
 def encode_text(text: str) -> np.ndarray:
-    """A document: (n + 1,) uint16, `<|endoftext|>` and the text's n tokens."""
+    """A document: (n + 1,) uint16, `<|endoftext|>` and the text's n tokens, by the reference."""
     return np.array([tokenizer.EOT, *tokenizer.encode(text)], dtype=TOKEN_DTYPE)
 
 
 def encode_chunk(
-    chunk: Chunk, key: str, raw: Path, column: str, params: TokenizeParams, store: Store
+    chunk: Chunk,
+    key: str,
+    raw: Path,
+    column: str,
+    params: TokenizeParams,
+    store: Store,
+    engine: engines.Name = "gigatoken",
+    check_fraction: float = CHECK_FRACTION,
 ) -> Record:
     """Make a chunk's piece in the store, unless it stands there; return its record."""
     with store.lock("chunks", key):
         if (folder := store.find("chunks", key)) is None:
-            with store.make("chunks", key) as folder:
-                _write_piece(chunk, key, raw, column, params, folder)
+            hashes: dict[str, str] = {}
+            with store.make("chunks", key, hashes) as folder:
+                path, rows = raw / chunk.file.path, (chunk.start, chunk.stop)
+                try:
+                    batches = read_batches(path, column, *rows)
+                    made = write_piece(batches, chunk, key, params, folder, engine, check_fraction)
+                except Differs as difference:
+                    batches = read_batches(path, column, *rows)
+                    made = write_piece(
+                        batches, chunk, key, params, folder, "tiktoken", differs=difference.row
+                    )
+                hashes.update(made)
             folder = store.root / "chunks" / key
     return read_record(folder)
+
+
+def write_piece(
+    batches: Iterable[tuple[int, pa.Array]],
+    chunk: Chunk,
+    key: str,
+    params: TokenizeParams,
+    folder: Path,
+    engine: engines.Name = "gigatoken",
+    check_fraction: float = CHECK_FRACTION,
+    differs: int | None = None,
+) -> dict[str, str]:
+    """Write a chunk's piece into a folder, wherever its text comes from.
+
+    Args:
+        batches: runs of the chunk's rows in order: the first one's number in the file, their texts.
+        differs: the row for which the fast engine was given up, as `Differs` named it.
+
+    Returns:
+        The sha256 of the shards and sidecars, hashed here once, for `Store.make`.
+
+    Raises:
+        Differs: the fast engine was wrong: call again with the batches from the first on, with
+            engine tiktoken; what is in the folder is overwritten.
+    """
+    fast = engines.fast() if engine == "gigatoken" else None
+    report, skipped = Report(), Counter[str]()
+    splits = {split: _Split(ShardWriter(folder / f"{split}.bin")) for split in SPLITS}
+    for first_row, texts in batches:
+        encoded = encode_batch(first_row, texts, fast, check_fraction, report)
+        skipped += encoded.skipped
+        val = encoded.hashes % np.uint64(10_000) < params.val_per_10k
+        splits["train"].add(encoded, ~val, chunk.file_index)
+        splits["val"].add(encoded, val, chunk.file_index)
+    record: Record = {
+        "chunk_key": key,
+        "source": chunk.file.model_dump(),
+        "rows": [chunk.start, chunk.stop],
+        "skipped": dict(skipped),
+        "splits": {name: facts for name, split in splits.items() if (facts := split.close())},
+    }
+    atomic.write_json(folder / RECORD, record)
+    made = {
+        "documents": dict(report.documents),
+        "bytes": dict(report.bytes),
+        "checked": report.checked,
+        "differences": [] if differs is None else [differs],
+    }
+    atomic.write_json(folder / ENGINE, made)
+    return {
+        name: facts[key]
+        for split, facts in record["splits"].items()
+        for name, key in ((f"{split}.bin", "sha256"), (f"{split}.docs.npy", "docs_sha256"))
+    }
 
 
 def read_record(folder: Path) -> Record:
     """The record of a piece."""
     record: Record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     return record
+
+
+def read_engine(folder: Path) -> dict[str, Any]:
+    """How a piece was made: documents and bytes by engine, those checked, rows that differed.
+
+    Of one that was not encoded, for its tokens came as tokens: nothing.
+    """
+    if not (folder / ENGINE).exists():
+        return {"documents": {}, "bytes": {}, "checked": 0, "differences": []}
+    report: dict[str, Any] = json.loads((folder / ENGINE).read_text(encoding="utf-8"))
+    return report
 
 
 def dataset_key(records: Sequence[Record]) -> str:
@@ -105,29 +197,6 @@ def dataset_key(records: Sequence[Record]) -> str:
     return atomic.sha256_json(content)
 
 
-def _write_piece(
-    chunk: Chunk, key: str, raw: Path, column: str, params: TokenizeParams, folder: Path
-) -> None:
-    skipped: Counter[str] = Counter()
-    splits = {split: _Split(ShardWriter(folder / f"{split}.bin")) for split in SPLITS}
-    for first_row, texts in read_texts(raw / chunk.file.path, column, chunk.start, chunk.stop):
-        for row, text in enumerate(texts, start=first_row):
-            if not text:
-                skipped["null" if text is None else "empty"] += 1
-                continue
-            utf8 = text.encode()
-            split = splits[split_of(utf8, params.val_per_10k)]
-            split.add(chunk.file_index, row, utf8, encode_text(text))
-    record = {
-        "chunk_key": key,
-        "source": chunk.file.model_dump(),
-        "rows": [chunk.start, chunk.stop],
-        "skipped": dict(skipped),
-        "splits": {name: facts for name, split in splits.items() if (facts := split.close())},
-    }
-    atomic.write_json(folder / RECORD, record)
-
-
 class _Split:
     """One split of a chunk: its shard, and what its record will say."""
 
@@ -135,13 +204,23 @@ class _Split:
         self.shard = shard
         self.text_bytes = 0
         self.content = 0
-        self.lengths: Counter[int] = Counter()
+        self.lengths: list[np.ndarray] = []
 
-    def add(self, file_index: int, row: int, text: bytes, tokens: np.ndarray) -> None:
-        self.shard.append(tokens, np.array([[0, row]], dtype=np.int64))
-        self.text_bytes += len(text)
-        self.content = (self.content + content_hash(file_index, row, tokens)) % 2**128
-        self.lengths[length_bin(len(tokens))] += 1
+    def add(self, encoded: Encoded, mask: np.ndarray, file_index: int) -> None:
+        """Append the documents of the (d,) bool mask."""
+        # The shard takes whole runs of neighbours: their tokens are one slice.
+        edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
+        for first, last in edges.reshape(-1, 2).tolist():
+            starts, rows = encoded.starts[first : last + 1], encoded.rows[first:last]
+            docs = np.column_stack([starts[:-1] - starts[0], rows])
+            self.shard.append(encoded.tokens[starts[0] : starts[-1]], docs)
+        places = encoded.starts.tolist(), encoded.rows.tolist()
+        view = encoded.tokens.data
+        for i in np.flatnonzero(mask).tolist():
+            tokens = view[places[0][i] : places[0][i + 1]]
+            self.content += content_hash(file_index, places[1][i], tokens)
+        self.text_bytes += int(encoded.text_bytes[mask].sum())
+        self.lengths.append(np.diff(encoded.starts)[mask])
 
     def close(self) -> dict[str, Any] | None:
         """Finish the shard; its part of the record, or None where it has no documents."""
@@ -152,8 +231,8 @@ class _Split:
             "tokens": self.shard.tokens,
             "docs": self.shard.docs,
             "text_bytes": self.text_bytes,
-            "content": f"{self.content:032x}",
-            "lengths": {str(size): count for size, count in sorted(self.lengths.items())},
+            "content": f"{self.content % 2**128:032x}",
+            "lengths": length_bins(np.concatenate(self.lengths)),
             "sha256": atomic.sha256_file(self.shard.path),
             "docs_sha256": atomic.sha256_file(self.shard.docs_path),
         }

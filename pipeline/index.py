@@ -8,7 +8,6 @@ is laid out as our shards are is linked; of the others each chunk is written as 
 import hashlib
 import os
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 
 from pipeline import atomic, tokenizer
 from pipeline.chunks import Chunk
-from pipeline.encode import RECORD, Record, length_bin, read_record
+from pipeline.encode import RECORD, Record, length_bins, read_record
 from pipeline.errors import UserError
 from pipeline.manifest import SourceFile
 from pipeline.measure import BLOCK_TOKENS, Measure, blocks
@@ -166,13 +165,12 @@ def _facts(shard: Path, chunk: Chunk, source: TokenFile, store: Store) -> dict[s
         raise UserError(
             f"{chunk.file.path}: token {largest} is not of GPT-2's vocabulary; leave it out"
         )
-    lengths = Counter(map(length_bin, np.concatenate(measure.lengths).tolist()))
     return {
         "tokens": len(tokens),
         "docs": len(docs),
         "text_bytes": measure.text_bytes,
         "content": f"{measure.content:032x}",
-        "lengths": {str(size): count for size, count in sorted(lengths.items())},
+        "lengths": length_bins(np.concatenate(measure.lengths)),
         "sha256": digest.hexdigest(),
         "docs_sha256": atomic.sha256_file(docs_path(shard)),
     }

@@ -58,6 +58,13 @@ class Machine(BaseSettings):
     work_dir: Path | None = None
     """Where the store of finished and half-finished pieces lies; null: `.work` in the project."""
 
+    engine: Literal["gigatoken", "tiktoken"] = "gigatoken"
+    """What tokenizes: gigatoken where it is installed and proven equal; or tiktoken alone."""
+
+    check_fraction: float = Field(default=0.002, ge=0, le=1)
+    """Of the documents that gigatoken encodes, the part that tiktoken encodes as well, to compare;
+    in each chunk one at least. 0: none."""
+
     parallel_downloads: int = Field(default=4, ge=1)
     """Source files that are fetched at the same time."""
 

@@ -45,14 +45,10 @@ class ShardWriter:
         self.path = path
         self.docs_path = docs_path(path)
         self.tokens = 0
+        self.docs = 0
         self._docs: list[np.ndarray] = []
         self._file = open(path, "wb")
         self._file.write(_header(0))
-
-    @property
-    def docs(self) -> int:
-        """Documents written so far."""
-        return sum(len(block) for block in self._docs)
 
     def append(self, tokens: np.ndarray, docs: np.ndarray) -> None:
         """Append whole documents.
@@ -62,8 +58,9 @@ class ShardWriter:
             docs: (d, 2) int64, their first tokens counted from ``tokens[0]``, and their rows.
         """
         self._docs.append(docs + np.array([self.tokens, 0]))
-        self._file.write(tokens.astype(TOKEN_DTYPE, copy=False).tobytes())
+        self._file.write(np.ascontiguousarray(tokens, dtype=TOKEN_DTYPE).data)
         self.tokens += len(tokens)
+        self.docs += len(docs)
 
     def close(self) -> None:
         """Write the sidecar, and the number of tokens into the header; leave no empty shard."""

@@ -104,6 +104,11 @@ class Store:
             os.utime(index_path)  # used now: `--prune --older-than` goes by it
         return folder
 
+    def sha256(self, kind: str, key: str) -> dict[str, str]:
+        """The sha256 of each file of a piece that was found, by name, as its index has them."""
+        index = json.loads((self.root / kind / key / INDEX).read_text())
+        return {name: entry["sha256"] for name, entry in index.items()}
+
     @contextlib.contextmanager
     def make(self, kind: str, key: str, hashes: Mapping[str, str] | None = None) -> Iterator[Path]:
         """Yield an empty folder; what is in it when the block ends well becomes the piece.
@@ -111,7 +116,7 @@ class Store:
         The caller holds the key's lock. A piece that is there already is replaced.
 
         Args:
-            hashes: the sha256 of files, by name, that were hashed while they were written.
+            hashes: the sha256 of files, by name, that are known when the block ends.
         """
         temporary = self.root / "tmp" / f"{kind}-{key}"
         shutil.rmtree(temporary, ignore_errors=True)  # a dead process's

@@ -81,7 +81,9 @@ def tokenize_here(
     manifest = RawManifest.load(raw)
     column, store = manifest.text_column, Store.open(machine)
     for chunk in plan_chunks(raw, manifest.files, column, params.shard_tokens):
-        encode_chunk(chunk, chunk_key(chunk, column, params, code), raw, column, params, store)
+        key = chunk_key(chunk, column, params, code)
+        how = machine.engine, machine.check_fraction
+        encode_chunk(chunk, key, raw, column, params, store, *how)
     return tokenize(raw, out, params, machine, code)
 
 

@@ -49,6 +49,16 @@ def test_cut_goldens() -> None:
     assert cut_rows([], 100) == []
 
 
+def test_few_large_files_keep_many_cores_busy() -> None:
+    """FineWeb's sample-10BT: 15 files of about 3.1 GB of text, in row groups large and small."""
+    target = 20_000_000 * 9 // 2
+    for groups in ([(1_000, 3_120_000)] * 991, [(330_000, 1_031_000_000)] * 3):
+        sizes = [stop - start for start, stop in cut_rows(groups, target)]
+        rounds = -(-15 * len(sizes) // 256)
+        assert 15 * len(sizes) / (256 * rounds) > 0.9  # of the cores' time
+        assert max(sizes) <= 1.01 * min(sizes)
+
+
 def test_plan_goes_through_the_files_in_order(tmp_path: Path) -> None:
     raw = write_raw(tmp_path, [some_texts(30), [], some_texts(20, "x")])
     files = RawManifest.load(raw).files

@@ -6,21 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.parquet import read_texts, row_groups
+from pipeline.parquet import read_batches, row_groups
 from tests.pipeline.mini import some_texts, write_parquet
 
 
 @pytest.mark.parametrize("group", [1, 4, 100])
-@pytest.mark.parametrize("batch", [1, 3, 256])
-def test_read_texts_yields_exactly_the_rows(tmp_path: Path, group: int, batch: int) -> None:
+@pytest.mark.parametrize("batch", [1, 3000, 1 << 20])
+def test_read_batches_yields_exactly_the_rows(tmp_path: Path, group: int, batch: int) -> None:
     texts = [*some_texts(7), None, "", *some_texts(4, "é")]
     path = tmp_path / "a.parquet"
     write_parquet(path, texts, group)
     for start in range(0, len(texts) + 1, 3):
         for stop in range(start, len(texts) + 1):
             rows: dict[int, str | None] = {}
-            for first, block in read_texts(path, "text", start, stop, batch):
-                rows |= dict(enumerate(block, first))
+            for first, block in read_batches(path, "text", start, stop, batch):
+                assert rows.keys().isdisjoint(range(first, first + len(block)))
+                rows |= dict(enumerate(block.to_pylist(), first))
             assert rows == dict(enumerate(texts[start:stop], start)), (start, stop)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -44,14 +46,14 @@ def piece_times(store: Path) -> dict[str, int]:
     return {p.parent.name: p.stat().st_mtime_ns for p in (store / "chunks").glob("*/record.json")}
 
 
-def test_one_and_two_workers_and_no_ray_give_the_same_bytes(
+def test_any_workers_either_engine_and_no_ray_give_the_same_bytes(
     tmp_path: Path, small_raw: Path, project: Project, one_ray: int
 ) -> None:
     result = project.run("tokenize", GPT2_WORKERS="2")
     assert result.returncode == 0, result
     assert result.stderr == ""
     code = code_key("tokenize", project.root)
-    machine = Machine(workers=1, work_dir=tmp_path / "one")
+    machine = Machine(workers=1, work_dir=tmp_path / "one", engine="tiktoken")
     tokenize(small_raw, tmp_path / "by_one", PARAMS, machine, code)
     tokenize_here(
         small_raw, tmp_path / "by_none", PARAMS, Machine(work_dir=tmp_path / "none"), code
@@ -344,6 +346,44 @@ def test_a_stopped_run_goes_on_where_it_was(
     machine = Machine(work_dir=tmp_path / "never_stopped")
     tokenize_here(sample_raw, tmp_path / "out", params, machine, code_key("tokenize", root))
     assert hashes(project.tokens) == hashes(tmp_path / "out")
+
+
+@pytest.mark.soak
+def test_killed_at_twenty_random_moments_by_any_workers_the_bytes_are_the_same(
+    tmp_path: Path, sample_raw: Path
+) -> None:
+    """Each time with an empty store: killed once, then gone on with, on other workers."""
+    params = TokenizeParams(shard_tokens=15_000, val_per_10k=500)
+    code, expected = None, {}
+    draw = random.Random(4)
+    late = 0
+    for turn in range(20):
+        root = tmp_path / str(turn)
+        root.mkdir()
+        project = Project(root, sample_raw, shard_tokens=15_000, val=500)
+        if code is None:
+            code = code_key("tokenize", root)
+            machine = Machine(work_dir=tmp_path / "never_stopped")
+            tokenize_here(sample_raw, tmp_path / "out", params, machine, code)
+            expected = hashes(tmp_path / "out")
+        workers, engine = draw.choice("125"), draw.choice(("gigatoken", "tiktoken"))
+        process = subprocess.Popen(
+            project.command("tokenize"), cwd=root, start_new_session=True,
+            env=project.environment(GPT2_WORKERS=workers, GPT2_ENGINE=engine),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        moment = draw.randrange(-20, 120)  # a second before the first chunk is 20 chunks
+        while chunks_done(project) < moment and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(draw.random() * (4 if moment < 0 else 0.05))
+        late += process.poll() is not None
+        process.kill()
+        process.wait()
+        result = project.run("tokenize", GPT2_WORKERS=draw.choice("125"))
+        assert result.returncode == 0, result
+        assert hashes(project.tokens) == expected, (turn, workers, engine, moment)
+        shutil.rmtree(root)
+    assert late < 5
 
 
 def test_a_broken_source_file_is_named(

@@ -1,0 +1,79 @@
+"""Which documents the fast engine may encode: those whose characters were all proven equal.
+
+The pattern that cuts text into words asks of a character only its class: letter, number, space or
+other. Two encoders differ where their Unicode tables do, which is on characters that one of the two
+versions of Unicode had not yet assigned. So a set of characters is proven to be cut alike, one by
+one and in each place that the pattern tells apart (tests/pipeline/test_guard.py), and a document
+with a character outside of it is left to the reference.
+
+The set is made of whole blocks of 64 code points: all but the last byte of a character in UTF-8
+says its block, so that characters need not be decoded.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+# First and last code point, in whole blocks of 64. What is left out is rare in web text, or near
+# to where Unicode still grows (Telugu, Kannada, Malayalam; the CJK extensions beyond A).
+PROVEN = (
+    (0x0000, 0x083F),  # Latin, Greek, Cyrillic, Armenian, Hebrew, Arabic, Syriac, Thaana, N'Ko
+    (0x0900, 0x0BFF),  # Devanagari, Bengali, Gurmukhi, Gujarati, Oriya, Tamil
+    (0x0E00, 0x11FF),  # Thai, Lao, Tibetan, Myanmar, Georgian, Hangul Jamo
+    (0x1E00, 0x2BFF),  # Latin and Greek with marks, punctuation, currencies, arrows, mathematics
+    (0x2E00, 0x9FFF),  # CJK punctuation and radicals, kana, bopomofo, ideographs
+    (0xAC00, 0xD7BF),  # Hangul; the surrogates that follow it are no characters
+    (0xE000, 0xFFFF),  # private use, compatibility and presentation forms, U+FFFD
+    (0x1D400, 0x1D7FF),  # mathematical letters and digits
+    (0x1F000, 0x1FAFF),  # emoji and other pictures
+)
+
+_BLOCK = 64
+_PLANES = 0x110000
+
+
+@lru_cache(maxsize=1)
+def _tables() -> tuple[np.ndarray, np.ndarray]:
+    """What the first two bytes of a character say, and for four-byte characters the first three.
+
+    Returns:
+        (65536,) bool, whether the bytes ``lead << 8 | second`` need a further look: they are not
+        proven, or begin a character of four bytes; (17408,) bool, whether a block is proven.
+    """
+    proven = np.zeros(_PLANES // _BLOCK, dtype=bool)
+    for first, last in PROVEN:
+        proven[first // _BLOCK : last // _BLOCK + 1] = True
+    look = np.ones((256, 256), dtype=bool)
+    second = np.arange(0x80, 0xC0)
+    for lead in range(0xC2, 0xE0):
+        look[lead, second] = not proven[lead & 0x1F]
+    for lead in range(0xE0, 0xF0):
+        look[lead, second] = ~proven[(lead & 0x0F) << 6 | second & 0x3F]
+    return look.reshape(-1), proven
+
+
+def unproven(data: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Which documents hold a character outside of `PROVEN`.
+
+    Args:
+        data: (n,) uint8, valid UTF-8.
+        offsets: (d + 1,) int64, ascending: document i is ``data[offsets[i] : offsets[i + 1]]``.
+
+    Returns:
+        (d,) bool.
+    """
+    look, proven = _tables()
+    leads = np.flatnonzero(data[offsets[0] : offsets[-1]] >= 0xC2) + offsets[0]
+    pairs = data[leads].astype(np.uint16) << 8 | data[leads + 1]
+    leads = leads[look[pairs]]
+    if len(leads):
+        four = leads[data[leads] >= 0xF0]
+        blocks = (
+            (data[four].astype(np.int64) & 0x07) << 12
+            | (data[four + 1].astype(np.int64) & 0x3F) << 6
+            | data[four + 2] & 0x3F
+        )
+        leads = np.concatenate([leads[data[leads] < 0xF0], four[~proven[blocks]]])
+    found = np.zeros(len(offsets) - 1, dtype=bool)
+    found[np.searchsorted(offsets, leads, side="right") - 1] = True
+    return found
