@@ -67,6 +67,15 @@ def content_hash(file_index: int, row: int, tokens: np.ndarray | memoryview) -> 
     return xxhash.xxh3_128_intdigest(view, file_index << 40 | row)
 
 
+def content_sum(encoded: Encoded, mask: np.ndarray, file_index: int) -> int:
+    """The sum of the content hashes of the documents of the (d,) bool mask."""
+    starts, rows, view = encoded.starts.tolist(), encoded.rows.tolist(), encoded.tokens.data
+    return sum(
+        content_hash(file_index, rows[i], view[starts[i] : starts[i + 1]])
+        for i in np.flatnonzero(mask).tolist()
+    )
+
+
 def length_bins(lengths: np.ndarray) -> dict[str, int]:
     """How many documents have so many tokens: (d,) int64 lengths, counted by powers of two.
 
@@ -214,11 +223,7 @@ class _Split:
             starts, rows = encoded.starts[first : last + 1], encoded.rows[first:last]
             docs = np.column_stack([starts[:-1] - starts[0], rows])
             self.shard.append(encoded.tokens[starts[0] : starts[-1]], docs)
-        places = encoded.starts.tolist(), encoded.rows.tolist()
-        view = encoded.tokens.data
-        for i in np.flatnonzero(mask).tolist():
-            tokens = view[places[0][i] : places[0][i + 1]]
-            self.content += content_hash(file_index, places[1][i], tokens)
+        self.content += content_sum(encoded, mask, file_index)
         self.text_bytes += int(encoded.text_bytes[mask].sum())
         self.lengths.append(np.diff(encoded.starts)[mask])
 

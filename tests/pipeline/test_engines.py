@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -83,6 +84,7 @@ MORSELS = (
     "\ufffd", "https://x.org/?a=1&b", "aaaaaaaaaaaaaaaaaaaaaaaa", "=" * 40, " " * 40,
 )  # fmt: skip
 SET = st.sampled_from(guard.PROVEN).flatmap(lambda run: st.integers(*run)).map(chr)
+SET_OR_NOT = st.one_of(SET, st.characters(exclude_categories=["Cs"]))
 TEXT = st.lists(st.one_of(st.sampled_from(MORSELS), SET), max_size=60).map("".join)
 
 
@@ -136,6 +138,20 @@ def test_the_guard_looks_at_the_documents_alone() -> None:
     data, offsets = arrays(["\U0003ffff".encode(), b"a", b"", b"b", "\U0003ffff".encode()])
     assert guard.unproven(data, offsets[1:5]).tolist() == [False, False, False]
     assert guard.unproven(data, offsets).tolist() == [True, False, False, False, True]
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_the_guard_finds_a_character_wherever_it_stands(data: st.DataObject) -> None:
+    """Among much ASCII, at any place in the words of eight bytes and in the documents."""
+    pieces = data.draw(st.lists(st.tuples(st.integers(0, 300), SET_OR_NOT), max_size=8))
+    text = "".join("a" * count + character for count, character in pieces) + "b" * 20
+    borders = sorted(data.draw(st.lists(st.integers(0, len(text)), min_size=2, max_size=5)))
+    documents = [text[a:b] for a, b in pairwise(borders)]
+    before = text[: borders[0]].encode()
+    whole, offsets = arrays([before, *(d.encode() for d in documents), text.encode()])
+    expected = [not PROVEN.issuperset(d) for d in documents]
+    assert guard.unproven(whole, offsets[1 : len(documents) + 2]).tolist() == expected
 
 
 LONG = st.lists(st.one_of(st.sampled_from((*MORSELS, "x" * 90, "\n" * 90)), SET), max_size=120).map(
