@@ -119,7 +119,8 @@ class Trainer:
             print(f"warning: resumes with other arithmetic ({said}): same data, other rounding")
         weights, moments = checkpoint.load_tensors(folder)
         self.gpt.load_state_dict(weights)
-        load_flat_state(self.optimizer, self.named, moments)
+        if moments:  # none where all steps so far were skipped
+            load_flat_state(self.optimizer, self.named, moments)
         self.measured = state.get("val_loss")
         return int(state["step"])
 
