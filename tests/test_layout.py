@@ -39,7 +39,7 @@ DECIDE_NO_BYTE = {
 }
 # What a stage imports and does not use: `model/gpt.py` offers more than each stage needs.
 NOT_USED_BY = {
-    "train": frozenset({"model/generation.py", "train/reference.py"}),
+    "train": frozenset({"train/reference.py"}),
     "evaluate": frozenset({"model/hf.py"}),
     "export": frozenset({"model/generation.py"}),
 }
