@@ -42,6 +42,7 @@ NOT_USED_BY = {
     "train": frozenset({"train/reference.py"}),
     "evaluate": frozenset({"model/hf.py"}),
     "export": frozenset({"model/generation.py"}),
+    "report": frozenset({"model/generation.py", "model/hf.py"}),
 }
 # The train stage hands over to torchrun, which runs the second.
 STARTS = {"train": ["train/launch.py", "train/__main__.py"]}
