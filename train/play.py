@@ -241,6 +241,7 @@ def read_model(folder: Path) -> GPT:
         raise UserError(f"{error}; `dvc repro` makes artifacts/checkpoint") from None
     if gpt.config.vocab_size != tokenizer.N_VOCAB:
         raise UserError(f"--checkpoint {folder}: {gpt.config.vocab_size} tokens are not GPT-2's")
+    tokenizer.encode("")  # it takes a moment the first time
     return gpt.to(torch.device(device_type(Machine.load().device)))
 
 
