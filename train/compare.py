@@ -126,12 +126,11 @@ def render(revs: Sequence[str]) -> str:
                 ("train/loss", "Training loss", "running mean", "nats a token"),
                 ("lr", "Learning rate", "", "learning rate"),
                 ("grad_norm", "Gradient norm", "before clipping, running mean", "norm"),
-                ("tokens_per_second", "Speed", "", "tokens a second"),
             )
             if (svg := _chart(results, key, title, unit, smoothed="mean" in note))
         ],
         samples=[
-            (result.name, tokens[-1][0], _text(tokens[-1][1]))
+            (result.name, _text(tokens[-1][1]).strip())
             for result in results
             if (tokens := result.log.samples())
         ],
