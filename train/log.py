@@ -23,6 +23,15 @@ class Log:
         found = [(record["step"], record[name]) for record in self.records if name in record]
         return [step for step, _ in found], [value for _, value in found]
 
+    def incidents(self) -> list[str]:
+        """Steps whose loss leapt, or whose update was left out (health.py), as lines to read."""
+        return [
+            f"step {record['step']:,}: "
+            + (f"the loss leapt to {record['spike']:.4f}" if "spike" in record else "was skipped")
+            for record in self.records
+            if "spike" in record or "skipped" in record
+        ]
+
     def samples(self) -> list[tuple[int, list[int]]]:
         """(step, tokens) of the samples: the same prompt each time, and what was added to it."""
         return [(record["step"], record["sample"]) for record in self.records if "sample" in record]

@@ -97,6 +97,7 @@ def render() -> str:
         tiles=tiles(train, evaluation),
         loss_charts=[figures.loss_chart(log, evaluation, wide=wide) for wide in (True, False)],
         training_charts=figures.training_charts(log),
+        incidents=log.incidents(),
         measures=measures(evaluation),
         progress=progress(log),
         samples=read_samples(_read(SAMPLES)),

@@ -112,6 +112,11 @@ def test_progress_shows_first_and_last() -> None:
     assert report.progress(Log([])) == []
 
 
+def test_what_went_wrong_is_noted() -> None:
+    log = Log([{"step": 1200, "spike": 7.5}, {"step": 1300, "skipped": 1}, {"step": 9, "lr": 1}])
+    assert log.incidents() == ["step 1,200: the loss leapt to 7.5000", "step 1,300: was skipped"]
+
+
 def test_sizes_are_those_of_the_model() -> None:
     gpt = GPT.initialised(GPTConfig(n_layer=3, n_head=2, n_embd=64, block_size=32), seed=1)
     weights = inside.weight_sizes(gpt)
