@@ -8,7 +8,7 @@ does not depend on its neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -60,8 +60,12 @@ def stream(
     top_p: float | None = None,
     seed: int | None = None,
     stop: int | None = EOT,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> Iterator[list[int | None]]:
     """Continues prompts of any lengths, step by step; the arguments are those of `GPT.generate`.
+
+    Args:
+        watch: Shown the logits of each step, (B, V) float32 on the CPU, before a token is chosen.
 
     Yields:
         For each step the new token of each row, None for a row that has ended.
@@ -71,7 +75,7 @@ def stream(
             vocabulary.
     """
     _check(gpt, prompts, max_new_tokens, temperature, top_k, top_p)
-    return _steps(gpt, prompts, max_new_tokens, temperature, top_k, top_p, seed, stop)
+    return _steps(gpt, prompts, max_new_tokens, temperature, top_k, top_p, seed, stop, watch)
 
 
 def _steps(
@@ -83,6 +87,7 @@ def _steps(
     top_p: float | None,
     seed: int | None,
     stop: int | None,
+    watch: Callable[[Tensor], None] | None,
 ) -> Iterator[list[int | None]]:
     generators = [_generator(seed, row) for row in range(len(prompts))]
     windows = Windows(gpt, prompts)
@@ -92,6 +97,8 @@ def _steps(
         if step:
             # an ended row goes on with any token: nobody reads it
             windows.append([new or 0 for new in news])
+        if watch is not None:
+            watch(windows.logits)
         news = [
             None if end else choose(logits, temperature, top_k, top_p, generator)
             for end, logits, generator in zip(ended, windows.logits, generators, strict=True)

@@ -74,6 +74,9 @@ class Machine(BaseSettings):
     processes: int | None = Field(default=None, ge=1)
     """Training processes on this machine; null: one a GPU, or 2 on a CPU with 2 cores or more."""
 
+    cores: int | None = Field(default=None, ge=1)
+    """Cores that one training on a CPU takes, and is bound to (Linux); null: all."""
+
     micro_batch: int | None = Field(default=None, ge=1)
     """Sequences that a process computes at a time; null: chosen to divide the batch."""
 

@@ -32,6 +32,7 @@ DECIDE_NO_BYTE = {
     "pipeline/progress.py",
     "pipeline/stage.py",
     "pipeline/store.py",
+    "train/claim.py",
     "train/hardware.py",
     "train/interrupt.py",
     "train/meter.py",
@@ -39,9 +40,10 @@ DECIDE_NO_BYTE = {
 }
 # What a stage imports and does not use: `model/gpt.py` offers more than each stage needs.
 NOT_USED_BY = {
-    "train": frozenset({"model/generation.py", "train/reference.py"}),
+    "train": frozenset({"train/reference.py"}),
     "evaluate": frozenset({"model/hf.py"}),
     "export": frozenset({"model/generation.py"}),
+    "report": frozenset({"model/generation.py", "model/hf.py"}),
 }
 # The train stage hands over to torchrun, which runs the second.
 STARTS = {"train": ["train/launch.py", "train/__main__.py"]}

@@ -129,9 +129,14 @@ def device_type(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"
     return wanted
 
 
-def default_processes(kind: Literal["cpu", "cuda"]) -> int:
-    """Processes on this node where nobody says: each GPU one, or two on a CPU."""
-    return torch.cuda.device_count() if kind == "cuda" else min(2, usable_cores())
+def default_processes(kind: Literal["cpu", "cuda"], cores: int | None = None) -> int:
+    """Processes on this node where nobody says: each GPU one, or two on a CPU.
+
+    Args:
+        kind: What is computed on.
+        cores: Of a CPU, that may be used; None: all.
+    """
+    return torch.cuda.device_count() if kind == "cuda" else min(2, cores or usable_cores())
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.store import require_space
 from train import checkpoint
 from train.adopt import adopt, adoptable
+from train.claim import claim_part
 from train.distributed import default_processes, device_type
 from train.run import Run
 from train.torchrun import run_torchrun
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] = ()) -> None:
     args = parser.parse_args(argv)
     run = Run.open()
     kind = device_type(run.machine.device)
-    processes = run.machine.processes or default_processes(kind)
+    processes = run.machine.processes or default_processes(kind, run.machine.cores)
     if kind == "cuda" and processes > default_processes(kind):
         raise UserError(
             f"processes (machine.yaml, GPT2_PROCESSES): {processes}, but there are "
@@ -65,7 +66,8 @@ def main(argv: Sequence[str] = ()) -> None:
                 f"alone; python -m train.launch --adopt {key[:12]} goes on with it",
                 flush=True,
             )
-    run_torchrun(processes, run.machine.restarts)
+    with claim_part(run.machine, kind, processes):
+        run_torchrun(processes, run.machine.restarts)
 
 
 if __name__ == "__main__":

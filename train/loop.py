@@ -85,6 +85,7 @@ def advance(
         meter.validation(done, loss)
         if beside := trainer.run.beside_published(done, loss):
             meter.note(done, str(beside))
+        meter.sample(done, trainer.sample())
 
     def save() -> None:
         nonlocal saved

@@ -124,6 +124,11 @@ class Meter:
             mark = "  best" if loss <= best else f"  best {best:.4f}"
             self._print(step, f"val loss {loss:.4f}{mark}")
 
+    def sample(self, step: int, tokens: list[int]) -> None:
+        """Logs a sample, for the report; none where there is none."""
+        if tokens:
+            self._history.add({"step": step, "sample": tokens})
+
     def note(self, step: int, text: str) -> None:
         """Shows a line, on rank 0."""
         if self._world.first:

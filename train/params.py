@@ -150,6 +150,9 @@ class TrainParams(Section):
     non_finite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is not finite: the run stops, or the step is skipped."""
 
+    sample_tokens: int = Field(default=48, ge=0)
+    """New tokens of the sample at each validation (0: none): one text, seen to get better."""
+
     log_every: int = Field(default=10, ge=1)
     """Steps between lines of the log and points of the curves (at least 1)."""
 

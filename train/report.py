@@ -1,101 +1,247 @@
 """`python -m train.report`: one self-contained page of a run, `artifacts/report.html`.
 
-Charts are drawn by matplotlib as SVG inside the page: no script, no network, and sharp on paper.
+With `--compare REV...` a page that holds several experiments beside each other (compare.py).
 """
 
-import csv
-import io
+from __future__ import annotations
+
+import argparse
 import json
-from dataclasses import dataclass
-from importlib import resources
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
+import numpy as np
 
-from pipeline import Manifest, atomic, stage
+from model import GPT, GPTConfig
+from model.errors import FormatError
+from model.size import flops_per_token
+from pipeline import Manifest, TokenStream, atomic, stage, tokenizer
 from pipeline.errors import UserError
-from pipeline.params import PARAMS
+from pipeline.params import PARAMS, read_yaml
+from train import compare, figures, html, inside
+from train.figures import METRICS
+from train.log import Log
 
 OUT = Path("artifacts/report.html")
-CURVES = Path("metrics/live/plots/metrics")
+CHECKPOINT = Path("artifacts/checkpoint")
+LOG = Path("artifacts/log.jsonl")
+SAMPLES = Path("artifacts/samples.md")
+TOKENS = Path("data/tokens")
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-_BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#777777"
+ACTIVATION_TOKENS = 2048  # of the validation split, looked at inside the model
+PROMPTS = 2  # of the evaluation's, read token by token
+SAMPLE_PROMPT = 16  # tokens of a sample in the log that were given (trainer.py)
 
+MEASURES = {
+    "val_loss": ("validation loss", "nats a token, mean over the first {val_tokens} tokens"),
+    "val_shards_loss": ("loss on the published split", "nats a token, on evaluate.val_shards"),
+    "perplexity": ("perplexity", "e to the loss: as unsure as among so many equal tokens"),
+    "bits_per_byte": ("bits a byte", "of text: independent of the tokenizer"),
+    "unigram_entropy": ("unigram entropy", "nats a token: the loss of a model without context"),
+    "below_unigram": ("below the unigram entropy", "nats a token that context is worth"),
+    "above_reference": ("above the published run", "nats a token, at the last step it has"),
+    "hellaswag_acc": ("HellaSwag acc", "ending of the highest likelihood; chance: 0.25"),
+    "hellaswag_acc_norm": ("HellaSwag acc_norm", "per byte; GPT-2 124M as published: 0.311"),
+    "hellaswag_acc_completion": ("HellaSwag, completion", "per token; GPT-2 124M: 0.2955"),
+    "lambada_acc": ("LAMBADA accuracy", "last word of a passage, greedily"),
+    "lambada_perplexity": ("LAMBADA perplexity", "of that word"),
+}
+"""Name and meaning of what `metrics/eval.json` may hold."""
 
-@dataclass(frozen=True)
-class Curve:
-    """A line of a chart: values over steps."""
-
-    label: str
-    steps: list[int]
-    values: list[float]
-    color: str = _BLUE
-
-
-def read_curve(name: str, label: str, color: str = _BLUE) -> Curve:
-    """A curve as DVCLive wrote it, e.g. ``train/loss``."""
-    rows = _table(CURVES / f"{name}.tsv", "\t")
-    column = name.split("/")[-1]
-    steps, values = [int(row["step"]) for row in rows], [float(row[column]) for row in rows]
-    return Curve(label, steps, values, color)
-
-
-def line_chart(
-    curves: list[Curve], y_label: str, level: tuple[float, str] | None = None, wide: bool = False
-) -> str:
-    """Curves over the step, as an SVG element; ``level`` is a horizontal line and its name."""
-    figure, axes = _figure(wide)
-    for curve in curves:
-        few = len(curve.steps) <= 30
-        axes.plot(
-            curve.steps,
-            curve.values,
-            color=curve.color,
-            label=curve.label,
-            linewidth=1.6,
-            marker="o" if few else None,
-            markersize=3.5,
-        )
-    if level is not None:
-        axes.axhline(level[0], color=_GREY, linestyle="--", linewidth=1.2, label=level[1])
-    axes.set_xlabel("step")
-    axes.set_ylabel(y_label)
-    if len(curves) > 1 or level is not None:
-        axes.legend(frameon=False)
-    return _svg(figure)
+DATA = {
+    "documents": "documents",
+    "tokens": "tokens",
+    "train_tokens": "of them to train on",
+    "val_tokens": "of them held out",
+    "text_bytes": "bytes of text",
+    "bytes_per_token": "bytes a token",
+    "tokens_per_document": "tokens a document, on average",
+    "shortest_document": "tokens of the shortest document",
+    "longest_document": "tokens of the longest",
+    "duplicate_documents": "documents that repeat another",
+    "val_documents_in_train": "held-out documents that are trained on",
+    "skipped": "documents left out",
+    "shards": "shards",
+    "gigatoken_share": "share of the text encoded by gigatoken",
+    "tiktoken_share": "share encoded by tiktoken",
+    "engine_differences": "documents on which the two differ",
+    "token_count_agreement": "agreement with the source's own counts",
+}
+"""Names of what `metrics/data.json` may hold."""
 
 
-def bar_chart(labels: list[str], counts: list[int], x_label: str) -> str:
-    """Horizontal bars, as an SVG element."""
-    figure, axes = _figure(wide=False)
-    axes.barh(labels, counts, color=_BLUE)
-    axes.bar_label(axes.containers[0], padding=3, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel(x_label)
-    return _svg(figure)
+def render() -> str:
+    """The page of the run whose metrics, log, samples and checkpoint lie here.
+
+    Raises:
+        UserError: one of them is missing.
+    """
+    data, train, evaluation = (_json(METRICS / f"{n}.json") for n in ("data", "train", "eval"))
+    state, log = _json(CHECKPOINT / "state.json"), Log.parse(_read(LOG))
+    manifest, params = Manifest.load(TOKENS), read_yaml(PARAMS)
+    try:
+        gpt = GPT.from_checkpoint(CHECKPOINT)
+    except FormatError as error:
+        raise UserError(f"{error}; `dvc repro` makes it") from None
+    text = some_text(gpt.config.block_size)
+    return html.page(
+        "report.html",
+        state=state,
+        train=train,
+        evaluation=evaluation,
+        evaluate=params["evaluate"],
+        manifest=manifest,
+        where=where(train),
+        tiles=tiles(train, evaluation),
+        loss_charts=[figures.loss_chart(log, evaluation, wide=wide) for wide in (True, False)],
+        training_charts=figures.training_charts(log),
+        incidents=log.incidents(),
+        measures=measures(evaluation),
+        progress=progress(log),
+        samples=read_samples(_read(SAMPLES)),
+        data_facts=[(name, data[key]) for key, name in DATA.items() if key in data],
+        data_charts=figures.data_charts(),
+        inside_charts=figures.inside_charts(gpt, text),
+        activation_tokens=text.size,
+        readings=readings(gpt, params["evaluate"]["prompts"]),
+        time=time_facts(train, state),
+        cost=cost_facts(train, state, gpt.config),
+        identity=[
+            ("commit", train.get("commit") or "not recorded"),
+            ("run", state["run_key"]),
+            ("data", manifest.dataset_key),
+            ("code of the training", state["code_key"]),
+            ("source", f"{manifest.source.source.repo} at {manifest.source.source.revision}"),
+        ],
+        machine=[
+            *((name.replace("_", " "), value) for name, value in state["arithmetic"].items()),
+            ("device name", train["device"]),
+            ("dtype of the products", train["dtype"]),
+        ],
+        versions=sorted(state["versions"].items()),
+        params=_read(PARAMS),
+    )
 
 
-def _figure(wide: bool) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # the object interface: no display, no global state
-
-    figure = Figure(figsize=(8.6, 3.6) if wide else (4.8, 3.0), layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+def where(train: Mapping[str, Any]) -> str:
+    """What the run ran on, to read."""
+    n, device = train["world_size"], train["device"]
+    if device != "cpu":
+        return f"on {n} × {device}"
+    return f"by {n} processes on a CPU" if n > 1 else "on a CPU"
 
 
-def _svg(figure: Any) -> str:
-    import matplotlib
+def tiles(train: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(value, what it is) of the figures that one looks for first."""
+    if "hellaswag_acc_norm" in evaluation:
+        third = (f"{evaluation['hellaswag_acc_norm']:.4f}", "HellaSwag, acc_norm")
+    else:
+        third = (f"{evaluation['below_unigram']:.2f}", "nats below the unigram entropy")
+    return [
+        (f"{evaluation['val_loss']:.4f}", "validation loss, nats a token"),
+        (html.figure(evaluation["perplexity"]), "perplexity"),
+        (f"{evaluation['bits_per_byte']:.3f}", "bits a byte"),
+        third,
+        (html.figure(train["tokens_per_second"]), "tokens a second"),
+        (html.duration(train["seconds"]), "of training"),
+    ]
 
-    buffer = io.StringIO()
-    # Fixed ids and no date: the same run gives the same page.
-    with matplotlib.rc_context({"svg.hashsalt": "report", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+
+def measures(evaluation: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
+    """(name, value, meaning) of what was measured."""
+    known = {key: html.figure(value) for key, value in evaluation.items()}
+    return [
+        (name, evaluation[key], meaning.format_map(known))
+        for key, (name, meaning) in MEASURES.items()
+        if key in evaluation
+    ]
+
+
+def time_facts(train: Mapping[str, Any], state: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """How long it took."""
+    worker = "GPU" if state["arithmetic"]["device"] == "cuda" else "process"
+    return [
+        ("steps", state["step"]),
+        ("training, without validation and saving", html.duration(train["seconds"])),
+        ("seconds a step", train["seconds"] / state["step"]),
+        ("tokens a second", train["tokens_per_second"]),
+        (f"{worker}-hours", train["seconds"] * train["world_size"] / 3600),
+    ]
+
+
+def cost_facts(
+    train: Mapping[str, Any], state: Mapping[str, Any], config: GPTConfig
+) -> list[tuple[str, Any]]:
+    """What it took."""
+    flops = flops_per_token(config, config.block_size) * state["tokens"]
+    facts = [
+        ("operations", html.size(flops, "FLOP")),
+        ("operations a second", html.size(flops / train["seconds"], "FLOP/s")),
+        ("most memory of the first process", html.size(train["peak_memory_bytes"])),
+        ("weights", html.size((CHECKPOINT / "model.safetensors").stat().st_size)),
+    ]
+    if "mfu" in train:
+        facts.insert(2, ("of what the devices can do (MFU)", html.percent(train["mfu"])))
+    return facts
+
+
+def progress(log: Log) -> list[tuple[int, str, str]]:
+    """(step, prompt, continuation) of up to 8 samples, the first and the last among them."""
+    samples = log.samples()
+    most = min(8, len(samples))
+    chosen = sorted({round(i * (len(samples) - 1) / max(1, most - 1)) for i in range(most)})
+    return [
+        (step, _text(tokens[:SAMPLE_PROMPT]), _text(tokens[SAMPLE_PROMPT:]))
+        for step, tokens in (samples[i] for i in chosen)
+    ]
+
+
+def _text(tokens: list[int]) -> str:
+    return tokenizer.decode([token for token in tokens if token != tokenizer.EOT])
+
+
+def read_samples(text: str) -> list[tuple[str, str]]:
+    """(prompt, continuation) of the quoted texts of the samples' page."""
+    quoted: list[list[str]] = []
+    for line in text.splitlines():
+        if line.startswith("## "):
+            quoted.append([])
+        elif line.startswith(">") and quoted:
+            quoted[-1].append(line[2:])
+    samples = []
+    for body in map("\n".join, quoted):
+        prompt, _, rest = body[2:].partition("**") if body.startswith("**") else ("", "", body)
+        samples.append((prompt, rest))
+    return samples
+
+
+def some_text(block_size: int) -> np.ndarray:
+    """(B, T) tokens of the validation split, to look inside the model with."""
+    tokens = TokenStream(TOKENS, "val")[: max(ACTIVATION_TOKENS, block_size)]
+    rows = max(1, len(tokens) // block_size)
+    return tokens[: rows * block_size].reshape(rows, -1)
+
+
+def readings(gpt: GPT, prompts: list[str]) -> list[tuple[list[dict[str, Any]], Any]]:
+    """The first prompts token by token, with what is expected after them."""
+    if gpt.config.vocab_size != tokenizer.N_VOCAB:
+        return []  # its tokens are no text of ours
+    read = []
+    for prompt in [prompt for prompt in prompts if prompt][:PROMPTS] or [""]:
+        tokens, likeliest = inside.read_text(gpt, prompt)
+        shaded = [
+            {
+                "text": token.text,
+                "probability": token.probability,
+                "likeliest": token.likeliest,
+                "shade": round(70 * token.probability**0.5),
+            }
+            for token in tokens
+        ]
+        read.append((shaded, likeliest))
+    return read
 
 
 def _read(path: Path) -> str:
@@ -110,75 +256,23 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _table(path: Path, delimiter: str = ",") -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(_read(path)), delimiter=delimiter))
-
-
-def render() -> str:
-    """The page of the run whose metrics, curves, samples and checkpoint lie here.
-
-    Raises:
-        UserError: one of them is missing.
-    """
-    data, train, evaluation = (_json(Path(f"metrics/{n}.json")) for n in ("data", "train", "eval"))
-    manifest = Manifest.load("data/tokens")
-    lengths = _table(Path("metrics/document_lengths.csv"))
-    unigram = (evaluation["unigram_entropy"], "unigram entropy of the training tokens")
-    losses = [read_curve("train/loss", "training"), read_curve("val/loss", "validation", _ORANGE)]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["figure"] = _figure_text
-    template = (resources.files("train") / "report.html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
-        state=_json(Path("artifacts/checkpoint/state.json")),
-        data=data,
-        train=train,
-        evaluation=evaluation,
-        manifest=manifest,
-        loss_chart=line_chart(losses, "loss, nats a token", unigram, wide=True),
-        charts=[
-            ("Learning rate", line_chart([read_curve("lr", "lr")], "learning rate")),
-            ("Gradient norm", line_chart([read_curve("grad_norm", "norm")], "before clipping")),
-            ("Speed", line_chart([read_curve("tokens_per_second", "speed")], "tokens a second")),
-            (
-                "Documents by length in tokens",
-                bar_chart(
-                    [row["tokens"] for row in lengths],
-                    [int(row["documents"]) for row in lengths],
-                    "documents",
-                ),
-            ),
-        ],
-        samples=_samples(Path("artifacts/samples.md")),
-        params=_read(PARAMS),
-    )
-
-
-def _figure_text(value: Any) -> str:
-    """A number as a person reads it: four decimals for fractions, thousands grouped."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def _samples(path: Path) -> list[str]:
-    """The quoted texts of the samples' page."""
-    texts: list[list[str]] = []
-    for line in _read(path).splitlines():
-        if line.startswith("## "):
-            texts.append([])
-        elif line.startswith(">") and texts:
-            texts[-1].append(line[1:].strip())
-    return ["\n".join(lines).replace("**", "") for lines in texts]
-
-
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Write the page, print one summary."""
-    page = render()
-    atomic.write_bytes(OUT, page.encode())
-    print(f"report: {OUT}, {len(page) / 1e3:.0f} kB, opens in any browser without a network")
+    parser = argparse.ArgumentParser(prog="python -m train.report", description="A page of a run.")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="REV",
+        help=f"experiments, branches, tags, commits, `workspace`: one page of them, {compare.OUT}",
+    )
+    args = parser.parse_args(argv)
+    if args.compare:
+        out, page = compare.OUT, compare.render(args.compare)
+    else:
+        out, page = OUT, render()
+    atomic.write_bytes(out, page.encode())
+    print(f"report: {out}, {len(page) / 1e3:.0f} kB, opens in any browser without a network")
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    stage.run(lambda: main(sys.argv[1:]))

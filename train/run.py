@@ -46,6 +46,7 @@ CHECKPOINT = Path("artifacts/checkpoint")
 METRICS = Path("metrics/train.json")
 RECORD = "run.json"
 CURVES = Path("metrics/live")
+LOG = Path("artifacts/log.jsonl")
 
 LOCK_PATIENCE = 60.0  # seconds: workers of a torchrun that was killed need some to save and leave
 
@@ -220,10 +221,11 @@ class Run:
         return found[0]
 
     def publish(self, last: Path) -> None:
-        """Puts the finished run where DVC expects it: checkpoint, metrics, and curves."""
+        """Puts the finished run where DVC expects it: checkpoint, metrics, curves, and log."""
         self.history.draw()
         CHECKPOINT.parent.mkdir(parents=True, exist_ok=True)
         publish({name: last / name for name in checkpoint.FILES}, CHECKPOINT)
+        atomic.write_bytes(LOG, self.history.path.read_bytes())
         atomic.write_bytes(METRICS, (self.folder / "final.json").read_bytes())
 
     def ending(self) -> str:

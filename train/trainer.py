@@ -34,6 +34,8 @@ from train.writer import Writer
 # On a CPU a step is interrupted only between micro-batches, so that they must not take long.
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
+SAMPLE_PROMPT = 16  # tokens of validation text that a sample goes on from
+
 
 def plan_split(run: Run, world_size: int, device: str) -> Split:
     """How a run's batch is shared by this machine's processes.
@@ -269,6 +271,19 @@ class Trainer:
             check=interrupt.check,
         )
         return self.measured
+
+    def sample(self) -> list[int]:
+        """How the model goes on from the first tokens of the validation split; rank 0's alone.
+
+        The same tokens and random numbers each time: what differs is what was learnt. The first
+        `SAMPLE_PROMPT` tokens are the prompt.
+        """
+        if not self.world.first or not self.params.sample_tokens:
+            return []
+        prompt = self.run.val_data[:SAMPLE_PROMPT].tolist()
+        return self.gpt.generate(
+            [prompt], self.params.sample_tokens, 0.8, top_k=50, seed=self.params.seed
+        )[0]
 
     def save(self, step: int) -> None:
         """Begins to write the checkpoint after ``step`` complete steps, on rank 0."""

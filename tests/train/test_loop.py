@@ -50,6 +50,13 @@ def test_a_run_leaves_what_it_promises(
     assert losses[0] == pytest.approx(10.83, abs=0.05)  # ln 50257 and a little
     assert losses[-1] < losses[0] - 0.5
 
+    samples = records(run, "sample")
+    assert list(samples) == [6, 12]
+    prompt = run.val_data[:16].tolist()
+    assert all(s[:16] == prompt and 16 < len(s) <= 16 + 48 for s in samples.values())
+    log = (project.folder / "artifacts/log.jsonl").read_text()
+    assert [json.loads(line) for line in log.splitlines()] == run.history.records
+
     metrics = project.metrics()
     assert metrics["step"] == 12
     assert metrics["tokens"] == 12 * 128

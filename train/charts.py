@@ -1,0 +1,191 @@
+"""Charts for a page: matplotlib draws them as SVG, whose colours and font are the page's own.
+
+So they are sharp on paper, need no script, and follow the page from light to dark. They are drawn
+small: on a phone they keep their size, on a desk they grow.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from xml.sax.saxutils import escape
+
+WIDTH, HEIGHT, WIDE = 3.9, 2.6, 10.5  # inches
+
+SERIES = ("c1", "c2", "c3", "c4", "c5", "c6")
+"""The page's colours for lines, in their order (pages/page.html)."""
+
+# What matplotlib draws in these colours stands for a CSS variable: the page colours it.
+_HEX = {name: f"#0a0b{i:02x}" for i, name in enumerate((*SERIES, "soft", "line"))}
+_INK, _GRID = _HEX["soft"], _HEX["line"]
+
+MOST_POINTS = 1200  # of a line: more cannot be seen, and make a big page
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a chart.
+
+    Attributes:
+        label: Its name in the legend.
+        xs: Steps, say; ascending.
+        ys: As many values.
+        color: A name of `SERIES`, or "soft".
+        faint: Drawn as a background to another.
+        dashed: Drawn as dashes.
+    """
+
+    label: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    color: str = "c1"
+    faint: bool = False
+    dashed: bool = False
+
+
+def line_chart(
+    curves: Sequence[Curve],
+    *,
+    name: str,
+    y_label: str,
+    x_label: str = "step",
+    y_range: tuple[float | None, float | None] = (None, None),
+    wide: bool = False,
+) -> str:
+    """Curves over the step, as an SVG element.
+
+    Args:
+        curves: At least one.
+        name: What is drawn, for those who cannot see it.
+        y_label: What is measured, with its unit.
+        x_label: What the values lie over.
+        y_range: Lowest and highest value drawn; as far as the curves go, where None.
+        wide: As wide as a page.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure(WIDE if wide else WIDTH, HEIGHT * (1.4 if wide else 1))
+    for curve in curves:
+        xs, ys = _thinned(curve.xs, curve.ys)
+        axes.plot(
+            xs,
+            [float(f"{y:.5g}") for y in ys],
+            color=_HEX[curve.color],
+            label=curve.label,
+            linewidth=0.8 if curve.faint else 1.6,
+            alpha=0.35 if curve.faint else 1,
+            linestyle=(0, (4, 2.5)) if curve.dashed else "-",
+            marker="o" if len(xs) <= 30 and not (curve.faint or curve.dashed) else None,
+            markersize=3,
+            solid_capstyle="round",
+            solid_joinstyle="round",
+        )
+    axes.set(xlabel=x_label, ylabel=y_label)
+    rounds = [1, 2, 2.5, 5, 10]
+    axes.xaxis.set_major_locator(MaxNLocator(10 if wide else 5, integer=True, steps=rounds))
+    axes.yaxis.set_major_locator(MaxNLocator(7 if wide else 5, steps=rounds))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.10g}")
+    axes.yaxis.set_major_formatter(lambda y, _: number(y))
+    axes.margins(x=0.02)
+    axes.set_ylim(*y_range)
+    if len(curves) > 1:
+        figure.legend(
+            loc="outside upper left",
+            ncols=len(curves) if wide else 2,
+            frameon=False,
+            labelcolor=_INK,
+            fontsize=8.5,
+            handlelength=1.4,
+            columnspacing=1.6,
+        )
+    return _svg(figure, name)
+
+
+def bar_chart(labels: Sequence[str], counts: Sequence[int], *, name: str, color: str = "c1") -> str:
+    """Horizontal bars, as an SVG element."""
+    figure, axes = _figure(WIDTH, max(1.4, 0.55 + 0.22 * len(labels)))
+    bars = axes.barh(range(len(labels)), counts, color=_HEX[color], height=0.7)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.bar_label(bars, [f"{n:,}" for n in counts], padding=3, fontsize=8, color=_INK)
+    axes.invert_yaxis()
+    axes.margins(x=0.14, y=0.02)
+    axes.grid(False)
+    axes.spines["bottom"].set_visible(False)
+    axes.set_xticks([])
+    return _svg(figure, name)
+
+
+def smooth(values: Sequence[float], memory: int) -> list[float]:
+    """A running mean whose weights fall by 1/e every ``memory`` values, unbiased at the start."""
+    keep, total, weight, means = 1 - 1 / max(1, memory), 0.0, 0.0, []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        means.append(total / weight)
+    return means
+
+
+def number(value: float) -> str:
+    """A number as a person reads it: thousands grouped, small ones as 3e-4."""
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _thinned(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
+    every = max(1, -(-len(xs) // MOST_POINTS))
+    kept = [i for i in range(len(xs)) if i % every == 0 or i == len(xs) - 1]
+    return [xs[i] for i in kept], [ys[i] for i in kept]
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    import matplotlib
+    from matplotlib.figure import Figure  # the object interface: no display, no global state
+
+    style: Any = {
+        "font.size": 9,
+        "axes.labelcolor": _INK,
+        "axes.edgecolor": _INK,
+        "axes.linewidth": 0.7,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": _GRID,
+        "grid.linewidth": 0.7,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "xtick.major.width": 0.7,
+        "ytick.major.width": 0,
+        "xtick.labelsize": 8.5,
+        "ytick.labelsize": 8.5,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
+        axes = figure.add_subplot(facecolor="none")
+    return figure, axes
+
+
+def _svg(figure: Any, name: str) -> str:
+    import matplotlib
+
+    buffer = io.StringIO()
+    # Fixed ids and no date: the same run gives the same page.
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    for variable, color in _HEX.items():
+        text = text.replace(color, f"var(--{variable})")
+    text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
+    # Several charts stand on a page: only ids that something refers to stay.
+    used = set(re.findall(r"#([\w-]+)", text))
+    text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
+    label = escape(name, {'"': "&quot;"})
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
