@@ -26,6 +26,11 @@ class Chunk:
     stop: int
     estimated_tokens: int
 
+    @property
+    def label(self) -> str:
+        """What it is called in messages and on Ray's dashboard."""
+        return f"{self.file.path}[{self.start}:{self.stop}]"
+
 
 def cut_rows(groups: Sequence[tuple[int, int]], target_bytes: int) -> list[tuple[int, int]]:
     """Cut a file's rows into runs of about ``target_bytes`` of text each.

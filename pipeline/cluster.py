@@ -1,108 +1,139 @@
-"""Ray: a small local cluster, or the one that `RAY_ADDRESS` names, and tasks bounded in flight."""
+"""Ray: a small local cluster, or the one that is named, found fit before any work."""
 
 import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline import probe
 from pipeline.errors import UserError
 from pipeline.machine import Machine
+from pipeline.store import Store
+from pipeline.tasks import run_tasks
 
-# Tasks return small records; Ray's default would reserve a third of the memory.
-_OBJECT_STORE_BYTES = 150 * 2**20
+__all__ = ["cluster", "run_tasks"]
+
+# Tasks return small records, which go through no object store; Ray takes no smaller one than 75 MB.
+# Ray's default would be a third of the memory. Where /dev/shm is smaller (64 MB in a container as
+# Docker starts it), Ray puts the store into its own folder in /tmp.
+_OBJECT_STORE_BYTES = 80 * 2**20
+# Ray's own count of a node's memory, which it holds tasks back by. What runs on this machine at
+# once is said by `workers`.
+_MEMORY_BYTES = 2**40
+
+_ALWAYS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # `uv run` would have Ray rebuild the environment in every worker.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Of tasks that were given up, at the end.
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
+}
+# By default it takes minutes until a link that went silent is noticed. The nodes need them as well
+# (docs/node-environment.sh).
+NODE_VARIABLES = {
+    "RAY_grpc_client_keepalive_time_ms": "5000",
+    "RAY_grpc_client_keepalive_timeout_ms": "5000",
+}
 
 
 @contextlib.contextmanager
-def cluster(machine: Machine) -> Iterator[int]:
+def cluster(machine: Machine, files: Sequence[Path] = (), *, ships: bool = False) -> Iterator[int]:
     """Have Ray up for the length of the block; yield the number of its CPUs.
 
     Without an address a local Ray is started. Ray itself would join any cluster that happens to run
-    on the machine, so the address is always said.
+    on the machine, so the address is always said. Where nothing is shared (`data: ship`) a stage
+    whose tasks open files runs on a local Ray, beside its files.
+
+    Args:
+        files: that the tasks read where they run.
+        ships: whether the tasks open no file, but are sent what they need.
+
+    Raises:
+        UserError: no cluster answers, or its nodes are unfit for the work.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # `uv run` would have Ray rebuild the environment in every worker.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = machine.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+    if machine.data == "ship" and not ships:
+        address = "local"
+    _set_defaults(_ALWAYS if address == "local" else _ALWAYS | NODE_VARIABLES)
+    handler = signal.getsignal(signal.SIGTERM)
+    with contextlib.ExitStack() as stack:
+        if address == "local":
+            _start(machine)
+        else:
+            store = Store.open(machine) if machine.data == "shared" else None
+            asked = stack.enter_context(probe.probing(store, files))
+            _join(address, asked)
+        import ray
+
+        # Ray puts its own handler in: a stopped stage would end as a fault, after a stack dump.
+        signal.signal(signal.SIGTERM, handler)
+        try:
+            if address != "local":
+                probe.ask_nodes(asked)
+            yield max(1, int(ray.cluster_resources().get("CPU", 0)))
+        finally:
+            ray.shutdown()
+
+
+def _set_defaults(variables: Mapping[str, str]) -> None:
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+
+
+def _start(machine: Machine) -> None:
+    """Start a local Ray."""
     # Workers import this code, from this folder, whatever else is installed.
     path = [str(Path.cwd()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path))
     import ray  # here, for it takes a second and is not needed where nothing is left to do
 
-    address = machine.ray_address or os.environ.get("RAY_ADDRESS") or "local"
-    local: dict[str, Any] = {
-        "num_cpus": machine.worker_count,
-        "include_dashboard": False,
-        "object_store_memory": _OBJECT_STORE_BYTES,
-    }
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        if address == "local":
-            ray.init("local", logging_level=logging.ERROR, **local)
-        else:
-            ray.init(address, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        raise UserError(
-            f"RAY_ADDRESS: no Ray cluster answers at {address} ({str(error).splitlines()[0]})"
-        ) from None
-    # Ray puts its own handler in: a stopped stage would end as a fault, after a stack dump.
-    signal.signal(signal.SIGTERM, handler)
-    try:
-        yield int(ray.cluster_resources().get("CPU", 1))
-    finally:
-        ray.shutdown()
+    ray.init(
+        "local",
+        num_cpus=machine.worker_count,
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        _memory=_MEMORY_BYTES,
+        logging_level=logging.ERROR,
+    )
 
 
-def run_tasks(
-    function: Callable[..., Any],
-    tasks: Sequence[tuple[Any, ...]],
-    in_flight: int,
-    name: str,
-    num_cpus: float = 1,
-    tick: Callable[[], None] | None = None,
-) -> Iterator[tuple[int, Any]]:
-    """Run ``function(*task)`` for each task on the cluster, in order, so many at a time.
+def _join(address: str, asked: probe.Probe) -> None:
+    """Join a running cluster; this code goes with the job.
 
-    A task lost with its worker or node is run again, an `OSError` is tried again; any other error
-    is the task's own and is raised here, as itself where it is the user's.
-
-    Args:
-        num_cpus: of the cluster's CPUs that a task takes; a part of one where it mostly waits.
-        tick: called every second or so while tasks run, to look after their progress.
-
-    Yields:
-        The index of a finished task, and what it returned.
+    The package alone is sent, and not the folder, in which data, store and history lie: the nodes
+    need nothing of the project but what `pip` installs.
     """
     import ray
 
-    # Ray fills a node before it turns to the next, which would not use the others' networks.
-    options: dict[str, Any] = {
-        "max_retries": 3,
-        "retry_exceptions": [OSError],
-        "scheduling_strategy": "SPREAD",
+    if address.startswith("ray://"):
+        raise UserError(
+            f"ray_address: {address} is Ray Client's; start the stage on a node of the cluster "
+            "(its head, say) with ray_address: HOST:6379, or send it there by `ray job submit`"
+        )
+    host, _, port = address.rpartition(":")
+    if port.isdigit():  # Ray would try for half a minute, and speak of crashes
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except OSError as error:
+            raise UserError(
+                f"ray_address: no Ray cluster answers at {address} ({error}); start it, or correct "
+                "the address in machine.yaml or RAY_ADDRESS"
+            ) from None
+    environment: dict[str, Any] = {
+        "py_modules": [str(Path(__file__).parent)],
+        "excludes": ["__pycache__"],
+        "env_vars": {probe.VARIABLE: probe.encode(asked)},
     }
-    remote: Any = ray.remote(num_cpus=num_cpus, **options)(function).options(name=name)
-    queue = iter(enumerate(tasks))
-    pending: dict[Any, int] = {}
     try:
-        while True:
-            while len(pending) < in_flight and (item := next(queue, None)) is not None:
-                pending[remote.remote(*item[1])] = item[0]
-            if not pending:
-                return
-            ready, _ = ray.wait(list(pending), num_returns=1, timeout=1 if tick else None)
-            if tick is not None:
-                tick()
-            for reference in ready:
-                index = pending.pop(reference)
-                try:
-                    yield index, ray.get(reference)
-                except ray.exceptions.RayTaskError as error:
-                    if isinstance(error.cause, UserError):
-                        raise error.cause from None
-                    raise
-    finally:
-        for reference in pending:
-            ray.cancel(reference, force=True)
+        ray.init(address, logging_level=logging.ERROR, runtime_env=environment)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"ray_address: cannot join the Ray cluster at {address} ({reason[:300]}); is it up, is "
+            "this machine a node of it, and are RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH set as there?"
+        ) from None

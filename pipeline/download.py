@@ -164,8 +164,11 @@ def _fetch(items: Sequence[Item], column: str, store: Store, machine: Machine) -
     at_start = [arrived(item, column, store) for item in items]
     done: dict[int, Kept] = {}
     tasks = [(item, column, store, machine.patience) for item in items]
-    in_flight = machine.parallel_downloads
-    with cluster(machine) as cpus, Progress("download", size - sum(at_start), "bytes") as progress:
+    in_flight, paths = machine.parallel_downloads, [path for item in items if (path := item.here)]
+    with (
+        cluster(machine, paths) as cpus,
+        Progress("download", size - sum(at_start), "bytes") as progress,
+    ):
         started = time.monotonic()
 
         def look() -> None:
@@ -179,7 +182,11 @@ def _fetch(items: Sequence[Item], column: str, store: Store, machine: Machine) -
             progress.advance(more, f"{rate:.1f} MB/s, {len(done)} of {len(items)} files")
 
         share = min(_TASK_CPUS, cpus * 10_000 // in_flight / 10_000)  # Ray takes four decimals
-        for index, piece in run_tasks(bring, tasks, in_flight, "download", share, look):
+        labels, sizes = [item.path for item in items], [item.size for item in items]
+        for index, piece in run_tasks(
+            bring, tasks, in_flight, "download", share, look,
+            labels=labels, sizes=sizes, progress=progress,
+        ):  # fmt: skip
             done[index] = piece
             look()
     return done

@@ -14,7 +14,7 @@ what is summed, so those of chunks add up to that of the dataset, whatever its s
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,22 +101,38 @@ def encode_chunk(
     check_fraction: float = CHECK_FRACTION,
 ) -> Record:
     """Make a chunk's piece in the store, unless it stands there; return its record."""
+
+    def read() -> Iterable[tuple[int, pa.Array]]:
+        return read_batches(raw / chunk.file.path, column, chunk.start, chunk.stop)
+
     with store.lock("chunks", key):
         if (folder := store.find("chunks", key)) is None:
             hashes: dict[str, str] = {}
             with store.make("chunks", key, hashes) as folder:
-                path, rows = raw / chunk.file.path, (chunk.start, chunk.stop)
-                try:
-                    batches = read_batches(path, column, *rows)
-                    made = write_piece(batches, chunk, key, params, folder, engine, check_fraction)
-                except Differs as difference:
-                    batches = read_batches(path, column, *rows)
-                    made = write_piece(
-                        batches, chunk, key, params, folder, "tiktoken", differs=difference.row
-                    )
-                hashes.update(made)
+                hashes |= make_piece(read, chunk, key, params, folder, engine, check_fraction)
             folder = store.root / "chunks" / key
     return read_record(folder)
+
+
+def make_piece(
+    read: Callable[[], Iterable[tuple[int, pa.Array]]],
+    chunk: Chunk,
+    key: str,
+    params: TokenizeParams,
+    folder: Path,
+    engine: engines.Name,
+    check_fraction: float,
+) -> dict[str, str]:
+    """`write_piece`, once more with engine tiktoken where the fast engine was wrong.
+
+    Args:
+        read: the batches of the chunk, from the first on, each time that it is called.
+    """
+    try:
+        return write_piece(read(), chunk, key, params, folder, engine, check_fraction)
+    except Differs as difference:
+        row = difference.row
+        return write_piece(read(), chunk, key, params, folder, "tiktoken", differs=row)
 
 
 def write_piece(

@@ -1,4 +1,4 @@
-"""The two ways in which a command ends early without being at fault."""
+"""The ways in which a command ends early that need no traceback."""
 
 
 class UserError(ValueError):
@@ -13,3 +13,7 @@ class Stopped(KeyboardInterrupt):
 
     A `KeyboardInterrupt`, for Ray lets no other exception out of its waiting.
     """
+
+
+class StageFailed(Exception):
+    """A fault that its lines say in full: printed without a traceback, exit status 1."""

@@ -39,6 +39,11 @@ class PathFile:
         """What its bytes are known by, as long as they are not hashed anew."""
         return "seen-" + atomic.sha256_json([self.url, self.size, self.version])
 
+    @property
+    def here(self) -> Path | None:
+        """The file itself, where it lies on a disk of this machine."""
+        return Path(self.url) if self.local else None
+
     def space(self, folder: Path) -> int:
         """Bytes that it takes up on a disk."""
         return self.size

@@ -50,6 +50,10 @@ class HubFile:
         """What its bytes are known by."""
         return self.sha256 or f"git-{self.git}"
 
+    @property
+    def here(self) -> None:
+        """It lies at the hub."""
+
     def space(self, folder: Path) -> int:
         """Bytes that it takes up on a disk."""
         return self.size

@@ -55,6 +55,11 @@ class Machine(BaseSettings):
     ray_address: str | None = None
     """A running Ray cluster to join, host:port; null: `RAY_ADDRESS`, else a local Ray."""
 
+    data: Literal["shared", "ship"] = "shared"
+    """How the nodes of a cluster have their data: repository, store and DVC's cache at the same
+    paths on each (shared), or sent to them by this machine, which also takes in what they make
+    (ship)."""
+
     work_dir: Path | None = None
     """Where the store of finished and half-finished pieces lies; null: `.work` in the project."""
 

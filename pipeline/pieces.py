@@ -42,6 +42,10 @@ class Item(Protocol):
     def identity(self) -> str:
         """What its bytes are known by before they are had: a sha256, or a name of our own."""
 
+    @property
+    def here(self) -> Path | None:
+        """The file itself, where it lies on a disk of this machine."""
+
     def space(self, folder: Path) -> int:
         """Bytes that it takes up on the disk of ``folder`` when it is had there."""
 

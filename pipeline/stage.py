@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-from pipeline.errors import Stopped, UserError
+from pipeline.errors import StageFailed, Stopped, UserError
 
 DONE, FAULT, USER_ERROR, STOPPED = 0, 1, 2, 3
 
@@ -45,6 +45,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
+    except StageFailed as failed:
+        print(f"error: {failed}", file=sys.stderr, flush=True)
+        sys.exit(FAULT)
     except KeyboardInterrupt:  # also Stopped
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # of many workers, the one above them speaks
             print("stopped; the same command goes on from here", file=sys.stderr, flush=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import atomic, engines, stage, tokenizer
+from pipeline import atomic, engines, ship, stage, tokenizer
 from pipeline.chunks import Chunk, plan_chunks
 from pipeline.cluster import cluster, run_tasks
 from pipeline.code import code_key
@@ -41,6 +41,9 @@ from pipeline.store import Store, merged_key, publish, require_space, unlink_bad
 RAW = Path("data/raw")
 OUT = Path("data/tokens")
 FORMAT = "llm.c"
+
+# What a worker takes at its peak on chunks of 20M tokens, and some air.
+_TASK_MEMORY = 700 * 2**20
 
 
 def tokenize(raw: Path, out: Path, params: TokenizeParams, machine: Machine, code: str) -> Manifest:
@@ -100,8 +103,6 @@ def _encode_missing(
     machine: Machine,
     store: Store,
 ) -> None:
-    # The largest first, so that the end of the run is not one worker on one chunk.
-    missing = sorted(missing, key=lambda i: (-chunks[i].estimated_tokens, i))
     if store.fresh:
         for index in missing:
             with store.lock("chunks", keys[index]):
@@ -109,7 +110,8 @@ def _encode_missing(
     tokens = sum(chunks[i].estimated_tokens for i in missing)
     work: Callable[..., Record]
     tasks: list[tuple[Any, ...]]
-    if source.source.kind == "tokens":
+    has_text = source.source.kind != "tokens"
+    if not has_text:
         work, written = index_chunk, sum(written_tokens(chunks[i], raw) for i in missing)
         tasks = [(chunks[i], keys[i], raw.absolute(), store) for i in missing]
     else:
@@ -121,8 +123,22 @@ def _encode_missing(
     require_space(store.root, 5 * written // 2, "the token shards")  # 2 bytes each, and some air
     documents, text_bytes, began = 0, 0, time.monotonic()
     encoded: Counter[str] = Counter()
-    with cluster(machine) as cpus, Progress("tokenize", tokens, "tokens") as progress:
-        for done, (nth, record) in enumerate(run_tasks(work, tasks, 2 * cpus, "tokenize"), 1):
+    files = [raw / chunks[i].file.path for i in missing]
+    with (
+        cluster(machine, files, ships=has_text),
+        Progress("tokenize", tokens, "tokens") as progress,
+    ):
+        how_run: dict[str, Any] = {
+            "labels": [chunks[i].label for i in missing],
+            "sizes": [chunks[i].estimated_tokens for i in missing],
+            "memory": _TASK_MEMORY,
+            "progress": progress,
+        }
+        if has_text and machine.data == "ship":
+            finished = ship.encode_chunks(tasks, **how_run)
+        else:
+            finished = run_tasks(work, tasks, None, "tokenize", **how_run)
+        for nth, record in finished:
             chunk = chunks[missing[nth]]
             made = read_engine(store.root / "chunks" / keys[missing[nth]])
             _warn_of_differences(made["differences"], chunk)
@@ -130,10 +146,7 @@ def _encode_missing(
             documents += sum(facts["docs"] for facts in record["splits"].values())
             text_bytes += sum(facts["text_bytes"] for facts in record["splits"].values())
             speed = text_bytes / 1e6 / (time.monotonic() - began)
-            progress.advance(
-                chunk.estimated_tokens,
-                f"{done} of {len(missing)} chunks, {documents:,} documents, {speed:.1f} MB/s",
-            )
+            progress.advance(chunk.estimated_tokens, f"{documents:,} documents, {speed:.1f} MB/s")
     if encoded:
         share = 100 * encoded["tiktoken"] / encoded.total()
         print(f"tokenize: {share:.2f} % of the text was encoded by tiktoken", flush=True)

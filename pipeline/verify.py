@@ -47,9 +47,12 @@ def verify(
     tasks = _tasks(raw.absolute(), tokens.absolute(), raw_manifest, manifest, records, params)
     report = DataReport()
     total = sum(task.size for task in tasks)
-    with cluster(machine) as cpus, Progress("verify", total, "bytes") as progress:
+    files = [raw / file.path for file in raw_manifest.files]
+    files += [tokens / shard.name for shard in manifest.shards]
+    with cluster(machine, files), Progress("verify", total, "bytes") as progress:
         work = [(task.check, *task.arguments) for task in tasks]
-        for nth, found in run_tasks(_run, work, 2 * cpus, "verify"):
+        labels = [task.label for task in tasks]
+        for nth, found in run_tasks(_run, work, None, "verify", labels=labels, progress=progress):
             faults += found.faults
             if found.shard is not None:
                 report.add_shard(found.shard)
@@ -72,6 +75,8 @@ class _Task:
     arguments: tuple[Any, ...]
     size: int
     """Bytes that it reads, about."""
+    label: str
+    """What it is called in messages and on Ray's dashboard."""
 
 
 def _run(check: Callable[..., Findings], *arguments: Any) -> Findings:
@@ -106,16 +111,18 @@ def _tasks(
         if twin is not None:
             twins.add(twin)
         shard_arguments = (tokens, shard, manifest.tokenizer, indices, contents, twin)
-        tasks.append(_Task(checks.check_shard, shard_arguments, _shard_bytes(shard)))
+        tasks.append(_Task(checks.check_shard, shard_arguments, _shard_bytes(shard), shard.name))
     for file in raw_manifest.files:
         if raw / file.path not in twins:
             arguments = (raw, file, tokens, of_file[file.path], has_text)
-            tasks.append(_Task(checks.check_source, arguments, file.bytes))
+            tasks.append(_Task(checks.check_source, arguments, file.bytes, file.path))
     if has_text and params.retokenize:
         column, val_per_10k = raw_manifest.text_column, manifest.params.get("val_per_10k", 0)
         for places in of_chunk.values():
             text_arguments = (raw, column, tokens, places, params.retokenize, val_per_10k)
-            tasks.append(_Task(checks.check_texts, text_arguments, 0))
+            path, (start, stop) = places[0].part.path, places[0].part.rows
+            label = f"{path}[{start}:{stop}]"
+            tasks.append(_Task(checks.check_texts, text_arguments, 0, label))
     return sorted(tasks, key=lambda task: -task.size)
 
 

@@ -25,7 +25,7 @@ def ray_cpus() -> Iterator[int]:
 def one_ray(ray_cpus: int, monkeypatch: pytest.MonkeyPatch) -> int:
     """Have the stages use the session's Ray in place of one of their own."""
 
-    def running(machine: Machine) -> AbstractContextManager[int]:
+    def running(machine: Machine, *_: object, **__: object) -> AbstractContextManager[int]:
         return contextlib.nullcontext(ray_cpus)
 
     monkeypatch.setattr("pipeline.tokenize.cluster", running)

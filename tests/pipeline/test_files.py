@@ -35,13 +35,15 @@ def fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fetch:
     """Run the stage on paths, its tasks in this process; the manifest of `tmp_path / "raw"`."""
 
     class Cluster:
-        def __init__(self, machine: Machine) -> None: ...
+        def __init__(self, machine: Machine, files: Sequence[Path]) -> None: ...
         def __enter__(self) -> int:
             return 1
 
         def __exit__(self, *error: object) -> None: ...
 
-    def run_tasks(function: Any, tasks: Sequence[Any], *_: Any) -> Iterator[tuple[int, Any]]:
+    def run_tasks(
+        function: Any, tasks: Sequence[Any], *_: Any, **__: Any
+    ) -> Iterator[tuple[int, Any]]:
         for index, task in enumerate(tasks):
             yield index, function(*task)
 
@@ -58,7 +60,7 @@ def fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fetch:
 
 
 def no_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("nothing is to be done")
 
     monkeypatch.setattr("pipeline.download.run_tasks", refuse)

@@ -1,0 +1,266 @@
+"""What a cluster's driver costs, and where a cluster ends: `python -m tests.benchmarks.cluster`.
+
+- `chunks`: many tiny chunks by a local Ray with `data: shared`. CPU time of the driver a chunk, its
+  resident memory along the way, and what Ray's object store holds.
+- `ship`: how fast one process reads and packs text, unpacks it, encodes it, and takes pieces in.
+- `table`: what is measured, extrapolated: the inputs are arguments, the formula is `Plan`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+
+from pipeline import ship
+from pipeline.chunks import plan_chunks
+from pipeline.encode import chunk_key, encode_chunk, write_piece
+from pipeline.machine import Machine
+from pipeline.manifest import RawManifest
+from pipeline.params import TokenizeParams
+from pipeline.parquet import read_batches
+from pipeline.progress import Progress
+from pipeline.sources import write_sample
+from pipeline.store import Store
+from pipeline.tokenize import tokenize
+from tests.pipeline.mini import write_raw
+
+MB = 1e6
+
+# Of English web text, as FineWeb's sample-10BT has it: 15 files of 2.15 GB, 10.3 billion tokens.
+BYTES_PER_TOKEN = 4.5
+# Bytes for a byte of text: parquet (zstd), tokens (uint16), and what `ship` sends (lz4, measured).
+PARQUET = 15 * 2.15e9 / 10.3e9 / BYTES_PER_TOKEN
+TOKENS = 2 / BYTES_PER_TOKEN
+PACKED = 0.6
+
+
+def cpu() -> float:
+    """CPU seconds of this process, user and system."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def resident() -> float:
+    """Resident memory of this process in MB."""
+    return float(psutil.Process().memory_info().rss) / MB
+
+
+def chunks(count: int) -> None:
+    """The driver's cost of ``count`` chunks of one short document each."""
+    texts = [f"Document {i} of many. " + "All men are created equal. " * 160 for i in range(count)]
+    marks: list[tuple[int, float, float, float]] = []
+    advance, seen = Progress.advance, 0
+
+    def watched(self: Progress, units: int, note: str = "") -> None:
+        nonlocal seen
+        advance(self, units, note)
+        seen += units > 0
+        if units and seen in (count // 10, count // 2, count * 9 // 10):
+            marks.append((seen, cpu(), resident(), stored()))
+
+    Progress.advance = watched  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as folder:
+        raw = write_raw(Path(folder) / "raw", [texts])
+        params = TokenizeParams(shard_tokens=1000, val_per_10k=20)
+        begin, wall = cpu(), time.monotonic()
+        machine = Machine(work_dir=Path(folder) / "work")
+        manifest = tokenize(raw, Path(folder) / "tokens", params, machine, "benchmark")
+        parts = sum(len(shard.parts) for shard in manifest.shards)
+        print(f"\n{parts} chunks in {time.monotonic() - wall:.1f} s")
+        (first, cpu_first, *_), (last, cpu_last, *_) = marks[0], marks[-1]
+        print(
+            f"driver: {1e3 * (cpu_last - cpu_first) / (last - first):.2f} ms CPU a chunk while "
+            f"they run; {1e3 * (cpu() - begin) / parts:.2f} ms with all of the stage, "
+            "start-up of Ray too"
+        )
+        for done, _, memory, store in marks:
+            print(f"  {done:5} done: driver {memory:.0f} MB resident, object store {store:.2f} MB")
+
+
+def stored() -> float:
+    """MB in the object stores of the cluster."""
+    import ray
+
+    total, free = ray.cluster_resources(), ray.available_resources()
+    return float(total["object_store_memory"] - free["object_store_memory"]) / MB
+
+
+def rates(megabytes: int) -> None:
+    """One process at a time, on the sample's text, again and again."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for _ in write_sample(folder, None):
+            pass
+        paths = sorted(folder.glob("*.parquet"))
+
+        def batches() -> Iterator[tuple[int, Any]]:
+            size = 0
+            while size < megabytes * MB:
+                for path in paths:
+                    for row, texts in read_batches(path, "text", 0, 10**9):
+                        size += texts.nbytes
+                        yield row, texts
+
+        text = sum(texts.nbytes for _, texts in batches()) / MB
+        decoded = timed(lambda: sum(1 for _ in batches()))
+        packed = list(ship.pack(batches(), ship.BLOCK_BYTES))
+        size = sum(map(len, packed)) / MB
+        packing = timed(lambda: sum(1 for _ in ship.pack(batches(), ship.BLOCK_BYTES)))
+        unpacking = timed(lambda: sum(1 for _ in ship.unpack(iter(packed), 0)))
+        print(f"{text:.0f} MB of text, {size:.0f} MB packed ({text / size:.2f} to 1)")
+        print(f"read parquet:           {text / decoded:7.0f} MB/s of text")
+        print(f"read parquet and pack:  {text / packing:7.0f} MB/s of text")
+        print(f"unpack:                 {text / unpacking:7.0f} MB/s of text")
+        encoding(paths, folder)
+
+
+def encoding(paths: list[Path], folder: Path) -> None:
+    """The work of a task, and the driver's when its piece comes."""
+    texts = [t for p in paths for _, b in read_batches(p, "text", 0, 10**9) for t in b.to_pylist()]
+    raw = write_raw(folder / "raw", [8 * texts], group=25)  # one chunk of some 20M tokens
+    files = RawManifest.load(raw).files
+    params = TokenizeParams(shard_tokens=20_000_000, val_per_10k=20)
+    store, taken = Store(folder / "one"), Store(folder / "two")
+    seconds = receiving = 0.0
+    text = 0
+    for chunk in plan_chunks(raw, files, "text", params.shard_tokens):
+        key = chunk_key(chunk, "text", params, "benchmark")
+        begin = time.perf_counter()
+        record = encode_chunk(chunk, key, raw, "text", params, store)
+        seconds += time.perf_counter() - begin
+        text += sum(facts["text_bytes"] for facts in record["splits"].values())
+        scratch = folder / key
+        scratch.mkdir()
+        found = read_batches(raw / chunk.file.path, "text", chunk.start, chunk.stop)
+        write_piece(found, chunk, key, params, scratch)
+        blocks = [
+            (path.name, block)
+            for path in sorted(scratch.iterdir())
+            for block in ship.file_blocks(path, ship.BLOCK_BYTES)
+        ]
+        begin = time.perf_counter()
+        ship.receive(iter(blocks), key, taken)
+        receiving += time.perf_counter() - begin
+    print(f"encode (a task):        {text / MB / seconds:7.1f} MB/s of text")
+    print(f"take in (the driver):   {text / MB / receiving:7.0f} MB/s of text")
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that it takes."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured or bought, and the rates that follow, in MB/s of text.
+
+    A stage is as fast as its slowest part: each method gives what every part could do alone. The
+    bytes that a part moves for a byte of text are those of parquet, of tokens, or of packed text.
+    """
+
+    core: float
+    """MB/s of text that a core encodes."""
+    cores: int
+    """Of a node."""
+    network: float
+    """MB/s that a node's network carries, each way."""
+    storage: float
+    """MB/s that the shared storage gives to all nodes together; with `ship`, the driver's disk."""
+    hub: float
+    """MB/s that the hub, or a mirror of it, gives to all nodes together."""
+    read: float
+    """MB/s of text that a core of the driver reads and packs, with `ship`."""
+    take_in: float
+    """MB/s of text whose tokens the driver's one thread takes into the store, with `ship`."""
+    driver_ms: float
+    """CPU milliseconds of the driver a chunk, with `shared`."""
+    shard_tokens: float
+    """Tokens a chunk."""
+    dvc: float
+    """MB/s that DVC hashes, on one machine, when a stage has ended."""
+
+    def download(self, nodes: int, data: str) -> dict[str, float]:
+        """Parquet from the hub to the storage."""
+        machines = nodes if data == "shared" else 1
+        return {
+            "hub": self.hub / PARQUET,
+            "network": machines * self.network / PARQUET,
+            "storage": self.storage / PARQUET,
+        }
+
+    def tokenize(self, nodes: int, data: str) -> dict[str, float]:
+        """Parquet to tokens; with `ship` the driver's machine has a node's cores and network."""
+        limits = {
+            "cores": nodes * self.cores * self.core,
+            "storage": self.storage / (PARQUET + TOKENS),
+        }
+        if data == "shared":
+            limits["network"] = nodes * self.network / PARQUET
+            limits["driver"] = self.shard_tokens * BYTES_PER_TOKEN / MB / (self.driver_ms / 1e3)
+        else:
+            limits["driver"] = min(self.cores * self.read, self.take_in)
+            limits["network"] = self.network / PACKED
+        return limits
+
+    def commit(self) -> float:
+        """DVC's hashing of data/raw and data/tokens."""
+        return self.dvc / (PARQUET + TOKENS)
+
+
+def table(plan: Plan) -> None:
+    """The extrapolation, as Markdown."""
+    print("| tokens | nodes | data | download | limit | tokenize | limit | DVC hashes |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, tokens in (("10BT", 10.3e9), ("350BT", 350e9), ("15T", 15e12)):
+        text = tokens * BYTES_PER_TOKEN / MB
+        for nodes in (1, 16, 256):
+            for data in ("shared", "ship"):
+                cells = [name, str(nodes), data]
+                for limits in (plan.download(nodes, data), plan.tokenize(nodes, data)):
+                    least = min(limits, key=lambda key: limits[key])
+                    cells += [span(text / limits[least]), least]
+                print(f"| {' | '.join(cells)} | {span(text / plan.commit())} |")
+
+
+def span(seconds: float) -> str:
+    """Seconds as one reads them."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.cluster", description=__doc__)
+    parser.add_argument("what", nargs="*", choices=["chunks", "ship", "table", []])
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--mb", type=int, default=150)
+    inputs = {
+        "core": 100.0, "cores": 64, "network": 3000.0, "storage": 10_000.0, "hub": 1500.0,
+        "read": 300.0, "take_in": 700.0, "driver_ms": 5.0, "shard_tokens": 20e6, "dvc": 770.0,
+    }  # fmt: skip
+    for key, default in inputs.items():
+        flag = f"--{key.replace('_', '-')}"
+        parser.add_argument(flag, dest=key, type=type(default), default=default)
+    args = parser.parse_args()
+    what = args.what or ["chunks", "ship", "table"]
+    if "chunks" in what:
+        chunks(args.count)
+    if "ship" in what:
+        rates(args.mb)
+    if "table" in what:
+        table(Plan(**{key: getattr(args, key) for key in inputs}))
+
+
+if __name__ == "__main__":
+    main()
