@@ -6,7 +6,6 @@ count of tokens, is read from the cheap columns of `data/raw`.
 
 import csv
 import io
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.encode import read_engine
 from pipeline.manifest import SPLITS, Manifest, Split
 from pipeline.parquet import open_parquet
 
@@ -261,7 +261,7 @@ def engine_metrics(pieces: Sequence[Path]) -> dict[str, float]:
     differences = 0
     for piece in pieces:
         try:
-            note = json.loads((piece / "engine.json").read_text(encoding="utf-8"))
+            note = read_engine(piece)
         except (OSError, ValueError):
             continue
         sizes.update(note["bytes"])

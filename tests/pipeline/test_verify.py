@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pipeline import atomic, verify
+from pipeline import atomic, checks, verify
 from pipeline.code import code_key
 from pipeline.machine import Machine
 from pipeline.manifest import NAME, Manifest
@@ -474,3 +476,28 @@ def test_the_real_command(project: Project, small_raw: Path) -> None:
     assert not (project.root / "data/verified.json").exists()
     with contextlib.suppress(FileNotFoundError):
         assert list((project.root / ".work/tmp").iterdir()) == []
+
+
+def test_a_column_of_bytes_is_encoded_again(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw", [["one", "two"]])
+    path = raw / "part-0.parquet"
+    texts = pa.array([b"bytes", b"\xff", "sécond".encode()], pa.binary())
+    pq.write_table(pa.table({"text": texts}), path)
+    digest = atomic.sha256_file(path)
+    file = {"path": path.name, "bytes": path.stat().st_size, "rows": 3, "sha256": digest}
+    edit_manifest(lambda value: value.update(files=[file]), raw)
+    params = TokenizeParams(shard_tokens=1000, val_per_10k=0)
+    machine = Machine(work_dir=tmp_path / "work")
+    manifest = tokenize_here(raw, tmp_path / "tokens", params, machine)
+    assert manifest.totals["train"].docs == 2
+
+    def faults(val_per_10k: int) -> list[str]:
+        places = checks.places_of(manifest.shards[0])
+        findings = checks.check_texts(raw, "text", tmp_path / "tokens", places, 5, val_per_10k)
+        return [fault.what for fault in findings.faults]
+
+    assert faults(0) == []
+    assert faults(10_000) == [
+        "document 0 is not of split train",
+        "document 1 is not of split train",
+    ]
