@@ -9,7 +9,7 @@ again from their papers. Both start from the same weights. Where their losses, g
 rates lie on each other, none of the two has a bug of its own.
 
 Both resume: with --minutes each call goes on for so long, and says at its end whether more is to be
-done (status 3). When both are finished the figures are printed and `curves.png` is drawn.
+done (status 3). The figures, and `curves.png`, are of the steps that both have made so far.
 """
 
 import argparse
@@ -178,8 +178,8 @@ def plain(folder: Path, seconds: float) -> None:
 def compare(folder: Path) -> None:
     """Prints how far the curves lie apart, and draws them."""
     mine, theirs = our_log(folder), plain_log(folder)
-    steps = sorted(mine["loss"])
-    assert steps == sorted(theirs["loss"]), "both runs must be finished"
+    steps = sorted(mine["loss"].keys() & theirs["loss"].keys())
+    print(f"{len(steps)} of {TRAIN['steps']} steps, {len(steps) * TRAIN['batch_tokens']:,} tokens")
 
     def difference(name: str, among: list[int]) -> np.ndarray:
         return np.abs([mine[name][s] - theirs[name][s] for s in among])
@@ -187,18 +187,21 @@ def compare(folder: Path) -> None:
     print(f"loss, largest difference in steps 1 to 20: {difference('loss', steps[:20]).max():.1e}")
     for first, last in ((20, 100), (100, 300), (300, len(steps))):
         apart = difference("loss", steps[first:last])
-        print(f"  steps {first + 1} to {last}: mean {apart.mean():.1e}, largest {apart.max():.1e}")
+        if not len(apart):
+            break
+        until = first + len(apart)
+        print(f"  steps {first + 1} to {until}: mean {apart.mean():.1e}, most {apart.max():.1e}")
     relative = difference("norm", steps) / [theirs["norm"][s] for s in steps]
     print(f"gradient norm: mean relative difference {relative.mean():.1e}")
     print(f"learning rate: largest difference {difference('lr', steps).max():.1e}")
-    print(f"validation: largest difference {difference('val', sorted(theirs['val'])).max():.1e}")
-    last = max(theirs["val"])
+    validated = sorted(mine["val"].keys() & theirs["val"].keys())
+    print(f"validation: largest difference {difference('val', validated).max():.1e}")
+    last = validated[-1]
     print(f"  at the end: ours {mine['val'][last]:.4f}, plain {theirs['val'][last]:.4f}")
     losses = np.array([mine["loss"][s] for s in steps])
-    spread = np.array(
-        [losses[i] - np.median(losses[max(0, i - 20) : i]) for i in range(20, len(losses))]
-    )
-    print(f"largest rise of our loss over the median of the 20 steps before: {spread.max():.3f}")
+    rises = [losses[i] - np.median(losses[i - 20 : i]) for i in range(20, len(losses))]
+    if rises:
+        print(f"largest rise of our loss over the median of the 20 before: {max(rises):.3f}")
     draw(mine, theirs, folder / "curves.png")
 
 
@@ -214,7 +217,9 @@ def draw(mine: dict[str, dict[int, float]], theirs: dict[str, Any], path: Path) 
         axes.set_title({"loss": "loss, nats", "norm": "gradient norm", "lr": "learning rate"}[name])
     for label, curve, marker in (("ours, val", mine, "o"), ("plain, val", theirs, "x")):
         panels[0].plot(*zip(*sorted(curve["val"].items()), strict=True), marker, label=label)
-    gap = {s: abs(v - theirs["loss"][s]) + 1e-9 for s, v in mine["loss"].items()}
+    gap = {
+        s: abs(v - theirs["loss"][s]) + 1e-9 for s, v in mine["loss"].items() if s in theirs["loss"]
+    }
     panels[3].semilogy(*zip(*sorted(gap.items()), strict=True), lw=1)
     panels[3].set_title("difference of the losses, nats")
     for axes in panels:
@@ -238,12 +243,12 @@ def main() -> None:
         ours(folder, 60 * args.minutes)
     if args.only != "ours":
         plain(folder, 60 * args.minutes)
-    logs = list((folder / ".work/runs").glob("*/final.json"))
-    done = logs and (folder / "plain.jsonl").exists()
-    if not done or max(plain_log(folder)["loss"]) < TRAIN["steps"]:
+    begun = (folder / "plain.jsonl").exists() and (folder / ".work/runs").exists()
+    if begun:
+        compare(folder)
+    if not begun or min(max(log(folder)["loss"]) for log in (our_log, plain_log)) < TRAIN["steps"]:
         print("there is more to do: the same command goes on", flush=True)
         sys.exit(STOPPED)
-    compare(folder)
 
 
 if __name__ == "__main__":
