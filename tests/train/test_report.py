@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from tests.browser import CHROMIUM, browser
 from tests.train.conftest import Project, make_project
 from tests.train.test_loop import train_here
-from train import compare, evaluate, html, inside, report
+from train import compare, evaluate, html, inside, report, samples
 from train.charts import MOST_POINTS, Curve, line_chart, smooth
 from train.log import Log
 
@@ -97,7 +97,7 @@ def test_what_is_missing_is_named(reported: Project, tmp_path: Path) -> None:
 def test_samples_are_read_as_they_were_written() -> None:
     texts = [("", "A\n\nB"), ("The people", " **of** this")]
     params = evaluate.EvaluateParams(val_tokens=1)
-    page = evaluate.as_markdown(texts, {"val_loss": 1.0}, params)
+    page = samples.as_markdown(texts, {"val_loss": 1.0}, params)
     assert report.read_samples(page) == texts
 
 
