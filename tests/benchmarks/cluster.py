@@ -246,8 +246,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--mb", type=int, default=150)
     inputs = {
-        "core": 100.0, "cores": 64, "network": 3000.0, "storage": 10_000.0, "hub": 1500.0,
-        "read": 300.0, "take_in": 700.0, "driver_ms": 5.0, "shard_tokens": 20e6, "dvc": 770.0,
+        "core": 100.0, "cores": 32, "network": 3000.0, "storage": 10_000.0, "hub": 1500.0,
+        "read": 160.0, "take_in": 500.0, "driver_ms": 2.3, "shard_tokens": 20e6, "dvc": 770.0,
     }  # fmt: skip
     for key, default in inputs.items():
         flag = f"--{key.replace('_', '-')}"

@@ -12,7 +12,7 @@ import pytest
 from tests.hub import Hub
 from tests.pipeline.fetching import Project, sample_files
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak  # in CI test_hosts.py has a cluster
 
 MEGABYTE = 2**20
 

@@ -76,13 +76,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_ray: int) -> Run:
     """Download and tokenize from some paths, in the current folder, a new one."""
 
     class Cluster:
-        def __init__(self, machine: Machine) -> None: ...
+        def __init__(self, machine: Machine, *_: Any, **__: Any) -> None: ...
         def __enter__(self) -> int:
             return 1
 
         def __exit__(self, *error: object) -> None: ...
 
-    def run_tasks(function: Any, tasks: Sequence[Any], *_: Any) -> Iterator[tuple[int, Any]]:
+    def run_tasks(
+        function: Any, tasks: Sequence[Any], *_: Any, **__: Any
+    ) -> Iterator[tuple[int, Any]]:
         for index, task in enumerate(tasks):
             yield index, function(*task)
 
