@@ -44,7 +44,7 @@ SAMPLES = Path("artifacts/samples.md")
 VALIDATIONS = CURVES / "plots/metrics/val/loss.tsv"
 
 BLOCK = 2**24  # tokens counted at a time
-DIGITS = 6  # after the point, of each measure
+DIGITS = 6  # of each measure
 
 
 class EvaluateParams(Section):
@@ -135,7 +135,10 @@ def main() -> None:
     n_bytes = target_bytes(val_data, params.val_tokens)
     metrics |= describe(metrics["val_loss"], n_bytes, unigram_entropy(train_data))
     metrics |= compare(metrics, state, train_data)
-    metrics = {k: round(v, DIGITS) if isinstance(v, float) else v for k, v in metrics.items()}
+    metrics = {
+        name: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+        for name, value in metrics.items()
+    }
     atomic.write_json(METRICS, metrics)
     page = as_markdown(sample(gpt, params), metrics, params)
     atomic.write_bytes(SAMPLES, page.encode())

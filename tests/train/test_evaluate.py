@@ -30,10 +30,10 @@ def test_a_trained_model_is_measured_and_sampled(
     train_here()
     evaluate.main()
     metrics = project.metrics("eval")
-    assert metrics["val_loss"] == pytest.approx(project.metrics()["val_loss"], abs=1e-5)
-    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["val_loss"]), rel=1e-5)
+    assert metrics["val_loss"] == pytest.approx(project.metrics()["val_loss"], abs=1e-4)
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["val_loss"]), rel=1e-4)
     below = metrics["unigram_entropy"] - metrics["val_loss"]
-    assert metrics["below_unigram"] == pytest.approx(below, abs=2e-6)
+    assert metrics["below_unigram"] == pytest.approx(below, abs=1e-4)
     assert metrics["reference"].startswith("does not apply: model.n_layer is 2")
     assert (project.folder / "metrics/reference.csv").read_text() == "step,reference\n"
     samples = (project.folder / "artifacts/samples.md").read_text()

@@ -117,6 +117,6 @@ def test_a_run_off_the_curve_is_named_while_it_trains_and_in_the_metrics(
     evaluate.main()
     metrics = recipe.metrics("eval")
     assert metrics["reference"].startswith("off, at step 6: ")
-    assert metrics["above_reference"] == pytest.approx(metrics["val_loss"] - 12.0, abs=2e-6)
+    assert metrics["above_reference"] == pytest.approx(metrics["val_loss"] - 12.0, abs=1e-4)
     assert "published curve: off, at step 6" in capsys.readouterr().out
     assert Path("metrics/reference.csv").read_text() == "step,reference\n6,4.000\n12,12.000\n"
