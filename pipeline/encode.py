@@ -161,12 +161,17 @@ def write_piece(
     fast = engines.fast() if engine == "gigatoken" else None
     report, skipped = Report(), Counter[str]()
     splits = {split: _Split(ShardWriter(folder / f"{split}.bin")) for split in SPLITS}
-    for first_row, texts in batches:
-        encoded = encode_batch(first_row, texts, fast, check_fraction, report)
-        skipped += encoded.skipped
-        val = encoded.hashes % np.uint64(10_000) < params.val_per_10k
-        splits["train"].add(encoded, ~val, chunk.file_index)
-        splits["val"].add(encoded, val, chunk.file_index)
+    try:
+        for first_row, texts in batches:
+            encoded = encode_batch(first_row, texts, fast, check_fraction, report)
+            skipped += encoded.skipped
+            val = encoded.hashes % np.uint64(10_000) < params.val_per_10k
+            splits["train"].add(encoded, ~val, chunk.file_index)
+            splits["val"].add(encoded, val, chunk.file_index)
+    except Differs:
+        for split in splits.values():
+            split.shard.abandon()
+        raise
     record: Record = {
         "chunk_key": key,
         "source": chunk.file.model_dump(),

@@ -62,6 +62,10 @@ class ShardWriter:
         self.tokens += len(tokens)
         self.docs += len(docs)
 
+    def abandon(self) -> None:
+        """Close the file as it is: left open, it would write once more when it is collected."""
+        self._file.close()
+
     def close(self) -> None:
         """Write the sidecar, and the number of tokens into the header; leave no empty shard."""
         with self._file as file:
