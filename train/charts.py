@@ -78,7 +78,7 @@ def line_chart(
             linewidth=0.8 if curve.faint else 1.6,
             alpha=0.35 if curve.faint else 1,
             linestyle=(0, (4, 2.5)) if curve.dashed else "-",
-            marker="o" if len(xs) <= 30 and not (curve.faint or curve.dashed) else None,
+            marker="o" if len(xs) <= 15 and not (curve.faint or curve.dashed) else None,
             markersize=3,
             solid_capstyle="round",
             solid_joinstyle="round",
@@ -94,7 +94,7 @@ def line_chart(
     if len(curves) > 1:
         figure.legend(
             loc="outside upper left",
-            ncols=len(curves) if wide else 2,
+            ncols=len(curves) if wide or sum(len(c.label) for c in curves) < 26 else 2,
             frameon=False,
             labelcolor=_INK,
             fontsize=8.5,

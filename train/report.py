@@ -95,6 +95,7 @@ def render() -> str:
         manifest=manifest,
         where=where(train),
         tiles=tiles(train, evaluation),
+        verdict=verdict(evaluation),
         loss_charts=[figures.loss_chart(log, evaluation, wide=wide) for wide in (True, False)],
         training_charts=figures.training_charts(log),
         incidents=log.incidents(),
@@ -135,10 +136,12 @@ def where(train: Mapping[str, Any]) -> str:
 
 def tiles(train: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(value, what it is) of the figures that one looks for first."""
+    below = evaluation["below_unigram"]
     if "hellaswag_acc_norm" in evaluation:
         third = (f"{evaluation['hellaswag_acc_norm']:.4f}", "HellaSwag, acc_norm")
     else:
-        third = (f"{evaluation['below_unigram']:.2f}", "nats below the unigram entropy")
+        side = "below" if below >= 0 else "above"
+        third = (f"{abs(below):.2f}", f"nats {side} the unigram entropy")
     return [
         (f"{evaluation['val_loss']:.4f}", "validation loss, nats a token"),
         (html.figure(evaluation["perplexity"]), "perplexity"),
@@ -147,6 +150,12 @@ def tiles(train: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[tuple
         (html.figure(train["tokens_per_second"]), "tokens a second"),
         (html.duration(train["seconds"]), "of training"),
     ]
+
+
+def verdict(evaluation: Mapping[str, Any]) -> str | None:
+    """What the published curve says of the run; None where it says nothing (reference.py)."""
+    said = str(evaluation.get("reference", ""))
+    return said if said and not said.startswith("does not apply") else None
 
 
 def measures(evaluation: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
