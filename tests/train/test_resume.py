@@ -98,6 +98,7 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
         return []
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_replaced_then_brings_the_job_down_and_the_job_resumes(
     project: Project,
 ) -> None:
