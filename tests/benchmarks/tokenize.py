@@ -55,7 +55,7 @@ from datatrove.pipeline.tokens import DocumentTokenizer
 def run(source, out, workers):
     LocalPipelineExecutor(
         pipeline=[
-            ParquetReader(source, text_key="text", read_metadata=False),
+            ParquetReader(source, glob_pattern="*.parquet", text_key="text", read_metadata=False),
             DocumentTokenizer(out, tokenizer_name_or_path=sys.argv[5], eos_token="<|endoftext|>",
                               batch_size=1000, shuffle_documents=False),
         ],
@@ -117,6 +117,12 @@ def part_of(corpus: Path, folder: Path, megabytes: int) -> Path:
         if not (folder / path.name).exists():
             os.link(path, folder / path.name)
         done += text_bytes(path)
+    from pipeline import atomic
+    from pipeline.manifest import NAME, RawManifest
+
+    whole = RawManifest.load(corpus)
+    files = [file for file in whole.files if (folder / file.path).exists()]
+    atomic.write_json(folder / NAME, whole.model_copy(update={"files": files}).model_dump())
     return folder
 
 
@@ -141,7 +147,7 @@ def measure_stage(corpus: Path, small: Path, scratch: Path, workers: int, engine
     params = TokenizeParams(shard_tokens=SHARD_TOKENS, val_per_10k=20)
     with cluster(machine) as cpus:
 
-        def running(machine: Machine) -> contextlib.AbstractContextManager[int]:
+        def running(*_: object, **__: object) -> contextlib.AbstractContextManager[int]:
             return contextlib.nullcontext(cpus)
 
         tokenize.cluster = verify.cluster = running  # type: ignore
