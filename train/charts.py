@@ -106,7 +106,7 @@ def line_chart(
 
 def bar_chart(labels: Sequence[str], counts: Sequence[int], *, name: str, color: str = "c1") -> str:
     """Horizontal bars, as an SVG element."""
-    figure, axes = _figure(WIDTH, max(1.4, 0.55 + 0.22 * len(labels)))
+    figure, axes = _figure(WIDTH, 0.25 + 0.24 * len(labels))
     bars = axes.barh(range(len(labels)), counts, color=_HEX[color], height=0.7)
     axes.set_yticks(range(len(labels)), labels)
     axes.bar_label(bars, [f"{n:,}" for n in counts], padding=3, fontsize=8, color=_INK)

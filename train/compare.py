@@ -125,7 +125,7 @@ def render(revs: Sequence[str]) -> str:
             for key, title, note, unit in (
                 ("train/loss", "Training loss", "running mean", "nats a token"),
                 ("lr", "Learning rate", "", "learning rate"),
-                ("grad_norm", "Gradient norm", "before clipping, running mean", "norm"),
+                ("grad_norm", "Gradient norm", "running mean", "norm"),
             )
             if (svg := _chart(results, key, title, unit, smoothed="mean" in note))
         ],

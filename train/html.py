@@ -50,7 +50,7 @@ def figure(value: Any) -> str:
 def percent(share: float) -> str:
     """A share as a percentage."""
     value = 100 * share
-    return f"{value:.0f} %" if value >= 10 or value == 0 else f"{value:.2g} %"
+    return f"{value:.{4 if value >= 99 else 2}g} %"  # 99.7 % is not all
 
 
 def size(value: float, unit: str = "B") -> str:

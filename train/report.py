@@ -102,7 +102,7 @@ def render() -> str:
         measures=measures(evaluation),
         progress=progress(log),
         samples=read_samples(_read(SAMPLES)),
-        data_facts=[(name, data[key]) for key, name in DATA.items() if key in data],
+        data_facts=data_facts(data),
         data_charts=figures.data_charts(),
         inside_charts=figures.inside_charts(gpt, text),
         activation_tokens=text.size,
@@ -165,6 +165,16 @@ def measures(evaluation: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
         (name, evaluation[key], meaning.format_map(known))
         for key, (name, meaning) in MEASURES.items()
         if key in evaluation
+    ]
+
+
+def data_facts(data: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """(name, value) of what is known of the data."""
+    shares = ("_share", "_agreement")
+    return [
+        (name, html.percent(data[key]) if key.endswith(shares) else data[key])
+        for key, name in DATA.items()
+        if key in data
     ]
 
 

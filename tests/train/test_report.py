@@ -35,7 +35,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         project.write(evaluate=EVALUATE)
         train_here()
         evaluate.main()
-        data = {"documents": 14, "tokens": 7000, "duplicate_documents": 2}
+        data = {"documents": 14, "tokens": 7000, "duplicate_documents": 2, "gigatoken_share": 0.997}
         Path("metrics/data.json").write_text(json.dumps(data))
         Path("metrics/hosts.csv").write_text("host,documents\na.example,3\n<b>.example,1\n")
         Path("metrics/reference.csv").write_text("step,reference\n6,10.1\n12,9.9\n")
@@ -49,7 +49,7 @@ def test_the_page_holds_what_ran_and_what_came_of_it(reported: Project) -> None:
     state = json.loads(Path("artifacts/checkpoint/state.json").read_text())
     for text in (
         f"{loss:.4f}", state["run_key"], state["code_key"], "k" * 64, "documents that repeat",
-        "published run", "a.example", "step 12", "learning_rate", "attn.c_proj",
+        "99.7 %", "published run", "a.example", "step 12", "learning_rate", "attn.c_proj",
     ):  # fmt: skip
         assert text in page, text
     # loss, twice; lr, norm, speed, and what else is logged; hosts; weights, activations
@@ -175,7 +175,9 @@ def test_amounts_and_times() -> None:
     assert html.size(3.1e18, "FLOP") == "3.1 EFLOP"
     times = [html.duration(s) for s in (42, 254, 13920)]
     assert times == ["42 s", "4 min 14 s", "3 h 52 min"]
-    assert [html.percent(p) for p in (0.5, 0.012, 0.0)] == ["50 %", "1.2 %", "0 %"]
+    assert [html.percent(p) for p in (1, 0.997, 0.5, 0.012, 0.0)] == [
+        "100 %", "99.7 %", "50 %", "1.2 %", "0 %",
+    ]  # fmt: skip
 
 
 def test_a_comparison_names_what_differs_and_what_is_best() -> None:
