@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -160,3 +162,17 @@ class Project:
             text=True,
             timeout=300,
         )
+
+
+@contextlib.contextmanager
+def no_cluster(*_: Any, **__: Any) -> Iterator[int]:
+    """In place of `pipeline.cluster.cluster`, for tests whose tasks run in this process."""
+    yield 1
+
+
+def run_here(
+    function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], *_: Any, **__: Any
+) -> Iterator[tuple[int, Any]]:
+    """In place of `pipeline.tasks.run_tasks`: each task in this process, in order."""
+    for index, task in enumerate(tasks):
+        yield index, function(*task)

@@ -6,7 +6,7 @@ import gzip
 import http.server
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from pipeline.manifest import RawManifest
 from pipeline.params import SourceParams
 from pipeline.parquet import FINEWEB_SCHEMA
 from pipeline.store import Store
-from tests.pipeline.mini import hashes
+from tests.pipeline.mini import hashes, no_cluster, run_here
 
 Fetch = Callable[..., RawManifest]
 
@@ -34,21 +34,8 @@ Fetch = Callable[..., RawManifest]
 def fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fetch:
     """Run the stage on paths, its tasks in this process; the manifest of `tmp_path / "raw"`."""
 
-    class Cluster:
-        def __init__(self, machine: Machine, files: Sequence[Path]) -> None: ...
-        def __enter__(self) -> int:
-            return 1
-
-        def __exit__(self, *error: object) -> None: ...
-
-    def run_tasks(
-        function: Any, tasks: Sequence[Any], *_: Any, **__: Any
-    ) -> Iterator[tuple[int, Any]]:
-        for index, task in enumerate(tasks):
-            yield index, function(*task)
-
-    monkeypatch.setattr("pipeline.download.cluster", Cluster)
-    monkeypatch.setattr("pipeline.download.run_tasks", run_tasks)
+    monkeypatch.setattr("pipeline.download.cluster", no_cluster)
+    monkeypatch.setattr("pipeline.download.run_tasks", run_here)
     store = Store(tmp_path / "work")
     store.root.mkdir()
 

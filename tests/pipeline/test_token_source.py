@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from tests.pipeline.mini import (
     REPO,
     flip,
     hashes,
+    no_cluster,
+    run_here,
     some_texts,
     tokenize_here,
     write_raw,
@@ -75,22 +77,9 @@ Run = Callable[..., Manifest]
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_ray: int) -> Run:
     """Download and tokenize from some paths, in the current folder, a new one."""
 
-    class Cluster:
-        def __init__(self, machine: Machine, *_: Any, **__: Any) -> None: ...
-        def __enter__(self) -> int:
-            return 1
-
-        def __exit__(self, *error: object) -> None: ...
-
-    def run_tasks(
-        function: Any, tasks: Sequence[Any], *_: Any, **__: Any
-    ) -> Iterator[tuple[int, Any]]:
-        for index, task in enumerate(tasks):
-            yield index, function(*task)
-
-    monkeypatch.setattr("pipeline.download.cluster", Cluster)
+    monkeypatch.setattr("pipeline.download.cluster", no_cluster)
     for stage in ("download", "tokenize"):
-        monkeypatch.setattr(f"pipeline.{stage}.run_tasks", run_tasks)
+        monkeypatch.setattr(f"pipeline.{stage}.run_tasks", run_here)
     root = tmp_path / "project"
     root.mkdir()
     monkeypatch.chdir(root)
