@@ -36,6 +36,7 @@ DECIDE_NO_BYTE = {
     "pipeline/store.py",
     "pipeline/tasks.py",
     "train/claim.py",
+    "train/gpus.py",
     "train/hardware.py",
     "train/interrupt.py",
     "train/meter.py",

@@ -23,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from pipeline import stage
 from pipeline.errors import UserError
 from pipeline.machine import usable_cores
+from train.gpus import hindrance
 
 T = TypeVar("T")
 
@@ -122,11 +123,18 @@ def device_type(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"
     Raises:
         UserError: CUDA is asked for and absent.
     """
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("device (machine.yaml, GPT2_DEVICE): cuda, but PyTorch sees none; use auto")
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return wanted
+    if wanted == "cpu":
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    why = hindrance()
+    if wanted == "cuda":
+        raise UserError(
+            f"device (machine.yaml, GPT2_DEVICE): cuda, but {why or 'PyTorch sees none; use auto'}"
+        )
+    if why:
+        print(f"warning: computing on the CPU: {why}", file=sys.stderr, flush=True)
+    return "cpu"
 
 
 def default_processes(kind: Literal["cpu", "cuda"], cores: int | None = None) -> int:

@@ -48,6 +48,8 @@ def gpu_peak(name: str, dtype: Literal["float32", "bfloat16"]) -> float | None:
         name: As CUDA gives it, "NVIDIA A100-SXM4-80GB" say.
         dtype: Of the products' inputs.
     """
+    if "MIG" in name or "Laptop" in name:  # a part of a GPU, or a smaller one of the same name
+        return None
     for part, peaks in GPU_PEAKS.items():
         if part in name:
             return 1e12 * peaks[0 if dtype == "bfloat16" else 1]

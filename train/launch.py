@@ -14,13 +14,13 @@ from model.size import parameter_count
 from pipeline import stage
 from pipeline.errors import UserError
 from pipeline.store import require_space
-from train import checkpoint
+from train import checkpoint, gpus
 from train.adopt import adopt, adoptable
 from train.claim import claim_part
 from train.distributed import default_processes, device_type
 from train.run import Run
 from train.torchrun import run_torchrun
-from train.trainer import plan_split
+from train.trainer import compiles, plan_split
 
 
 def main(argv: Sequence[str] = ()) -> None:
@@ -40,6 +40,8 @@ def main(argv: Sequence[str] = ()) -> None:
             f"processes (machine.yaml, GPT2_PROCESSES): {processes}, but there are "
             f"{default_processes(kind)} GPUs; use as many, or device: cpu"
         )
+    if kind == "cuda":
+        gpus.check(run.params.dtype, compiles(run, kind))
     plan_split(run, processes, kind)
     # Weights and two moments of each parameter, in float32, for each checkpoint and the next one.
     size = 12 * parameter_count(run.model.config()) * (run.params.kept() + 1)

@@ -55,6 +55,11 @@ def plan_split(run: Run, world_size: int, device: str) -> Split:
     )
 
 
+def compiles(run: Run, device: str) -> bool:
+    """Whether a run's model is compiled: as the machine's settings say, else on a GPU."""
+    return device == "cuda" if run.machine.compile is None else run.machine.compile
+
+
 class Trainer:
     """The model, its optimizer, and what is done to them; the same on each rank.
 
@@ -84,9 +89,7 @@ class Trainer:
             betas=(run.params.beta1, run.params.beta2),
             eps=run.params.eps,
         )
-        self.compiled = (
-            world.device.type == "cuda" if run.machine.compile is None else run.machine.compile
-        )
+        self.compiled = compiles(run, world.device.type)
         self.writer = Writer(run.folder, run.params.keep())
         self.measured: float | None = None  # validation loss of the weights as they are now
         self.forward: Any = self.gpt
