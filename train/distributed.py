@@ -193,7 +193,25 @@ def process_group(
         world = World(rank, size, where, control, store, patience)
         with world.roll_call():
             yield world
-    finally:
+    except KeyboardInterrupt:  # a stop, on which all have agreed
+        dist.destroy_process_group()
+        raise
+    except BaseException:
+        _leave_behind()
+        raise
+    dist.destroy_process_group()
+
+
+def _leave_behind() -> None:
+    """Ends the group where this rank has failed, or another.
+
+    NCCL destroys a group when all that is queued has been computed. What waits for a dead rank
+    never is, and this process, which has said what went wrong, would hang: its kernels are ended.
+    """
+    if dist.get_backend() == "nccl":
+        assert dist.group.WORLD is not None
+        dist.group.WORLD.abort()
+    else:
         dist.destroy_process_group()
 
 

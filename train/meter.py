@@ -104,6 +104,9 @@ class Meter:
         pending, self._pending = self._pending, None
         if pending is not None:
             self._read(pending)
+            now = time.perf_counter()
+            self.seconds += now - self._mark  # a GPU was still computing that step
+            self._mark = now
         self._history.sync()
 
     def resume_clock(self) -> None:
