@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from pipeline import stage
 from pipeline.errors import UserError
-from pipeline.machine import usable_cores
+from pipeline.machine import Machine, usable_cores
 from train.gpus import hindrance
 
 T = TypeVar("T")
@@ -75,6 +75,19 @@ class World:
     def barrier(self) -> None:
         """Waits until all ranks are here."""
         dist.barrier(group=self.control)
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        """Waits until the GPU has come to an event, which may lie behind a collective.
+
+        Raises:
+            DistError: It has not in ``patience`` seconds. NCCL waits twice as long, and then ends
+                the process without saying for whom it has waited.
+        """
+        end = time.monotonic() + self.patience
+        while not event.query():
+            if time.monotonic() > end:
+                raise dist.DistError(f"the GPU's work was not done in {self.patience:g} s")
+            time.sleep(2e-4)
 
     @contextmanager
     def roll_call(self) -> Iterator[None]:
@@ -145,6 +158,22 @@ def default_processes(kind: Literal["cpu", "cuda"], cores: int | None = None) ->
         cores: Of a CPU, that may be used; None: all.
     """
     return torch.cuda.device_count() if kind == "cuda" else min(2, cores or usable_cores())
+
+
+def processes_here(machine: Machine, kind: Literal["cpu", "cuda"]) -> int:
+    """Processes on this node: as the machine's settings say, else as many as serve it.
+
+    Raises:
+        UserError: More than there are GPUs.
+    """
+    default = default_processes(kind, machine.cores)
+    processes = machine.processes or default
+    if kind == "cuda" and processes > default:
+        raise UserError(
+            f"processes (machine.yaml, GPT2_PROCESSES): {processes}, but there are {default} GPUs; "
+            "use as many, or device: cpu"
+        )
+    return processes
 
 
 @contextmanager

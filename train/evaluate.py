@@ -30,7 +30,7 @@ from pipeline.params import Section, load_section
 from pipeline.shards import ShardError, open_shard
 from train import arithmetic, hellaswag, lambada, reference
 from train.benchmarks import located, read_tasks
-from train.distributed import World, default_processes, device_type, process_group
+from train.distributed import World, device_type, process_group, processes_here
 from train.likelihood import BATCH_TOKENS, Row
 from train.loader import Tokens
 from train.run import CHECKPOINT, CURVES, TOKENS
@@ -113,7 +113,7 @@ def main() -> None:
         raise UserError(str(error)) from None
     rank = int(os.environ.get("RANK", 0))
     tasks = Tasks.read(params) if rank == 0 else None
-    processes = machine.processes or _default_processes(machine)
+    processes = _processes(machine)
     if "RANK" not in os.environ and processes > 1:
         run_torchrun(processes, module="train.evaluate")
         return
@@ -145,10 +145,10 @@ def main() -> None:
     print(summary(metrics))
 
 
-def _default_processes(machine: Machine) -> int:
-    """One a GPU; on a CPU one, whose threads share the cores better than processes would."""
+def _processes(machine: Machine) -> int:
+    """As set, or one a GPU; on a CPU one, whose threads share the cores better than processes."""
     kind = device_type(machine.device)
-    return default_processes(kind) if kind == "cuda" else 1
+    return processes_here(machine, kind) if kind == "cuda" else machine.processes or 1
 
 
 def open_external(params: EvaluateParams) -> Tokens:

@@ -17,7 +17,7 @@ from pipeline.store import require_space
 from train import checkpoint, gpus
 from train.adopt import adopt, adoptable
 from train.claim import claim_part
-from train.distributed import default_processes, device_type
+from train.distributed import device_type, processes_here
 from train.run import Run
 from train.torchrun import run_torchrun
 from train.trainer import compiles, plan_split
@@ -34,12 +34,7 @@ def main(argv: Sequence[str] = ()) -> None:
     args = parser.parse_args(argv)
     run = Run.open()
     kind = device_type(run.machine.device)
-    processes = run.machine.processes or default_processes(kind, run.machine.cores)
-    if kind == "cuda" and processes > default_processes(kind):
-        raise UserError(
-            f"processes (machine.yaml, GPT2_PROCESSES): {processes}, but there are "
-            f"{default_processes(kind)} GPUs; use as many, or device: cpu"
-        )
+    processes = processes_here(run.machine, kind)
     if kind == "cuda":
         gpus.check(run.params.dtype, compiles(run, kind))
     plan_split(run, processes, kind)

@@ -149,7 +149,7 @@ class Meter:
 
     def _read(self, pending: _Pending) -> None:
         if pending.arrived is not None:
-            pending.arrived.synchronize()
+            self._world.wait(pending.arrived)
         loss, norm = pending.values.tolist()
         step = pending.step
         mark = self._health.look(step, loss, norm)

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
+from pipeline.machine import Machine
 from pipeline.params import validate
 from tests.train.conftest import Project, write_tokens
 from tests.train.test_loop import train_here
 from train import launch
-from train.distributed import device_type, process_group
+from train.distributed import device_type, process_group, processes_here
 from train.evaluate import EvaluateParams
 from train.params import ModelParams, TrainParams
 
@@ -185,3 +186,25 @@ def test_a_world_of_one_needs_no_torchrun() -> None:
         assert not world.any(False)
         assert world.broadcast({"a": 1}) == {"a": 1}
         world.barrier()
+
+
+def test_a_gpu_that_never_ends_its_work_is_waited_for_with_patience() -> None:
+    class Never:
+        def query(self) -> bool:
+            return False
+
+    with process_group("cpu", patience=0.3) as world:
+        with pytest.raises(torch.distributed.DistError, match=r"not done in 0\.3 s"):
+            world.wait(Never())  # type: ignore[arg-type]
+        events = iter([False, False, True])
+        Never.query = lambda self: next(events)  # type: ignore[method-assign]
+        world.wait(Never())  # type: ignore[arg-type]
+    assert next(events, None) is None
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert processes_here(Machine(), "cuda") == 2
+    assert processes_here(Machine(processes=1), "cuda") == 1
+    with pytest.raises(UserError, match=r"GPT2_PROCESSES\): 3, but there are 2 GPUs"):
+        processes_here(Machine(processes=3), "cuda")
