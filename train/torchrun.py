@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -15,13 +16,16 @@ from pipeline.errors import Stopped
 from pipeline.machine import usable_cores
 
 
-def run_torchrun(processes: int, restarts: int = 0, *, module: str = "train") -> None:
+def run_torchrun(
+    processes: int, restarts: int = 0, *, module: str = "train", arguments: Sequence[str] = ()
+) -> None:
     """Runs torchrun in this process, with the workers of one node.
 
     Args:
         processes: Workers.
         restarts: How often they are started again when one has failed.
         module: What each of them runs, as `python -m` does.
+        arguments: Of the module.
 
     Raises:
         Stopped: A signal came; the workers have saved and left.
@@ -38,6 +42,7 @@ def run_torchrun(processes: int, restarts: int = 0, *, module: str = "train") ->
                 "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
                 "-m",
                 module,
+                *arguments,
             ]
         )
     except SignalException as error:

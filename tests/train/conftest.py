@@ -161,7 +161,7 @@ class Project:
         return done
 
     def start_ranks(
-        self, n: int, *, module: str = "train", **environment: object
+        self, n: int, *flags: str, module: str = "train", **environment: object
     ) -> list[subprocess.Popen[str]]:
         """Starts the processes that torchrun would start, without the seconds that it takes."""
         with socket.socket() as probe:
@@ -170,6 +170,7 @@ class Project:
         return [
             self.start(
                 module,
+                *flags,
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=port,
                 RANK=rank,
