@@ -242,7 +242,8 @@ def _warnings(plan: Plan, params: Parameters) -> list[str]:
     options, train, found = plan.options, params.train, []
     most = plan.largest_micro_batch
     if not most:
-        mends = ["a GPU with more memory", "a smaller model or model.block_size"]
+        more = "fewer processes (--gpus)" if options.hardware == "cpu" else "more memory"
+        mends = [more, "a smaller model or model.block_size"]
         if not options.checkpoint_activations:
             mends.insert(0, "checkpoint_activations: true (--checkpoint-activations)")
         found.append(f"not one sequence fits: take {', or '.join(mends)}")
