@@ -6,9 +6,11 @@ texts in corpus.py; here they are put together, and what does not fit is said.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from model import GPTConfig
 from model.size import flops_per_token, parameter_count
 from train.accelerators import Accelerator, Link, accelerator
 from train.corpus import Corpus
@@ -20,6 +22,9 @@ from train.preset import Parameters
 from train.trainer import MICRO_BATCH_TOKENS
 
 MANY_EPOCHS = 4  # beyond these a text seen again teaches little (Muennighoff et al. 2023)
+# HellaSwag as it is asked during training: 10,042 tasks of four rows, about 100 tokens each, by the
+# plain module and in batches of all lengths: half the MFU. Assumptions, both.
+HELLASWAG_TOKENS, HELLASWAG_MFU = 4_000_000, 0.5
 SLOW_LINK = 0.1  # part of a step that the links may take without a word
 
 
@@ -61,7 +66,7 @@ class Plan:
         parameters: Of the model, as published.
         flops_per_token: Forward and backward (`model.size.flops_per_token`).
         peak: Of one device, FLOP/s.
-        mfu: That is assumed.
+        mfu: That is assumed of forward and backward.
         mfu_source: Where it is from.
         world: Processes.
         micro_batch: Sequences at a time.
@@ -70,13 +75,14 @@ class Plan:
         memory: Of one process, by part, at `micro_batch`.
         available: What it has.
         step: Seconds of a step of the whole batch.
+        step_mfu: MFU of all of such a step, as training and train.bench show it.
         tokens_per_second: Of one device, in such steps.
         all_reduce_bytes: That one device sends a step.
         steps: Optimizer steps.
         tokens: Of all steps.
         epochs: Passes over the training split; None where its size is not known.
         training_seconds: Of all steps.
-        validation_seconds: Of the validations between them.
+        evaluation_seconds: Of validations, and HellaSwag, between them.
         dollars: None without a rate.
         corpus: What the data stages make; None where that is not known.
         checkpoint_bytes: Of one: weights and optimizer.
@@ -97,13 +103,14 @@ class Plan:
     memory: Memory
     available: float
     step: StepTime
+    step_mfu: float
     tokens_per_second: float
     all_reduce_bytes: float
     steps: int
     tokens: int
     epochs: float | None
     training_seconds: float
-    validation_seconds: float
+    evaluation_seconds: float
     dollars: float | None
     corpus: Corpus | None
     checkpoint_bytes: int
@@ -118,7 +125,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Of the train stage."""
-        return self.training_seconds + self.validation_seconds
+        return self.training_seconds + self.evaluation_seconds
 
     def as_json(self) -> dict[str, Any]:
         """All of it, for machines."""
@@ -170,21 +177,18 @@ def make_plan(params: Parameters, options: Options) -> Plan:
         checkpoint_activations=options.checkpoint_activations,
         overlap=options.overlap,
     )
+    training, evaluation = _seconds(train, config, cluster, step)
     tokens = batches(train.steps)[0] * config.block_size
-    # Smaller batches, while they grow, are as fast a token; links and optimizer take a step's time.
-    each_step = step.exposed + step.optimizer
-    training = tokens / train.batch_tokens * step.compute + train.steps * each_step
-    validations = -(-train.steps // train.val_every)
-    forward = flops_per_token(config, config.block_size, backward=False)
-    validation = validations * train.val_tokens * forward / (cluster.speed * cluster.world)
+    flops = flops_per_token(config, config.block_size)
+    speed = train.batch_tokens / cluster.world / step.total
     corpus = Corpus.of(params.source, params.tokenize)
     checkpoint = 4 * parameter_count(config) + memory(1).optimizer
     kept = (train.kept() + 1) * checkpoint  # the next one is written before the oldest goes
-    hours = (training + validation) / 3600
+    hours = (training + evaluation) / 3600
     plan = Plan(
         options=options,
         parameters=parameter_count(config),
-        flops_per_token=flops_per_token(config, config.block_size),
+        flops_per_token=flops,
         peak=cluster.peak,
         mfu=cluster.mfu,
         mfu_source="given" if options.mfu else device.mfu_source,
@@ -195,13 +199,14 @@ def make_plan(params: Parameters, options: Options) -> Plan:
         memory=memory(split.micro_batch),
         available=available,
         step=step,
-        tokens_per_second=train.batch_tokens / cluster.world / step.total,
+        step_mfu=speed * flops * cluster.mfu / cluster.speed,
+        tokens_per_second=speed,
         all_reduce_bytes=all_reduce_bytes(config, cluster.world),
         steps=train.steps,
         tokens=tokens,
         epochs=tokens / corpus.train_tokens if corpus else None,
         training_seconds=training,
-        validation_seconds=validation,
+        evaluation_seconds=evaluation,
         dollars=options.rate * cluster.world * hours if options.rate is not None else None,
         corpus=corpus,
         checkpoint_bytes=checkpoint,
@@ -223,12 +228,29 @@ def _cluster(device: Accelerator, train: TrainParams, options: Options) -> Clust
     )
 
 
+def _seconds(
+    train: TrainParams, config: GPTConfig, cluster: Cluster, step: StepTime
+) -> tuple[float, float]:
+    """Seconds of all steps, and of the validations and HellaSwag between them."""
+    # Smaller batches, while they grow, are as fast a token; links and optimizer take a step's time.
+    whole = train.batches(config.block_size)
+    batches = whole(train.steps)[0] / whole.full
+    training = batches * step.compute + train.steps * (step.exposed + step.optimizer)
+    tokens: float = train.val_tokens * math.ceil(train.steps / train.val_every)
+    if train.hellaswag_every:
+        times = math.ceil(train.steps / train.hellaswag_every)
+        tokens += times * HELLASWAG_TOKENS / HELLASWAG_MFU
+    forward = flops_per_token(config, config.block_size, backward=False)
+    return training, tokens * forward / (cluster.speed * cluster.world)
+
+
 def _warnings(plan: Plan, params: Parameters) -> list[str]:
     """What is wrong with a plan, each with its mend."""
     options, train, found = plan.options, params.train, []
     most = plan.largest_micro_batch
     if not most:
-        mends = ["a GPU with more memory", "a smaller model or model.block_size"]
+        more = "fewer processes (--gpus)" if options.hardware == "cpu" else "more memory"
+        mends = [more, "a smaller model or model.block_size"]
         if not options.checkpoint_activations:
             mends.insert(0, "checkpoint_activations: true (--checkpoint-activations)")
         found.append(f"not one sequence fits: take {', or '.join(mends)}")
