@@ -246,7 +246,9 @@ def _beside(m: Measured, plan: Plan) -> list[str]:
     gib = f"planned {memory / 2**30:.2f} GiB: {m.memory / memory:.2f} times"
     rows.append(("memory", f"{m.memory / 2**30:.2f} GiB", gib))
     if m.mfu is not None:
-        rows.append(("MFU", f"{m.mfu:.1%}", f"planned {plan.mfu:.1%} in forward and backward"))
+        rows.append(("MFU", f"{m.mfu:.1%}", f"planned {plan.step_mfu:.1%}"))
+        alone = m.mfu * m.step / m.parts["forward and backward"]
+        rows.append(("for train.plan --mfu", f"{alone:.3f}", "of forward and backward alone"))
     return [f"beside python -m train.plan --hardware {plan.options.hardware}", *_table(rows)]
 
 

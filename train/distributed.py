@@ -225,23 +225,29 @@ def process_group(
     except KeyboardInterrupt:  # a stop, on which all have agreed
         dist.destroy_process_group()
         raise
-    except BaseException:
-        _leave_behind()
+    except BaseException as error:
+        _leave_behind(error)
         raise
     dist.destroy_process_group()
 
 
-def _leave_behind() -> None:
+def _leave_behind(error: BaseException) -> None:
     """Ends the group where this rank has failed, or another.
 
-    NCCL destroys a group when all that is queued has been computed. What waits for a dead rank
-    never is, and this process, which has said what went wrong, would hang: its kernels are ended.
+    NCCL destroys a group when all that is queued has been computed (pytorch pull request 141510).
+    What waits for a dead rank never is, and this process would hang before it has said what went
+    wrong: so what is queued is broken off. A rank that has said it already (see
+    ``World.roll_call``) just ends.
     """
-    if dist.get_backend() == "nccl":
+    if dist.get_backend() != "nccl":
+        dist.destroy_process_group()
+    elif isinstance(error, SystemExit):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(stage.FAULT)
+    else:
         assert dist.group.WORLD is not None
         dist.group.WORLD.abort()
-    else:
-        dist.destroy_process_group()
 
 
 def _meet(rank: int, size: int, timeout: timedelta) -> Store:

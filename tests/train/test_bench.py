@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,7 @@ def test_the_plan_is_that_of_the_hardware(
         page = report(measured, load(), Machine())
         assert f"--hardware {name}" in page
         assert f"{measured.step / plan.step.total:.2f} times" in page
+        assert re.search(rf"train.plan --mfu +{0.5 * 0.350 / 0.33:.3f} ", page)
 
 
 def test_what_nvidia_smi_says() -> None:
