@@ -134,7 +134,7 @@ class Rehearsal:
         seconds = time.monotonic() - began
         self.table.append(f"{name:10} {seconds:8.0f} {self._peak / 1e9:9.1f} GB")
         if (report := self.clone.folder / "artifacts/report.html").exists():
-            shutil.copy(report, self.out / f"{name}.html")
+            shutil.copyfile(report, self.out / f"{name}.html")
 
     def _told(self, overlay: Overlay) -> Overlay:
         """The overlay, after saying what it makes smaller."""
