@@ -9,6 +9,7 @@ import io
 import json
 import shlex
 import sys
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,18 @@ SECTIONS: dict[str, type[Section]] = {
     "train": TrainParams,
     "evaluate": EvaluateParams,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """All sections of `params.yaml`, valid."""
+
+    source: SourceParams
+    tokenize: TokenizeParams
+    verify: VerifyParams
+    model: ModelParams
+    train: TrainParams
+    evaluate: EvaluateParams
 
 
 def preset_files() -> dict[str, Path]:
@@ -87,6 +100,26 @@ def merge(text: str, overlay: dict[str, dict[str, Any]]) -> str:
     buffer = io.StringIO()
     yaml.dump(params, buffer)
     return buffer.getvalue()
+
+
+def load(name: str | None = None) -> Parameters:
+    """The parameters of `params.yaml`, with a preset laid over them where one is named.
+
+    Raises:
+        UserError: There is no such preset, or a section is missing or would be refused.
+    """
+    overlay = read_preset(name) if name else {}
+    params = read_yaml(PARAMS)
+    if lacking := [section for section in SECTIONS if section not in params]:
+        raise UserError(f"{PARAMS}: section {lacking[0]} is missing; `git checkout {PARAMS}`")
+    where = f"{PARAMS} with preset {name}" if name else str(PARAMS)
+    found: dict[str, Any] = {
+        section: validate(
+            cls, {**params[section], **overlay.get(section, {})}, f"{where}: {section}"
+        )
+        for section, cls in SECTIONS.items()
+    }
+    return Parameters(**found)
 
 
 def flags(overlay: dict[str, dict[str, Any]]) -> str:
