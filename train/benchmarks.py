@@ -23,7 +23,7 @@ def read_tasks(
     """The tasks of a benchmark, in the order of their source.
 
     Args:
-        name: Of the parameter below `evaluate`, for messages.
+        name: Of the parameter that asks, such as ``evaluate.lambada``.
         source: "hub", or the path of a file of JSON lines.
         hub: Repository, configuration and split, fetched by `datasets` for source "hub" alone.
         make: A task of a row; may raise KeyError, TypeError or ValueError.
@@ -31,7 +31,7 @@ def read_tasks(
     Raises:
         UserError: The source cannot be had, or holds something else; names the row.
     """
-    key = f"params.yaml: evaluate.{name}: {source}"
+    key = f"params.yaml: {name}: {source}"
     rows = _fetch(key, *hub) if source == FROM_HUB else _read(key, source)
     tasks = []
     for number, row in enumerate(rows, 1):

@@ -151,6 +151,7 @@ def summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
     begun = run.params.start()
     taken = run.tokens(begun.step) if begun else 0  # trained before this run
     tokens = run.tokens(run.params.steps)
+    answered = history.last("val/hellaswag")
     waits, mfus = (history.last(name, n=10**9) for name in ("data_wait", "mfu"))
     return {
         "step": run.params.steps,
@@ -158,6 +159,7 @@ def summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
         "loss": sum(losses) / len(losses) if losses else None,  # None: all were skipped
         "val_loss": validations[-1],
         "best_val_loss": min(validations),
+        **({"hellaswag_acc_completion": answered[-1]} if answered else {}),
         "parameters": parameter_count(trainer.gpt.config),
         "seconds": round(seconds, 1),
         "tokens_per_second": round((tokens - taken) / seconds, 1),

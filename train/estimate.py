@@ -20,6 +20,9 @@ from train.preset import Parameters
 from train.trainer import MICRO_BATCH_TOKENS
 
 MANY_EPOCHS = 4  # beyond these a text seen again teaches little (Muennighoff et al. 2023)
+# HellaSwag as it is asked during training: 10,042 tasks of four rows, about 100 tokens each, by the
+# plain module and in batches of all lengths: half the MFU. Assumptions, both.
+HELLASWAG_TOKENS, HELLASWAG_MFU = 4_000_000, 0.5
 SLOW_LINK = 0.1  # part of a step that the links may take without a word
 
 
@@ -61,7 +64,7 @@ class Plan:
         parameters: Of the model, as published.
         flops_per_token: Forward and backward (`model.size.flops_per_token`).
         peak: Of one device, FLOP/s.
-        mfu: That is assumed.
+        mfu: That is assumed of forward and backward.
         mfu_source: Where it is from.
         world: Processes.
         micro_batch: Sequences at a time.
@@ -70,13 +73,14 @@ class Plan:
         memory: Of one process, by part, at `micro_batch`.
         available: What it has.
         step: Seconds of a step of the whole batch.
+        step_mfu: MFU of all of such a step, as training and train.bench show it.
         tokens_per_second: Of one device, in such steps.
         all_reduce_bytes: That one device sends a step.
         steps: Optimizer steps.
         tokens: Of all steps.
         epochs: Passes over the training split; None where its size is not known.
         training_seconds: Of all steps.
-        validation_seconds: Of the validations between them.
+        evaluation_seconds: Of validations, and HellaSwag, between them.
         dollars: None without a rate.
         corpus: What the data stages make; None where that is not known.
         checkpoint_bytes: Of one: weights and optimizer.
@@ -97,13 +101,14 @@ class Plan:
     memory: Memory
     available: float
     step: StepTime
+    step_mfu: float
     tokens_per_second: float
     all_reduce_bytes: float
     steps: int
     tokens: int
     epochs: float | None
     training_seconds: float
-    validation_seconds: float
+    evaluation_seconds: float
     dollars: float | None
     corpus: Corpus | None
     checkpoint_bytes: int
@@ -118,7 +123,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Of the train stage."""
-        return self.training_seconds + self.validation_seconds
+        return self.training_seconds + self.evaluation_seconds
 
     def as_json(self) -> dict[str, Any]:
         """All of it, for machines."""
@@ -170,21 +175,25 @@ def make_plan(params: Parameters, options: Options) -> Plan:
         checkpoint_activations=options.checkpoint_activations,
         overlap=options.overlap,
     )
+    flops = flops_per_token(config, config.block_size)
     tokens = batches(train.steps)[0] * config.block_size
     # Smaller batches, while they grow, are as fast a token; links and optimizer take a step's time.
     each_step = step.exposed + step.optimizer
     training = tokens / train.batch_tokens * step.compute + train.steps * each_step
-    validations = -(-train.steps // train.val_every)
+    measured = train.val_tokens * -(-train.steps // train.val_every)
+    if train.hellaswag_every:
+        times = -(-train.steps // train.hellaswag_every)
+        measured += times * HELLASWAG_TOKENS / HELLASWAG_MFU
     forward = flops_per_token(config, config.block_size, backward=False)
-    validation = validations * train.val_tokens * forward / (cluster.speed * cluster.world)
+    evaluation = measured * forward / (cluster.speed * cluster.world)
     corpus = Corpus.of(params.source, params.tokenize)
     checkpoint = 4 * parameter_count(config) + memory(1).optimizer
     kept = (train.kept() + 1) * checkpoint  # the next one is written before the oldest goes
-    hours = (training + validation) / 3600
+    hours = (training + evaluation) / 3600
     plan = Plan(
         options=options,
         parameters=parameter_count(config),
-        flops_per_token=flops_per_token(config, config.block_size),
+        flops_per_token=flops,
         peak=cluster.peak,
         mfu=cluster.mfu,
         mfu_source="given" if options.mfu else device.mfu_source,
@@ -195,13 +204,18 @@ def make_plan(params: Parameters, options: Options) -> Plan:
         memory=memory(split.micro_batch),
         available=available,
         step=step,
+        step_mfu=train.batch_tokens
+        / cluster.world
+        * flops
+        * cluster.mfu
+        / (cluster.speed * step.total),
         tokens_per_second=train.batch_tokens / cluster.world / step.total,
         all_reduce_bytes=all_reduce_bytes(config, cluster.world),
         steps=train.steps,
         tokens=tokens,
         epochs=tokens / corpus.train_tokens if corpus else None,
         training_seconds=training,
-        validation_seconds=validation,
+        evaluation_seconds=evaluation,
         dollars=options.rate * cluster.world * hours if options.rate is not None else None,
         corpus=corpus,
         checkpoint_bytes=checkpoint,

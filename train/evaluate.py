@@ -96,8 +96,8 @@ class Tasks:
         """The tasks that the parameters name."""
         a, b = params.hellaswag, params.lambada
         return cls(
-            read_tasks("hellaswag", a, hellaswag.HUB, hellaswag.Task.of) if a else None,
-            read_tasks("lambada", b, lambada.HUB, lambada.task) if b else None,
+            hellaswag.read("evaluate.hellaswag", a) if a else None,
+            read_tasks("evaluate.lambada", b, lambada.HUB, lambada.task) if b else None,
         )
 
 

@@ -14,7 +14,7 @@ GPT-2 124M as OpenAI published it comes to 0.289, 0.311 and 0.296 of the 10,042 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ import numpy as np
 
 from model import GPT
 from pipeline import tokenizer
+from train.arithmetic import Dtype
+from train.benchmarks import read_tasks
 from train.distributed import World
 from train.likelihood import Row, Score, scores
 
@@ -87,6 +89,19 @@ def _cleaned(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
+def read(name: str, source: str) -> list[Task]:
+    """The tasks of a source, `hub` or a .jsonl file.
+
+    Args:
+        name: Of the parameter that asks, for messages.
+        source: As in ``benchmarks.read_tasks``.
+
+    Raises:
+        UserError: They cannot be had, or are none.
+    """
+    return read_tasks(name, source, HUB, Task.of)
+
+
 @dataclass(frozen=True)
 class Answers:
     """What a model answered to one task, by each way of asking, and the right answer."""
@@ -132,3 +147,26 @@ def measures(answers: list[Answers]) -> dict[str, float]:
         "hellaswag_acc_norm": sum(a.acc_norm == a.label for a in answers) / n,
         "hellaswag_acc_completion": sum(a.acc_completion == a.label for a in answers) / n,
     }
+
+
+def completion_accuracy(
+    gpt: GPT,
+    tasks: list[Task],
+    world: World | None = None,
+    size: int | None = None,
+    *,
+    dtype: Dtype,
+    check: Callable[[], None] = lambda: None,
+) -> float:
+    """`acc_completion` alone, for a look during training; arguments as of ``likelihood.scores``.
+
+    In bfloat16 it may differ by some tasks from what float32 gives.
+    """
+    choices = [task.completion() for task in tasks]
+    rows = [row for choice in choices for row in choice]
+    results = iter(scores(gpt, rows, world, size, dtype=dtype, check=check))
+    right = 0
+    for task, choice in zip(tasks, choices, strict=True):
+        means = [s.log_likelihood / s.tokens for s in (next(results) for _ in choice)]
+        right += int(np.argmax(means)) == task.label
+    return right / len(tasks)

@@ -16,6 +16,7 @@ from pipeline import atomic
 CURVES = (
     "train/loss",
     "val/loss",
+    "val/hellaswag",
     "lr",
     "grad_norm",
     "tokens_per_second",

@@ -14,7 +14,7 @@ from model.size import parameter_count
 from pipeline import stage
 from pipeline.errors import UserError
 from pipeline.store import require_space
-from train import checkpoint
+from train import checkpoint, hellaswag
 from train.adopt import adopt, adoptable
 from train.claim import claim_part
 from train.distributed import default_processes, device_type
@@ -57,6 +57,8 @@ def main(argv: Sequence[str] = ()) -> None:
         if last is not None:
             print("this run is finished already; " + run.ending(), flush=True)
             return
+    if run.params.hellaswag:  # fetched before anything is computed; the workers find it there
+        hellaswag.read("train.hellaswag", run.params.hellaswag)
     if not checkpoint.steps(run.folder):
         if start := run.params.start():
             start.load(run.model.config())

@@ -10,7 +10,7 @@ a product in float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from model import GPT
 from pipeline import tokenizer
+from train.arithmetic import Dtype
 from train.distributed import World
 
 BATCH_TOKENS = 8192  # computed at a time, where nobody says how many rows
@@ -78,15 +79,23 @@ def batches(lengths: Sequence[int], rows: int | None) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def scores(
-    gpt: GPT, rows: Sequence[Row], world: World | None = None, size: int | None = None
+    gpt: GPT,
+    rows: Sequence[Row],
+    world: World | None = None,
+    size: int | None = None,
+    *,
+    dtype: Dtype = "float32",
+    check: Callable[[], None] = lambda: None,
 ) -> list[Score]:
     """Each row's score, in order; the same on each rank.
 
     Args:
-        gpt: The model; its device is used, and float32.
+        gpt: The model; its device is used.
         rows: What is scored.
         world: The processes that share the work, if there are several.
         size: Rows computed at a time; None chooses.
+        dtype: Of the matrix products; in float32 others measure them.
+        check: Called before each batch, equally often on each rank: it may be a collective.
     """
     device = gpt.wte.weight.device
     windows = [row.window(gpt.config.block_size) for row in rows]
@@ -94,10 +103,13 @@ def scores(
     table = torch.zeros((len(rows), 3), dtype=torch.float64, device=device)
     rank, ranks = (world.rank, world.size) if world else (0, 1)
     plan = list(batches([len(tokens) - 1 for tokens, _ in windows], size))
-    for batch in plan[rank::ranks]:
-        tokens = torch.tensor([windows[row][0] for row in batch], device=device)  # (B, T + 1)
-        counts = torch.tensor([windows[row][1] for row in batch], device=device)  # (B,)
-        table[batch] = _batch(gpt, tokens, counts)
+    for first in range(0, len(plan), ranks):
+        check()
+        for batch in plan[first + rank : first + rank + 1]:  # none, at last, for the last ranks
+            tokens = torch.tensor([windows[row][0] for row in batch], device=device)  # (B, T + 1)
+            counts = torch.tensor([windows[row][1] for row in batch], device=device)  # (B,)
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+                table[batch] = _batch(gpt, tokens, counts)
     if world is not None:
         world.sum(table)
     return [Score(total, int(n), bool(greedy)) for total, n, greedy in table.tolist()]

@@ -7,7 +7,7 @@ import sys
 from model.size import flops_per_token
 from pipeline import stage
 from pipeline.errors import Stopped
-from train import checkpoint
+from train import checkpoint, hellaswag
 from train.describe import banner, start_record, summary
 from train.distributed import World
 from train.health import Health, NonFinite
@@ -27,7 +27,9 @@ def train(run: Run, world: World) -> None:
             good checkpoint is kept.
     """
     run.check_not_failed()
-    trainer, history = Trainer(run, world), run.history
+    source = run.params.hellaswag
+    read = hellaswag.read("train.hellaswag", source) if source and world.first else None
+    trainer, history = Trainer(run, world, world.broadcast(read)), run.history
     done = trainer.restore()
     if world.first:
         print(banner(trainer, done), flush=True)
@@ -81,8 +83,11 @@ def advance(
 
     def validate() -> None:
         meter.settle()
+        # Before the loss, which says that all of this is done when a run resumes.
+        asked = params.hellaswag_every is not None and due(params.hellaswag_every)
+        accuracy = trainer.answer(interrupt) if asked else None
         loss = trainer.validate(interrupt)
-        meter.validation(done, loss)
+        meter.validation(done, loss, accuracy)
         if beside := trainer.run.beside_published(done, loss):
             meter.note(done, str(beside))
         meter.sample(done, trainer.sample())

@@ -110,8 +110,13 @@ class Meter:
         """Leaves the time since the last step (a validation, a save) out of the training time."""
         self._mark = time.perf_counter()
 
-    def validation(self, step: int, loss: float) -> None:
+    def validation(self, step: int, loss: float, hellaswag: float | None = None) -> None:
         """Logs and shows a validation.
+
+        Args:
+            step: Complete steps.
+            loss: Over the validation tokens.
+            hellaswag: Part of its tasks answered right; None: not asked at this step.
 
         Raises:
             NonFinite: The weights that were measured are no good.
@@ -120,8 +125,12 @@ class Meter:
             raise NonFinite(f"step {step}: validation loss {loss}: not finite")
         if self._world.first:
             best = min([loss, *self._history.last("val/loss", n=self._steps)])
-            self._history.add({"step": step, "val/loss": loss})
+            record = {"step": step, "val/loss": loss}
             mark = "  best" if loss <= best else f"  best {best:.4f}"
+            if hellaswag is not None:
+                record["val/hellaswag"] = hellaswag
+                mark += f"  hellaswag {hellaswag:.4f}"
+            self._history.add(record)
             self._print(step, f"val loss {loss:.4f}{mark}")
 
     def sample(self, step: int, tokens: list[int]) -> None:

@@ -138,6 +138,12 @@ class TrainParams(Section):
     val_tokens: int = Field(ge=1)
     """Tokens of a validation: the first so many of the validation split (published: 10485760)."""
 
+    hellaswag: str | None = Field(default=None, min_length=1)
+    """Tasks of HellaSwag, asked while it trains: `hub`, the path of a .jsonl file, or null."""
+
+    hellaswag_every: int | None = Field(default=None, ge=1)
+    """Steps between these, a multiple of `val_every` (the last step, too); null: never."""
+
     checkpoint_every: int = Field(default=250, ge=1)
     """Steps between checkpoints (at least 1); the last step is always saved."""
 
@@ -177,6 +183,21 @@ class TrainParams(Section):
             raise ValueError(
                 f"keep_every {self.keep_every} is no multiple of checkpoint_every "
                 f"{self.checkpoint_every}; take {near}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _hellaswag_with_a_validation(self) -> TrainParams:
+        if (self.hellaswag is None) != (self.hellaswag_every is None):
+            raise ValueError(
+                f"hellaswag {self.hellaswag or 'null'} and hellaswag_every "
+                f"{self.hellaswag_every or 'null'} go together; set both, or both to null"
+            )
+        if self.hellaswag_every is not None and self.hellaswag_every % self.val_every:
+            near = -(-self.hellaswag_every // self.val_every) * self.val_every
+            raise ValueError(
+                f"hellaswag_every {self.hellaswag_every} is no multiple of val_every "
+                f"{self.val_every}; take {near}"
             )
         return self
 

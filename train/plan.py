@@ -54,7 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpus", type=_count, default=8, metavar="N", help="of a node; processes, on a CPU")
     add("--interconnect", choices=("nvlink", "pcie"), help="within a node; default: the best")
     add("--network", type=_positive, metavar="GBIT", help="between nodes, Gbit/s of each")
-    add("--mfu", type=_part, metavar="X", help="as python -m train.bench measures it, 0.45 say")
+    add(
+        "--mfu",
+        type=_part,
+        metavar="X",
+        help="of forward and backward, as python -m train.bench measures it",
+    )
     add("--rate", type=_positive, metavar="DOLLARS", help="for an hour of one GPU")
     add("--micro-batch", type=_count, metavar="N", help="default: as training chooses")
     add("--checkpoint-activations", action="store_true", help="as in machine.yaml")
@@ -140,6 +145,7 @@ def _memory(plan: Plan) -> list[Row]:
 
 def _time(plan: Plan) -> list[Row]:
     step = plan.step
+    whole = f"MFU {plan.step_mfu:.0%}"
     peak = f"of {plan.peak / 1e12:,.1f} TFLOP/s"
     rows: list[Row] = [
         ("MFU", f"{plan.mfu:.0%}", f"{peak}; {plan.mfu_source}"),
@@ -150,9 +156,9 @@ def _time(plan: Plan) -> list[Row]:
         rows.append(("all-reduce, not hidden", _ms(step.exposed), f"of {sent}"))
     rows += [
         ("optimizer", _ms(step.optimizer), ""),
-        ("a step", _ms(step.total), f"{plan.tokens_per_second:,.0f} tokens/s a device"),
+        ("a step", _ms(step.total), f"{plan.tokens_per_second:,.0f} tokens/s a device, {whole}"),
         ("all steps", _hours(plan.training_seconds), f"{plan.steps:,}"),
-        ("validations", _hours(plan.validation_seconds), ""),
+        ("evaluation", _hours(plan.evaluation_seconds), "validations, and HellaSwag"),
         ("train stage", _hours(plan.seconds), ""),
     ]
     if plan.dollars is not None:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT
 from pipeline.errors import UserError
-from train import arithmetic, checkpoint, hardware
+from train import arithmetic, checkpoint, hardware, hellaswag
 from train.arithmetic import summed_loss
 from train.describe import arithmetic_of, state
 from train.distributed import World
@@ -64,10 +64,16 @@ class Trainer:
         ddp: The same again, with its gradients averaged over the ranks: training.
         writer: Saves, on rank 0, beside the training.
         measured: Validation loss of the weights as they are; None where it is not known.
+
+    Args:
+        run: What is trained.
+        world: By whom.
+        tasks: Of HellaSwag, for `train.hellaswag_every`; None: it is not asked.
     """
 
-    def __init__(self, run: Run, world: World) -> None:
+    def __init__(self, run: Run, world: World, tasks: list[hellaswag.Task] | None = None) -> None:
         self.run, self.world, self.params = run, world, run.params
+        self.tasks = tasks
         self.split = plan_split(run, world.size, world.device.type)
         self.schedule = run.params.lr_schedule()
         arithmetic.configure(world.device, deterministic=run.params.deterministic)
@@ -271,6 +277,18 @@ class Trainer:
             check=interrupt.check,
         )
         return self.measured
+
+    def answer(self, interrupt: Interrupt) -> float | None:
+        """The part of HellaSwag's tasks answered right; the same on each rank; None: not asked.
+
+        Raises:
+            Interrupted: On all ranks; nothing is measured.
+        """
+        if self.tasks is None:
+            return None
+        return hellaswag.completion_accuracy(
+            self.gpt, self.tasks, self.world, dtype=self.params.dtype, check=interrupt.check
+        )
 
     def sample(self) -> list[int]:
         """How the model goes on from the first tokens of the validation split; rank 0's alone.

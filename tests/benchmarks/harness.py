@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--python", required=True, help="of an environment that has lm_eval")
     args = parser.parse_args()
     gpt = GPT.from_checkpoint(args.checkpoint)
-    tasks = read_tasks("hellaswag", str(args.tasks), hellaswag.HUB, hellaswag.Task.of)
+    tasks = read_tasks("evaluate.hellaswag", str(args.tasks), hellaswag.HUB, hellaswag.Task.of)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         export = ("--checkpoint", str(args.checkpoint), "--out", str(folder / "hf"))

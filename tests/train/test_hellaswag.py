@@ -106,7 +106,7 @@ def test_measures_are_the_parts_answered_right() -> None:
 
 @pytest.mark.skipif(not SHARED.exists(), reason="no shared data here")
 def test_real_tasks_are_answered_alike_in_any_batch(gpt: GPT) -> None:
-    tasks = read_tasks("hellaswag", str(SHARED), hellaswag.HUB, Task.of)
+    tasks = read_tasks("evaluate.hellaswag", str(SHARED), hellaswag.HUB, Task.of)
     assert len(tasks) == 200
     some = tasks[::20]
     one = hellaswag.answer(gpt, some, size=1)
@@ -137,7 +137,7 @@ def test_a_path_may_be_of_the_main_checkout(
 ) -> None:
     write_lines(tmp_path / "own.jsonl", [ROW])
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))  # as in an experiment's workspace
-    assert len(read_tasks("hellaswag", "own.jsonl", hellaswag.HUB, Task.of)) == 1
+    assert len(read_tasks("evaluate.hellaswag", "own.jsonl", hellaswag.HUB, Task.of)) == 1
 
 
 @pytest.mark.parametrize(
@@ -154,20 +154,19 @@ def test_a_path_may_be_of_the_main_checkout(
 def test_what_is_no_task_is_named(tmp_path: Path, rows: list[Any], said: str) -> None:
     path = write_lines(tmp_path / "tasks.jsonl", rows)
     with pytest.raises(UserError, match=rf"evaluate\.hellaswag: .*tasks\.jsonl: {said}"):
-        read_tasks("hellaswag", path, hellaswag.HUB, Task.of)
+        read_tasks("evaluate.hellaswag", path, hellaswag.HUB, Task.of)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evaluate\.lambada: nowhere\.jsonl: No such file.*hub"):
-        read_tasks("lambada", "nowhere.jsonl", lambada.HUB, lambada.task)
+        read_tasks("evaluate.lambada", "nowhere.jsonl", lambada.HUB, lambada.task)
 
 
 def test_an_unreachable_hub_is_named_with_a_way_round(tmp_path: Path) -> None:
     code = (
         "from pipeline import stage\n"
         "from train import hellaswag\n"
-        "from train.benchmarks import read_tasks\n"
-        "stage.run(lambda: read_tasks('hellaswag', 'hub', hellaswag.HUB, hellaswag.Task.of))"
+        "stage.run(lambda: hellaswag.read('evaluate.hellaswag', 'hub'))"
     )
     env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)

@@ -72,6 +72,17 @@ MISTAKES: list[tuple[dict[str, dict[str, Any]], dict[str, str], list[str]]] = [
     ({"train": {"batch_tokens": 100}}, {}, ["train.batch_tokens", "100", "96 and 112"]),
     ({"train": {"warmup_steps": 12}}, {}, ["train", "warmup_steps", "at most 11"]),
     ({"train": {"val_tokens": 10**6}}, {}, ["train.val_tokens", "at most 1999"]),
+    (
+        {"train": {"hellaswag": "none.jsonl", "hellaswag_every": 6}},
+        {},
+        ["train.hellaswag: none.jsonl", "name a .jsonl file, hub, or null"],
+    ),
+    ({"train": {"hellaswag": "hub"}}, {}, ["hellaswag_every null", "go together"]),
+    (
+        {"train": {"hellaswag": "hub", "hellaswag_every": 8}},
+        {},
+        ["hellaswag_every 8", "val_every 6", "take 12"],
+    ),
     ({"model": {"n_embd": 17}}, {}, ["model", "n_embd", "n_head"]),
     ({"model": {"size": "gpt2"}}, {}, ["model", "size", "n_layer"]),
     ({"model": {"n_layer": None}}, {}, ["model", "n_layer", "missing"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -89,10 +91,16 @@ def test_a_rank_computes_its_batches_and_has_all_scores(gpt: GPT) -> None:
             self.mine = table.clone()
             return table if self.other is None else table.add_(self.other)
 
-    second = Half(1, None)
-    scores(gpt, ROWS, second, 2)  # type: ignore[arg-type]
-    found = scores(gpt, ROWS, Half(0, second.mine), 2)  # type: ignore[arg-type]
+    second, checked = Half(1, None), {0: 0, 1: 0}
+
+    def check(rank: int) -> None:
+        checked[rank] += 1
+
+    scores(gpt, ROWS, second, 2, check=partial(check, 1))  # type: ignore[arg-type]
+    first = Half(0, second.mine)
+    found = scores(gpt, ROWS, first, 2, check=partial(check, 0))  # type: ignore[arg-type]
     assert found == scores(gpt, ROWS, size=2)
+    assert checked[0] == checked[1] > 0  # it may be a collective, also where batches are odd
     assert second.mine is not None
     assert 0 < (second.mine[:, 1] > 0).sum() < len(ROWS)
 

@@ -1,0 +1,94 @@
+"""Of train.hellaswag_every: HellaSwag, asked while a run trains, changes nothing but the log."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model import GPT
+from pipeline.errors import Stopped
+from tests.train.conftest import Project
+from tests.train.test_loop import records, train_here
+from train import hellaswag
+from train.run import Run
+from train.trainer import Trainer
+
+WORDS = re.findall(r"\w+", "the people of this land saw a wide river and went over it in boats")
+ASKED = {"hellaswag": "tasks.jsonl", "hellaswag_every": 6}
+
+
+def write_tasks(n: int = 10) -> None:
+    rows = [
+        {
+            "activity_label": "Rowing",
+            "ctx": " ".join(WORDS[i % 7 :]),
+            "endings": [" ".join(WORDS[k : k + 1 + (i + k) % 4]) for k in range(4)],
+            "label": str(i % 4),
+        }
+        for i in range(n)
+    ]
+    Path("tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_it_is_asked_at_its_steps_and_changes_no_weight(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GPT2_WORK_DIR", "without")
+    without = train_here()
+    weights = project.weights()
+    assert records(without, "val/hellaswag") == {}
+    assert "hellaswag_acc_completion" not in project.metrics()
+
+    write_tasks()
+    monkeypatch.setenv("GPT2_WORK_DIR", "with")
+    project.write(train={**ASKED, "val_every": 3})
+    run = train_here()
+    assert list(records(run, "val/loss")) == [3, 6, 9, 12]
+    answered = records(run, "val/hellaswag")
+    assert list(answered) == [6, 12]
+    assert project.weights() == weights
+    for name in ("train/loss", "lr", "grad_norm"):
+        assert records(run, name) == records(without, name)
+
+    tasks = hellaswag.read("train.hellaswag", "tasks.jsonl")
+    gpt = GPT.from_checkpoint(project.folder / "artifacts/checkpoint")
+    expected = hellaswag.measures(hellaswag.answer(gpt, tasks))["hellaswag_acc_completion"]
+    assert answered[12] == expected == project.metrics()["hellaswag_acc_completion"]
+    assert f"hellaswag {expected:.4f}" in capsys.readouterr().out
+    assert (project.folder / "metrics/live/plots/metrics/val/hellaswag.tsv").exists()
+
+
+@pytest.mark.parametrize("step", [6, 12])
+def test_stopped_while_it_is_asked_and_resumed_ends_with_the_same_bits(
+    project: Project, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    write_tasks()
+    project.write(train=ASKED)
+    monkeypatch.setenv("GPT2_WORK_DIR", "whole")
+    whole = train_here()
+    folder = project.folder / "artifacts/checkpoint"
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setenv("GPT2_WORK_DIR", "stopped")
+    original = Trainer.answer
+    asked = iter([step == 6, True])
+
+    def answer_and_signal(self: Trainer, *args: Any) -> float | None:
+        if next(asked):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "answer", answer_and_signal)
+        with pytest.raises(Stopped):
+            train_here()
+    assert step not in records(Run.open(), "val/hellaswag")
+    resumed = train_here()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    for name in ("val/loss", "val/hellaswag"):
+        assert records(resumed, name) == records(whole, name)
