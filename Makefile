@@ -10,7 +10,7 @@ PARALLEL ?= -n 2 --dist loadfile
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow soak gpu lint format lock clean
+.PHONY: help run test test-slow soak rehearse gpu lint format lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -47,6 +47,9 @@ test-slow: $(VENV)/.installed  ## the slow tests: full sizes, kills, whole pipel
 soak: $(VENV)/.installed  ## what takes minutes more: silence, kills, downloads killed 20 times
 	python -m pytest -m soak
 	python -m tests.soak.download
+
+rehearse: $(VENV)/.installed  ## the preset fineweb-10b, whole, in small sizes, on this machine: 20 minutes
+	python -m tests.rehearse
 
 gpu: $(VENV)/.installed  ## on a machine with GPUs: the tests that need one, then the step's time
 	python -m pytest -m gpu

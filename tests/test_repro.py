@@ -7,7 +7,6 @@ pieces would prove nothing.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 import shlex
@@ -22,84 +21,13 @@ from pathlib import Path
 import pytest
 
 from tests.browser import CHROMIUM, browser
+from tests.clone import Clone, make_clone, ran
 from train.preset import read_preset
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
 DATA_STAGES = ("download", "tokenize", "verify")
 LATER_STAGES = ("evaluate", "export", "report")
-
-
-class Clone:
-    """A project folder with git, DVC, a store and a cache of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        home = folder.parent / f"{folder.name}-home"
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {
-            "HOME": str(home),
-            "DVC_SITE_CACHE_DIR": str(home / "site"),
-            "DVC_GLOBAL_CONFIG_DIR": str(home / "global"),
-            "DVC_SYSTEM_CONFIG_DIR": str(home / "system"),
-            "GIT_CONFIG_NOSYSTEM": "1",
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        }
-        self.env.pop("PYTHONDONTWRITEBYTECODE", None)
-        self.env["SHELL"] = "/bin/sh"  # which, unlike bash, stays between DVC and a stage
-
-    def run(self, *command: str, status: int = 0, **env: str) -> str:
-        """Run a command; its output. Fails on another exit status."""
-        done = subprocess.run(
-            command,
-            cwd=self.folder,
-            env=self.env | env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == status, done.stdout
-        return done.stdout
-
-    def start(self, *command: str) -> subprocess.Popen[bytes]:
-        """Start a command in a session of its own."""
-        log = open(self.folder / "log.txt", "w")
-        return subprocess.Popen(
-            command, cwd=self.folder, env=self.env, stdout=log, stderr=log, start_new_session=True
-        )
-
-    def git(self, *args: str) -> str:
-        return self.run("git", *args)
-
-    def set(self, key: str, value: str) -> None:
-        """Change one line of params.yaml."""
-        path = self.folder / "params.yaml"
-        lines = path.read_text().splitlines()
-        (index,) = (i for i, line in enumerate(lines) if line.startswith(f"  {key}:"))
-        lines[index] = f"  {key}: {value}"
-        path.write_text("\n".join(lines) + "\n")
-
-    def hashes(self, folder: str) -> dict[str, str]:
-        """The sha256 of each file under a folder."""
-        top = self.folder / folder
-        return {
-            path.relative_to(top).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(top.rglob("*"))
-            if path.is_file()
-        }
-
-    def processes(self) -> dict[int, str]:
-        """The live processes that work in this folder, and their command lines (Linux)."""
-        found = {}
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and (entry / "cwd").readlink() == self.folder:
-                    found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
-            except OSError:
-                continue
-        return found
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
@@ -109,39 +37,10 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
-def ran(output: str) -> set[str]:
-    """The stages whose commands ran."""
-    return {line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")}
-
-
-def make_clone(folder: Path) -> Clone:
-    """The tree as git would clone it, committed, with preset smoke."""
-    folder.mkdir(parents=True)
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "-z"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).is_file():  # a file may be listed and deleted
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    clone = Clone(folder)
-    clone.run(sys.executable, "-m", "train.preset", "smoke")
-    clone.git("init", "-q")
-    clone.git("config", "user.name", "Test")
-    clone.git("config", "user.email", "test@example.org")
-    clone.git("add", "-A")
-    clone.git("commit", "-qm", "A clone")
-    return clone
-
-
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Clone, str]:
     """A clone in which `dvc repro` has run, and what that printed. Not to be changed."""
-    clone = make_clone(tmp_path_factory.mktemp("built") / "project")
+    clone = make_clone(tmp_path_factory.mktemp("built") / "project", "smoke")
     return clone, clone.run("dvc", "repro")
 
 
@@ -155,7 +54,7 @@ def copy(built: tuple[Clone, str], tmp_path: Path) -> Clone:
 @pytest.fixture
 def clone(tmp_path: Path) -> Clone:
     """A fresh clone: nothing built, an empty store, an empty cache."""
-    return make_clone(tmp_path / "clone")
+    return make_clone(tmp_path / "clone", "smoke")
 
 
 def test_repro_builds_all_and_leaves_git_clean(built: tuple[Clone, str]) -> None:
@@ -336,6 +235,22 @@ def test_damage_is_named_and_exactly_those_chunks_are_mended(copy: Clone) -> Non
     shutil.rmtree(copy.folder / "data")
     copy.run("dvc", "checkout", "data/tokens")
     assert copy.hashes("data/tokens") == before
+
+
+def test_a_gpu_box_pulls_the_tokens_and_runs_only_what_follows(copy: Clone, tmp_path: Path) -> None:
+    """The commands of docs/run-10b.md: the data are made on one machine, the model on another."""
+    copy.set("steps", "15")  # of this run only the data are made here
+    copy.run("dvc", "remote", "add", "--default", "storage", str(tmp_path / "remote"))
+    copy.git("add", "-A")
+    copy.git("commit", "-qm", "The data of a run")
+    copy.run("dvc", "push", "download", "tokenize", "verify")
+    box = Clone(tmp_path / "box")
+    copy.git("clone", "-q", str(copy.folder), str(box.folder))
+    output = box.run("dvc", "repro", "--pull", "--allow-missing")
+    assert ran(output) == {"train", *LATER_STAGES}
+    assert box.hashes("data/tokens") == copy.hashes("data/tokens")
+    assert not (box.folder / "data/raw").exists()
+    assert json.loads((box.folder / "metrics/train.json").read_text())["step"] == 15
 
 
 def test_it_works_without_git(clone: Clone) -> None:

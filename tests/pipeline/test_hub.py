@@ -23,6 +23,7 @@ from pipeline.errors import Stopped
 from pipeline.hub import HubFile
 from pipeline.pieces import PIECE, bring, find
 from pipeline.store import Store
+from tests.clone import make_clone
 from tests.hub import CARD, FINEWEB, Fault, Hub, http_date
 from tests.pipeline.fetching import (
     REPO,
@@ -38,7 +39,6 @@ from tests.pipeline.fetching import (
     sha256,
     wait_for,
 )
-from tests.test_repro import make_clone
 
 SIZE = 1_000_000
 MIDDLE = 400_000
@@ -501,7 +501,7 @@ def test_repro_with_one_more_file_fetches_and_tokenizes_that_one(hub: Hub, tmp_p
     files = sample_files(3, 300_000)
     paths = sorted(files)
     hub.repo().commit(files)
-    clone = make_clone(tmp_path / "project")
+    clone = make_clone(tmp_path / "project", "smoke")
     hub_keys = ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HF_TOKEN")
     clone.env |= {key: environment(hub, tmp_path)[key] for key in hub_keys}
     params = clone.folder / "params.yaml"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
+import resource
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 from pipeline import TokenStream, atomic
 from pipeline.manifest import NAME, SPLITS
 from pipeline.shards import ShardError, ShardWriter, docs_path, open_shard, read_docs
+from train import DataOrder
 
 TOKEN = st.integers(0, 50256)
 DOCUMENT = st.lists(TOKEN, min_size=1, max_size=20)
@@ -191,3 +195,57 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     for call in (open_shard, read_docs):
         with pytest.raises(ShardError, match="no such file"):
             call(tmp_path / "train-00000.bin")
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by /proc (Linux)")
+def test_a_trillion_tokens_in_50_000_shards(tmp_path: Path) -> None:
+    """Sparse files: their sizes are real, their bytes are holes but the first two tokens."""
+    n_shards, n_tokens = 50_000, 20_000_000
+    write_shard(tmp_path / "model.bin", [[0]])
+    header = np.frombuffer((tmp_path / "model.bin").read_bytes()[:1024], "<i4").copy()
+    header[2] = n_tokens
+    for i in range(n_shards):
+        with open(tmp_path / f"train-{i:05d}.bin", "wb") as file:
+            file.write(header.tobytes() + np.array([i % 50_000, i // 50_000 + 7], "<u2").tobytes())
+            file.truncate(1024 + 2 * n_tokens)
+    part = {"chunk_key": "c" * 64, "path": "sample/10BT/000_00000.parquet", "rows": [0, 28_800]}
+    shards = [
+        {
+            "name": f"train-{i:05d}.bin", "split": "train", "tokens": n_tokens, "docs": 28_800,
+            "text_bytes": 90_000_000, "sha256": f"{i:064x}", "docs_sha256": f"{i:064x}",
+            "parts": [{**part, "tokens": n_tokens, "docs": 28_800}],
+        }
+        for i in range(n_shards)
+    ]  # fmt: skip
+    write_folder(tmp_path, [])
+    manifest = json.loads((tmp_path / NAME).read_text())
+    chunks = [
+        {"name": f"chunks/{i:05d}.json", "chunk_key": "c" * 64, "sha256": "d" * 64}
+        for i in range(n_shards)
+    ]
+    atomic.write_json(tmp_path / NAME, {**manifest, "shards": shards, "chunks": chunks})
+    began, before = time.perf_counter(), len(list(Path("/proc/self/fd").iterdir()))
+    stream = TokenStream(tmp_path, "train")
+    opened = time.perf_counter() - began
+    assert len(stream) == 10**12
+    order, block = DataOrder(n_tokens=len(stream), block_size=1024, seed=3), 1024
+    windows = order.samples(order.n_windows - 10_000, 20_000)
+    began = time.perf_counter()
+    for i in range(0, len(windows), 16):
+        stream.gather(windows[i : i + 16] * block, block + 1)
+    rate = len(windows) * block / (time.perf_counter() - began)
+    files = len(list(Path("/proc/self/fd").iterdir())) - before
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    size = (tmp_path / NAME).stat().st_size / 1e6
+    print(
+        f"manifest {size:.0f} MB, opened in {opened:.1f} s; {rate / 1e6:.1f}M tokens/s by one "
+        f"process, {files} files open, {peak:.2f} GB at the peak"
+    )
+    for i in (0, 1, 49_998, 49_999):  # the right bytes, also across a border
+        start = i * n_tokens
+        assert stream[start : start + 2].tolist() == [i % 50_000, i // 50_000 + 7]
+        (row,) = stream.gather(np.array([max(0, start - 1)]), 3)
+        assert row.tolist()[-2 if i else 0 :][:2] == [i % 50_000, i // 50_000 + 7]
+    assert files <= 520
+    assert rate > 1e6  # a GPU takes 0.2M

@@ -24,13 +24,26 @@ def test_permute_is_a_bijection(n: int, keys: list[int]) -> None:
     assert np.array_equal(np.sort(image), np.arange(n))
 
 
-@given(n=st.integers(1, 2**40), first=st.integers(0, 2**40))
+@given(n=st.integers(1, 2**62), first=st.integers(0, 2**62))
 def test_permute_stays_inside_and_apart_at_any_size(n: int, first: int) -> None:
     index = np.arange(first % n, min(n, first % n + 50))
     image = permute(index, n, np.arange(8, dtype=np.uint64))
     assert image.min() >= 0
     assert image.max() < n
     assert len(np.unique(image)) == len(index)
+
+
+@pytest.mark.parametrize("n_tokens", [10**12, 10**18])
+def test_a_trillion_tokens_are_read_without_repeats_also_across_epochs(n_tokens: int) -> None:
+    order = DataOrder(n_tokens=n_tokens, block_size=1024, seed=1)
+    count = 300_000  # of a trillion's windows: drawn at random, 46 would come twice
+    before, after = np.split(order.samples(order.n_windows - count, 2 * count), 2)
+    for windows in (before, after):
+        assert len(np.unique(windows)) == count
+        assert 0 <= windows.min() <= windows.max() < order.n_windows
+        assert abs(windows.mean() / order.n_windows - 0.5) < 0.01
+        assert (windows * 1024).min() >= 0  # the first tokens fit as well
+    assert not np.array_equal(before, after)
 
 
 @given(
