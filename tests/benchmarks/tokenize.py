@@ -16,7 +16,9 @@ in front. The slow contenders take a part of the same files, for MB/s is what is
 is looked for in the environment of ``--peers PYTHON``; one that is not installed is left out, and
 that is said.
 
-``--results FILE`` gathers the rounds of several calls; the table is of all that it holds.
+*Workers busy* is the part of their time that `tokenize`'s workers spend in tasks; the rest is Ray's
+and the driver's, and the end of the run. ``--results FILE`` gathers the rounds of several calls;
+the table is of all that it holds.
 ``--phases`` shows where the time of the stage goes, in one process.
 """
 
@@ -49,6 +51,7 @@ FAST = ("stage", "gigatoken")
 SHARD_TOKENS = 5_000_000
 GROUP_ROWS = 1_000
 EOT = 50256
+BUSY = "seconds.txt"
 
 DATATROVE = """
 import sys, time
@@ -77,7 +80,7 @@ if __name__ == "__main__":
 """
 
 
-def make_corpus(source: Path, folder: Path, megabytes: int, file_mb: int = 40) -> None:
+def make_corpus(source: Path, folder: Path, megabytes: int, file_mb: int = 20) -> None:
     """A `data/raw` of so much text: the source's documents, again and again under new salts."""
     from pipeline import atomic
     from pipeline.manifest import NAME, RawManifest, Source, SourceFile
@@ -157,23 +160,38 @@ def measure_stage(corpus: Path, small: Path, scratch: Path, workers: int, engine
             return contextlib.nullcontext(cpus)
 
         tokenize.cluster = verify.cluster = running  # type: ignore
+        tokenize.encode_chunk = _timed_chunk  # type: ignore
         start: Any = ray.remote(num_cpus=1)(_start_worker)
         ray.get([start.remote() for _ in range(cpus)])
         tokenize.tokenize(small, scratch / "small", params, machine, "benchmark")
         verify.verify(small, scratch / "small", VerifyParams(), machine)
+        (scratch / "work" / BUSY).unlink()
         ready = time.time()
         manifest = tokenize.tokenize(corpus, scratch / "tokens", params, machine, "benchmark")
         made = time.time()
         verify.verify(corpus, scratch / "tokens", VerifyParams(), machine)
         done = time.time()
     totals = manifest.totals.values()
+    busy = sum(map(float, (scratch / "work" / BUSY).read_text().split()))
     return {
+        "busy": busy / cpus / (made - ready),
         "startup": ready - began,
         "seconds": done - ready,
         "tokenize": made - ready,
         "bytes": sum(t.text_bytes for t in totals),
         "tokens": sum(t.tokens for t in totals),
     }
+
+
+def _timed_chunk(*task: Any) -> Any:
+    """A chunk, its seconds noted beside the store: the rest of a worker's time is Ray's."""
+    from pipeline import encode
+
+    began = time.perf_counter()
+    record = encode.encode_chunk(*task)
+    with open(task[5].root / BUSY, "a") as file:
+        file.write(f"{time.perf_counter() - began}\n")
+    return record
 
 
 def _start_worker() -> None:
@@ -435,8 +453,8 @@ def measure(name: str, *places: str) -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     """Medians of the rounds, as a table in Markdown."""
     lines = [
-        "| contender | workers | text MB | MB/s | from - to | M tokens/s | start-up s | largest process MB | all MB |",  # noqa: E501
-        "|---|---|---|---|---|---|---|---|---|",
+        "| contender | workers | text MB | MB/s | from - to | M tokens/s | workers busy | start-up s | largest process MB | all MB |",  # noqa: E501
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in CONTENDERS:
         for workers in (1, 2):
@@ -446,10 +464,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             speeds = [r["bytes"] / r["seconds"] / 1e6 for r in found]
             middle = {k: statistics.median(r[k] for r in found) for k in ("startup", "one", "all")}
             tokens = statistics.median(r["tokens"] / r["seconds"] / 1e6 for r in found)
+            busy = [r["busy"] for r in found if "busy" in r]
             lines.append(
                 f"| {name} | {workers} | {found[0]['bytes'] / 1e6:.0f} | "
                 f"{statistics.median(speeds):.1f} | {min(speeds):.1f} - {max(speeds):.1f} | "
-                f"{tokens:.2f} | {middle['startup']:.1f} | {middle['one'] / 1e6:.0f} | "
+                f"{tokens:.2f} | {f'{statistics.median(busy):.0%}' if busy else '-'} | "
+                f"{middle['startup']:.1f} | {middle['one'] / 1e6:.0f} | "
                 f"{middle['all'] / 1e6:.0f} |"
             )
     return "\n".join(lines)
