@@ -179,14 +179,15 @@ def write_piece(
         "skipped": dict(skipped),
         "splits": {name: facts for name, split in splits.items() if (facts := split.close())},
     }
-    atomic.write_json(folder / RECORD, record)
+    # Not synced one by one: whoever makes the folder a piece syncs all that is in it.
+    (folder / RECORD).write_bytes(atomic.json_bytes(record))
     made = {
         "documents": dict(report.documents),
         "bytes": dict(report.bytes),
         "checked": report.checked,
         "differences": [] if differs is None else [differs],
     }
-    atomic.write_json(folder / ENGINE, made)
+    (folder / ENGINE).write_bytes(atomic.json_bytes(made))
     return {
         name: facts[key]
         for split, facts in record["splits"].items()

@@ -92,7 +92,7 @@ def index_chunk(chunk: Chunk, key: str, raw: Path, store: Store) -> Record:
                     "skipped": {},
                     "splits": {shard.stem: facts} if facts else {},
                 }
-                atomic.write_json(folder / RECORD, record)
+                (folder / RECORD).write_bytes(atomic.json_bytes(record))  # `make` syncs it
             folder = store.root / "chunks" / key
     return read_record(folder)
 

@@ -85,9 +85,9 @@ def tokenize(raw: Path, out: Path, params: TokenizeParams, machine: Machine, cod
     ]
     commits = []
     for index, (piece, key) in enumerate(zip(pieces, keys, strict=True)):
-        name, path = f"chunks/{index:05d}.json", piece / RECORD
-        files[name] = path
-        commits.append(ChunkRecord(name=name, chunk_key=key, sha256=atomic.sha256_file(path)))
+        name, sha256 = f"chunks/{index:05d}.json", store.sha256("chunks", key)[RECORD]
+        files[name] = piece / RECORD
+        commits.append(ChunkRecord(name=name, chunk_key=key, sha256=sha256))
     manifest = _manifest(source, params, records, commits, shards)
     publish({**files, NAME: atomic.json_bytes(manifest.model_dump())}, out)
     return manifest

@@ -4,16 +4,21 @@ The contenders, each with 1 and 2 workers, one after another in each round:
 
 - *stage*: `pipeline.tokenize` and `pipeline.verify`, from parquet to verified shards;
 - *stage-tiktoken*: the same with ``engine: tiktoken``;
-- *tiktoken*: a plain multiprocessing loop over row groups: parquet in, uint16 out, no hashes;
+- *gigatoken*: a plain multiprocessing loop over row groups: parquet in, uint16 out; no guard, no
+  check, no hashes, no Ray. What it gains from 1 to 2 workers is what the machine's cores give;
+- *tiktoken*: the same loop around tiktoken;
 - *tokenizers*: the same loop around Hugging Face `tokenizers`, one thread a process;
 - *datatrove*: its `ParquetReader` and `DocumentTokenizer`, unshuffled, one thread a process.
 
-Start-up (Python, Ray, imports, a first small run) is over before the clock starts, and is reported
-apart. The text is real, repeated under salts: each document has a line of its own in front. The
-slow contenders take a part of the same files, for MB/s is what is compared. datatrove is looked for
-in the environment of ``--peers PYTHON``; one that is not installed is left out, and that is said.
+Start-up (Python, Ray, imports in every worker, a first small run) is over before the clock starts,
+and is reported apart. The text is real, repeated under salts: each document has a line of its own
+in front. The slow contenders take a part of the same files, for MB/s is what is compared. datatrove
+is looked for in the environment of ``--peers PYTHON``; one that is not installed is left out, and
+that is said.
 
-``--results FILE`` gathers the rounds of several calls; the table is of all that it holds.
+*Workers busy* is the part of their time that `tokenize`'s workers spend in tasks; the rest is Ray's
+and the driver's, and the end of the run. ``--results FILE`` gathers the rounds of several calls;
+the table is of all that it holds.
 ``--phases`` shows where the time of the stage goes, in one process.
 """
 
@@ -41,10 +46,12 @@ import pyarrow.parquet as pq
 
 REPO = Path(__file__).parents[2]
 TEXT = REPO.parent / "shared" / "data" / "pd_books"
-CONTENDERS = ("stage", "stage-tiktoken", "tiktoken", "tokenizers", "datatrove")
+CONTENDERS = ("stage", "gigatoken", "stage-tiktoken", "tiktoken", "tokenizers", "datatrove")
+FAST = ("stage", "gigatoken")
 SHARD_TOKENS = 5_000_000
 GROUP_ROWS = 1_000
 EOT = 50256
+BUSY = "seconds.txt"
 
 DATATROVE = """
 import sys, time
@@ -69,11 +76,11 @@ if __name__ == "__main__":
     startup = time.time() - began
     began = time.time()
     run(source, out, workers)
-    print("MEASURED", startup, time.time() - began - startup)
+    print("MEASURED", startup, time.time() - began)
 """
 
 
-def make_corpus(source: Path, folder: Path, megabytes: int, file_mb: int = 40) -> None:
+def make_corpus(source: Path, folder: Path, megabytes: int, file_mb: int = 20) -> None:
     """A `data/raw` of so much text: the source's documents, again and again under new salts."""
     from pipeline import atomic
     from pipeline.manifest import NAME, RawManifest, Source, SourceFile
@@ -89,8 +96,8 @@ def make_corpus(source: Path, folder: Path, megabytes: int, file_mb: int = 40) -
         rows: list[pa.Array] = []
         size = 0
         while size < min(file_mb, megabytes) * 10**6:
-            part = texts.slice(at, 500)
-            at, salt = (at + 500, salt) if at + 500 < len(texts) else (0, salt + 1)
+            part = texts.slice(at, 100)
+            at, salt = (at + 100, salt) if at + 100 < len(texts) else (0, salt + 1)
             rows.append(pc.binary_join_element_wise(f"salt {salt}, document", part, "\n"))
             size += rows[-1].nbytes
         path = folder / f"{len(files):03d}.parquet"
@@ -138,6 +145,8 @@ def text_bytes(path: Path) -> int:
 
 def measure_stage(corpus: Path, small: Path, scratch: Path, workers: int, engine: Any) -> Any:
     began = time.time()
+    import ray
+
     from pipeline import tokenize, verify
     from pipeline.cluster import cluster
     from pipeline.machine import Machine
@@ -151,15 +160,21 @@ def measure_stage(corpus: Path, small: Path, scratch: Path, workers: int, engine
             return contextlib.nullcontext(cpus)
 
         tokenize.cluster = verify.cluster = running  # type: ignore
+        tokenize.encode_chunk = _timed_chunk  # type: ignore
+        start: Any = ray.remote(num_cpus=1)(_start_worker)
+        ray.get([start.remote() for _ in range(cpus)])
         tokenize.tokenize(small, scratch / "small", params, machine, "benchmark")
         verify.verify(small, scratch / "small", VerifyParams(), machine)
+        (scratch / "work" / BUSY).unlink()
         ready = time.time()
         manifest = tokenize.tokenize(corpus, scratch / "tokens", params, machine, "benchmark")
         made = time.time()
         verify.verify(corpus, scratch / "tokens", VerifyParams(), machine)
         done = time.time()
     totals = manifest.totals.values()
+    busy = sum(map(float, (scratch / "work" / BUSY).read_text().split()))
     return {
+        "busy": busy / cpus / (made - ready),
         "startup": ready - began,
         "seconds": done - ready,
         "tokenize": made - ready,
@@ -168,12 +183,37 @@ def measure_stage(corpus: Path, small: Path, scratch: Path, workers: int, engine
     }
 
 
+def _timed_chunk(*task: Any) -> Any:
+    """A chunk, its seconds noted beside the store: the rest of a worker's time is Ray's."""
+    from pipeline import encode
+
+    began = time.perf_counter()
+    record = encode.encode_chunk(*task)
+    with open(task[5].root / BUSY, "a") as file:
+        file.write(f"{time.perf_counter() - began}\n")
+    return record
+
+
+def _start_worker() -> None:
+    """In a worker: what it does once in its life, and so long that each worker has to do it."""
+    from pipeline import checks, encode
+
+    assert checks
+    encode.engines.fast()
+    time.sleep(2)
+
+
 _encode: Callable[[list[str]], list[list[int]]]
+_fast: Any = None
 
 
 def _start(kind: str, file: str) -> None:
-    global _encode
-    if kind == "tiktoken":
+    global _encode, _fast
+    if kind == "gigatoken":
+        from pipeline import engines
+
+        _fast = engines.fast()
+    elif kind == "tiktoken":
         from pipeline import tokenizer
 
         encoding = tokenizer.encoding()
@@ -187,11 +227,19 @@ def _start(kind: str, file: str) -> None:
 
 def _group(task: tuple[Path, int, Path]) -> tuple[int, int]:
     path, index, out = task
-    texts = pq.ParquetFile(path).read_row_group(index, columns=["text"])["text"].to_pylist()
-    arrays = [np.array([EOT, *ids], dtype=np.uint16) for ids in _encode(texts)]
-    tokens = np.concatenate(arrays)
+    column = pq.ParquetFile(path).read_row_group(index, columns=["text"])["text"]
+    if _fast is not None:
+        texts = column.combine_chunks().cast(pa.large_binary())
+        offsets = np.frombuffer(texts.buffers()[1], np.int64)[: len(texts) + 1]
+        flat, counts = _fast.encode(np.frombuffer(texts.buffers()[2], np.uint8), offsets)
+        tokens = np.insert(flat.astype(np.uint16), np.cumsum([0, *counts[:-1]]), EOT)
+        size = int(offsets[-1])
+    else:
+        strings = column.to_pylist()
+        tokens = np.concatenate([np.array([EOT, *ids], np.uint16) for ids in _encode(strings)])
+        size = sum(len(text.encode()) for text in strings)
     tokens.tofile(out / f"{path.stem}-{index}.bin")
-    return sum(len(text.encode()) for text in texts), len(tokens)
+    return size, len(tokens)
 
 
 def measure_loop(corpus: Path, small: Path, scratch: Path, workers: int, kind: str) -> Any:
@@ -212,6 +260,7 @@ def measure_loop(corpus: Path, small: Path, scratch: Path, workers: int, kind: s
 
 
 def measure_datatrove(corpus: Path, small: Path, scratch: Path, workers: int, peers: str) -> Any:
+    """Each of its runs starts its processes anew: what counts is the difference of two runs."""
     script = scratch / "with_datatrove.py"
     script.write_text(DATATROVE)
     out = scratch / "out"
@@ -221,10 +270,17 @@ def measure_datatrove(corpus: Path, small: Path, scratch: Path, workers: int, pe
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     line = next(x for x in result.stdout.splitlines() if x.startswith("MEASURED"))
-    startup, seconds = map(float, line.split()[1:])
-    size = sum(text_bytes(path) for path in corpus.glob("*.parquet"))
-    tokens = sum(path.stat().st_size for path in out.glob("*.ds")) // 2
-    return {"startup": startup, "seconds": seconds, "bytes": size, "tokens": tokens}
+    first, seconds = map(float, line.split()[1:])
+    sizes = [sum(map(text_bytes, folder.glob("*.parquet"))) for folder in (small, corpus)]
+    outs = [scratch / "out-small", out]
+    tokens = [sum(path.stat().st_size for path in folder.glob("*.ds")) // 2 for folder in outs]
+    speed = (sizes[1] - sizes[0]) / (seconds - first)
+    return {
+        "startup": first - sizes[0] / speed,
+        "seconds": seconds - first,
+        "bytes": sizes[1] - sizes[0],
+        "tokens": tokens[1] - tokens[0],
+    }
 
 
 def tokenizer_json(folder: Path) -> str:
@@ -340,7 +396,7 @@ class Memory(threading.Thread):
         self._stop_asked = threading.Event()
 
     def run(self) -> None:
-        while not self._stop_asked.wait(0.2):
+        while not self._stop_asked.wait(0.5):
             together = 0
             for process in psutil.process_iter():
                 if process.pid in self._others:
@@ -397,8 +453,8 @@ def measure(name: str, *places: str) -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     """Medians of the rounds, as a table in Markdown."""
     lines = [
-        "| contender | workers | text MB | MB/s | from - to | M tokens/s | start-up s | largest process MB | all MB |",  # noqa: E501
-        "|---|---|---|---|---|---|---|---|---|",
+        "| contender | workers | text MB | MB/s | from - to | M tokens/s | workers busy | start-up s | largest process MB | all MB |",  # noqa: E501
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in CONTENDERS:
         for workers in (1, 2):
@@ -408,10 +464,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             speeds = [r["bytes"] / r["seconds"] / 1e6 for r in found]
             middle = {k: statistics.median(r[k] for r in found) for k in ("startup", "one", "all")}
             tokens = statistics.median(r["tokens"] / r["seconds"] / 1e6 for r in found)
+            busy = [r["busy"] for r in found if "busy" in r]
             lines.append(
                 f"| {name} | {workers} | {found[0]['bytes'] / 1e6:.0f} | "
                 f"{statistics.median(speeds):.1f} | {min(speeds):.1f} - {max(speeds):.1f} | "
-                f"{tokens:.2f} | {middle['startup']:.1f} | {middle['one'] / 1e6:.0f} | "
+                f"{tokens:.2f} | {f'{statistics.median(busy):.0%}' if busy else '-'} | "
+                f"{middle['startup']:.1f} | {middle['one'] / 1e6:.0f} | "
                 f"{middle['all'] / 1e6:.0f} |"
             )
     return "\n".join(lines)
@@ -468,7 +526,7 @@ def main() -> None:
                     print(f"{name} is not installed for {home}: left out", flush=True)
                     continue
                 for workers in (1, 2):
-                    text = corpus if name == "stage" else slow
+                    text = corpus if name in FAST else slow
                     rows.append(run_apart(name, text, small, workers, args.peers))
                     print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
                     if args.results:

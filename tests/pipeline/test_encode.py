@@ -264,6 +264,29 @@ def test_either_engine_and_any_batch_make_the_same_piece(tmp_path: Path) -> None
     assert len(pieces[0]) == 5
 
 
+REAL_TEXT = REPO.parent / "shared" / "data"
+
+
+@pytest.mark.soak
+@needs_gigatoken
+def test_the_engines_agree_on_every_token_of_the_real_text_that_is_here(
+    tmp_path: Path, sample_raw: Path
+) -> None:
+    """The sample, and what more lies beside the project."""
+    encoded: Counter[str] = Counter()
+    paths = [*sorted(sample_raw.rglob("*.parquet")), *sorted(REAL_TEXT.rglob("*.parquet"))]
+    for nth, path in enumerate(paths):
+        rows = pq.read_metadata(path).num_rows
+        fast, slow = tmp_path / f"{nth}-fast", tmp_path / f"{nth}-slow"
+        by_fast = piece(path, rows, fast, "gigatoken", check_fraction=0.0)
+        assert by_fast == piece(path, rows, slow, "tiktoken"), path
+        assert not read_engine(slow)["bytes"]["gigatoken"]
+        encoded.update(read_engine(fast)["bytes"])
+    assert encoded["tiktoken"] < 0.01 * encoded.total()
+    said = f"{len(paths)} files, {encoded.total() / 1e6:.1f} MB"
+    print(f"{said}, {encoded['tiktoken'] / encoded.total():.3%} of them by tiktoken")
+
+
 @needs_gigatoken
 @pytest.mark.parametrize(("fraction", "checked"), [(0.0, 0), (1e-9, 1), (1.0, 36)])
 def test_how_many_documents_are_checked(tmp_path: Path, fraction: float, checked: int) -> None:

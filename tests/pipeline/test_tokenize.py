@@ -352,11 +352,11 @@ def test_a_stopped_run_goes_on_where_it_was(
 def test_killed_at_twenty_random_moments_by_any_workers_the_bytes_are_the_same(
     tmp_path: Path, sample_raw: Path
 ) -> None:
-    """Each time with an empty store: killed once, then gone on with, on other workers."""
+    """Each time with an empty store: killed once, gone on with on other workers, run once more."""
     params = TokenizeParams(shard_tokens=15_000, val_per_10k=500)
     code, expected = None, {}
     draw = random.Random(4)
-    late = 0
+    late, again = 0, []
     for turn in range(20):
         root = tmp_path / str(turn)
         root.mkdir()
@@ -382,8 +382,14 @@ def test_killed_at_twenty_random_moments_by_any_workers_the_bytes_are_the_same(
         result = project.run("tokenize", GPT2_WORKERS=draw.choice("125"))
         assert result.returncode == 0, result
         assert hashes(project.tokens) == expected, (turn, workers, engine, moment)
+        began = time.monotonic()
+        result = project.run("tokenize")
+        again.append(time.monotonic() - began)
+        assert " 0 to do" in result.stdout
+        assert hashes(project.tokens) == expected
         shutil.rmtree(root)
     assert late < 5
+    assert min(again) < 3  # seconds: nothing to do, Python's start among it
 
 
 def test_a_broken_source_file_is_named(
