@@ -14,7 +14,6 @@ What a token may see is a `mask`:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +97,7 @@ class CausalSelfAttention(Module):
             assert not isinstance(mask, BlockMask)
             y = explicit_attention(q, k, v, mask)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads of a token side by side again
-        return cast(Tensor, self.c_proj(y))
+        return self.c_proj(y)
 
 
 # -- documents -------------------------------------------------------------------------------------
@@ -166,7 +165,8 @@ class KVCache:
         self.config = config
         self.device = device
         self.lengths = [0] * batch  # tokens in each row
-        self.positions = torch.empty(batch, 0, dtype=torch.int64)  # (B, T) of the expected tokens
+        # of the tokens that `expect` was told of: their positions (B, T), and S
+        self.positions, self.stop = torch.empty(batch, 0, dtype=torch.int64), 0
         # a layer's keys and values (B, H, block_size, D), once it has any
         self.layers: list[tuple[Tensor, Tensor] | None] = [None] * config.n_layer
 

@@ -190,7 +190,6 @@ def choose(
     probabilities = scaled.softmax(0)
     if top_p is not None:
         likelier = probabilities.cumsum(0) - probabilities  # probability of all that are likelier
-        likelier[0] = 0.0
         probabilities = probabilities * (likelier < top_p)
     return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
 

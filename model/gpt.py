@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module, ModuleList
 from torch.utils.checkpoint import checkpoint
@@ -49,7 +49,7 @@ class MLP(Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         x = self.gelu(self.c_fc(x))  # (B, T, 4 C)
-        return cast(Tensor, self.c_proj(x))
+        return self.c_proj(x)
 
 
 class Block(Module):
@@ -176,11 +176,11 @@ class GPT(Module):
                 )
             else:
                 x = block(x, mask, recall)
-        return cast(Tensor, self.ln_f(x))
+        return self.ln_f(x)
 
     def head(self, x: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C): all padded rows are multiplied, then cut."""
-        linear = torch.nn.functional.linear if self.implementation == "fused" else explicit_linear
+        linear = F.linear if self.implementation == "fused" else explicit_linear
         return linear(x, self.wte.weight)[..., : self.config.vocab_size]
 
     def loss(
@@ -191,7 +191,7 @@ class GPT(Module):
         documents: Tensor | None = None,
     ) -> Tensor:
         """`forward` with targets. For unwrapped models: DDP and compile hook `forward` alone."""
-        return cast(Tensor, self(tokens, targets, reduction, documents))
+        return self(tokens, targets, reduction, documents)
 
     # -- text --------------------------------------------------------------------------------------
 

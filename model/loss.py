@@ -16,7 +16,7 @@ are set to minus infinity: they have no probability and no gradient.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: Reduction = "mean"
     z = widened(logits)
     top = z.amax(-1, keepdim=True).detach()  # exp(z) overflows, exp(z - max) cannot
     log_sum = (z - top).exp().sum(-1).log() + top[..., 0]
-    z_target = z.gather(-1, targets.where(counts, 0)[..., None])[..., 0]
+    z_target = z.gather(-1, _column(targets)[..., None])[..., 0]
     losses = (log_sum - z_target).where(counts, 0.0)
     if reduction == "none":
         return losses
@@ -86,15 +86,20 @@ def linear_cross_entropy(
     training = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
 
     if reduction == "none":
-        losses = _apply(_TokenLosses, x, weight, y, cut) if training else _losses(x, weight, y, cut)
+        losses = _TokenLosses.apply(x, weight, y, cut) if training else _losses(x, weight, y, cut)
         return losses.view(targets.shape)
-    total = _apply(_SummedLoss, x, weight, y, cut) if training else _losses(x, weight, y, cut).sum()
+    total = _SummedLoss.apply(x, weight, y, cut) if training else _losses(x, weight, y, cut).sum()
     return total * _share(y != IGNORED, reduction)
 
 
 def _check(reduction: str) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ConfigError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
+
+
+def _column(targets: Tensor) -> Tensor:
+    """Where a token's target stands among its logits; any place if ignored: it counts as 0."""
+    return targets.where(targets != IGNORED, 0)
 
 
 def _share(counts: Tensor, reduction: Reduction) -> Tensor | float:
@@ -115,10 +120,9 @@ class Cut(NamedTuple):
         """Chooses the chunk where it is None: about equal ones, of up to 2 C tokens.
 
         A chunk costs more than its P R logits: it also reads and writes the gradient of the table
-        once, P C numbers. That stays the smaller part while R is 2 C, and the memory of the loss is
-        then a few times that of the table, whatever B and T are. Larger chunks gain nothing: their
-        logits leave the cache. Where C is small, so many operations on so little cost more than
-        they save.
+        once, P C numbers. At R = 2 C that is the smaller part, and the memory of the loss is a few
+        times that of the table, whatever B and T are. Compiled, larger chunks were no faster
+        (docs/model.md). Where C is small, chunks of 2 C tokens would be too many small operations.
         """
         if chunk is None:
             pieces = -(-n // max(2 * width, SMALLEST_CHUNK))
@@ -136,7 +140,7 @@ def _chunk_losses(x: Tensor, w: Tensor, y: Tensor, cut: Cut) -> tuple[Tensor, Te
     if cut.vocab_size < z.shape[1]:
         z[:, cut.vocab_size :] = -torch.inf
     top = z.amax(1, keepdim=True)
-    z_target = z.gather(1, y.clamp(min=0)[:, None])
+    z_target = z.gather(1, _column(y)[:, None])
     # in place: the logits are not needed any more, and there is no second (R, P) tensor
     exps = z.sub_(top).exp_()
     total = exps.sum(1, keepdim=True)
@@ -153,7 +157,7 @@ def _chunk_gradients(
     dz = exps.mul_(scale[:, None] / total).to(cut.dtype)  # softmax(z) * scale
     # at the target softmax - 1 = exp(-loss) - 1: expm1 keeps its digits when the loss is small
     rows = torch.arange(len(y), device=y.device)
-    dz[rows, y.clamp(min=0)] = (torch.expm1(-losses) * scale).to(cut.dtype)
+    dz[rows, _column(y)] = (torch.expm1(-losses) * scale).to(cut.dtype)
     return losses, dz @ w, dz.T @ x.to(cut.dtype)
 
 
@@ -209,7 +213,3 @@ class _TokenLosses(torch.autograd.Function):
         x, weight, y = ctx.saved_tensors
         _, dx, dw = _gradients(x, weight, y, upstream, ctx.cut)
         return dx, dw, None, None
-
-
-def _apply(function: Any, x: Tensor, weight: Tensor, y: Tensor, cut: Cut) -> Tensor:
-    return cast(Tensor, function.apply(x, weight, y, cut))

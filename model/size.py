@@ -10,7 +10,7 @@ def parameter_count(config: GPTConfig, embeddings: bool = True) -> int:
 
     Args:
         config: The model; 124,439,808 for `gpt2`.
-        embeddings: False leaves out the token and position tables (84,... million is left of 124).
+        embeddings: False leaves out the token and position tables (85,056,000 are left).
     """
     C = config.n_embd
     layer_norm = 2 * C

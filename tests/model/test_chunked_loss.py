@@ -116,6 +116,15 @@ def test_ignored_targets_get_neither_loss_nor_gradient():
     assert all((g == 0).all() for g in gradients(nothing, hidden, weight))
 
 
+@pytest.mark.parametrize("target", [-1, P])
+def test_target_that_is_no_token_is_refused(target):
+    """-100 alone is ignored: another number out of range must not be taken for a token."""
+    hidden, weight, targets = inputs(9)
+    targets[0, 0] = target
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        linear_cross_entropy(hidden, weight, targets, V)
+
+
 def test_padded_rows_are_in_no_softmax_and_get_no_gradient():
     hidden, weight, targets = inputs(5)
     loss = linear_cross_entropy(hidden, weight, targets, V)
