@@ -89,6 +89,7 @@ class GPT(Module):
 
     Attributes:
         checkpoint_activations: As in the config, and may be set at any time.
+        loss_chunk: Likewise.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class GPT(Module):
         self.config = config
         self.implementation: Implementation = implementation
         self.checkpoint_activations = config.checkpoint_activations
+        self.loss_chunk = config.loss_chunk
         self.wte = Embedding(config.padded_vocab_size, config.n_embd, implementation)
         self.wpe = Embedding(config.block_size, config.n_embd, implementation)
         self.h = ModuleList(Block(config, implementation) for _ in range(config.n_layer))
@@ -144,7 +146,7 @@ class GPT(Module):
         if self.implementation == "explicit":
             return cross_entropy(self.head(x), targets, reduction)
         weight, V = self.wte.weight, self.config.vocab_size
-        return linear_cross_entropy(x, weight, targets, V, reduction, self.config.loss_chunk)
+        return linear_cross_entropy(x, weight, targets, V, reduction, self.loss_chunk)
 
     def hidden(
         self, tokens: Tensor, documents: Tensor | None = None, cache: KVCache | None = None

@@ -104,6 +104,10 @@ class Machine(BaseSettings):
     """Train with less memory and a third more arithmetic: activations are computed a second time
     in the backward pass instead of being kept (gpt2-xl). The results are the same."""
 
+    loss_chunk: int | None = Field(default=None, ge=1)
+    """Tokens whose logits are held at a time in training; null: about twice the model's width.
+    More are faster on a GPU that has memory left (docs/gpu.md)."""
+
     fresh: bool = False
     """Make everything anew, ignoring the finished pieces of the store."""
 

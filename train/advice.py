@@ -273,6 +273,8 @@ def advice(m: Measured, plan: Plan | None, machine: Machine) -> list[str]:
         larger = next(n for n in divisors(share) if n > m.micro_batch)
         used = f"{m.memory / 2**30:.0f} of {m.total / 2**30:.0f} GiB are used"
         found.append(f"GPT2_MICRO_BATCH={larger} (machine.yaml: micro_batch): {used}")
+    if m.total is not None and m.memory < 0.6 * m.total and machine.loss_chunk is None:
+        found.append("GPT2_LOSS_CHUNK=8192 (machine.yaml: loss_chunk), where there is memory left")
     if m.data_wait > 0.01:
         found.append(f"a faster disk for data/tokens: {m.data_wait:.1%} of the time is waiting")
     if m.reduced and m.parts["all-reduce"] > 0.1 * m.step:

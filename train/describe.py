@@ -134,6 +134,7 @@ def arithmetic_of(trainer: Trainer) -> dict[str, Any]:
         "micro_batch": trainer.split.micro_batch,
         "device": trainer.world.device.type,
         "threads": torch.get_num_threads(),
+        "loss_chunk": trainer.gpt.loss_chunk,
         "compile": trainer.compiled,
         "overlap": trainer.compiled and trainer.run.machine.overlap,
     }

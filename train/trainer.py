@@ -85,6 +85,7 @@ class Trainer:
 
         self.gpt = GPT.initialised(run.model.config(), seed=run.params.seed, device=world.device)
         self.gpt.checkpoint_activations = run.machine.checkpoint_activations
+        self.gpt.loss_chunk = run.machine.loss_chunk
         self.named = dict(self.gpt.named_parameters())
         self.groups = decay_groups(self.named.items(), embeddings_decay=run.params.embeddings_decay)
         self.optimizer = make_optimizer(

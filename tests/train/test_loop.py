@@ -112,6 +112,19 @@ def test_checkpointed_activations_change_no_loss(
     assert losses[0] == losses[1]
 
 
+def test_the_chunk_of_the_loss_changes_rounding_alone(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = []
+    for chunk in ("", "5"):  # of 128 tokens in a micro-batch
+        monkeypatch.setenv("GPT2_LOSS_CHUNK", chunk)
+        monkeypatch.setenv("GPT2_WORK_DIR", f"work-{chunk}")
+        with process_group("cpu") as world:
+            assert Trainer(Run.open(), world).gpt.loss_chunk == (int(chunk) if chunk else None)
+        losses.append(records(train_here(), "train/loss"))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
 def test_gradients_do_not_depend_on_the_micro_batch(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
