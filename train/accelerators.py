@@ -96,7 +96,7 @@ _NONE = "a guess: no published figure was found"
 # (x16: 31.5 GB/s of generation 4, 63 of 5): NVIDIA's data sheets of each card, SXM where there is
 # one. network: DGX A100 has eight 200 Gbit/s cards, DGX H100 eight of 400; rented L4 and RTX 4090
 # hosts have seldom more than 25 in all.
-_TABLE = (
+_TABLE: tuple[tuple[str, str, float, float, float | None, float, float, float, str], ...] = (
     # name, cuda, GiB, GB/s, NVLink GB/s, PCIe GB/s, network Gbit/s, MFU, source of the MFU
     ("a100-40", "A100", 39.4, 1555, 300, 31.5, 1600, 0.52, _A100),
     ("a100-80", "A100", 79.1, 2039, 300, 31.5, 1600, 0.52, _A100),

@@ -6,9 +6,11 @@ texts in corpus.py; here they are put together, and what does not fit is said.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from model import GPTConfig
 from model.size import flops_per_token, parameter_count
 from train.accelerators import Accelerator, Link, accelerator
 from train.corpus import Corpus
@@ -175,17 +177,10 @@ def make_plan(params: Parameters, options: Options) -> Plan:
         checkpoint_activations=options.checkpoint_activations,
         overlap=options.overlap,
     )
-    flops = flops_per_token(config, config.block_size)
+    training, evaluation = _seconds(train, config, cluster, step)
     tokens = batches(train.steps)[0] * config.block_size
-    # Smaller batches, while they grow, are as fast a token; links and optimizer take a step's time.
-    each_step = step.exposed + step.optimizer
-    training = tokens / train.batch_tokens * step.compute + train.steps * each_step
-    measured = train.val_tokens * -(-train.steps // train.val_every)
-    if train.hellaswag_every:
-        times = -(-train.steps // train.hellaswag_every)
-        measured += times * HELLASWAG_TOKENS / HELLASWAG_MFU
-    forward = flops_per_token(config, config.block_size, backward=False)
-    evaluation = measured * forward / (cluster.speed * cluster.world)
+    flops = flops_per_token(config, config.block_size)
+    speed = train.batch_tokens / cluster.world / step.total
     corpus = Corpus.of(params.source, params.tokenize)
     checkpoint = 4 * parameter_count(config) + memory(1).optimizer
     kept = (train.kept() + 1) * checkpoint  # the next one is written before the oldest goes
@@ -204,12 +199,8 @@ def make_plan(params: Parameters, options: Options) -> Plan:
         memory=memory(split.micro_batch),
         available=available,
         step=step,
-        step_mfu=train.batch_tokens
-        / cluster.world
-        * flops
-        * cluster.mfu
-        / (cluster.speed * step.total),
-        tokens_per_second=train.batch_tokens / cluster.world / step.total,
+        step_mfu=speed * flops * cluster.mfu / cluster.speed,
+        tokens_per_second=speed,
         all_reduce_bytes=all_reduce_bytes(config, cluster.world),
         steps=train.steps,
         tokens=tokens,
@@ -237,12 +228,29 @@ def _cluster(device: Accelerator, train: TrainParams, options: Options) -> Clust
     )
 
 
+def _seconds(
+    train: TrainParams, config: GPTConfig, cluster: Cluster, step: StepTime
+) -> tuple[float, float]:
+    """Seconds of all steps, and of the validations and HellaSwag between them."""
+    # Smaller batches, while they grow, are as fast a token; links and optimizer take a step's time.
+    whole = train.batches(config.block_size)
+    batches = whole(train.steps)[0] / whole.full
+    training = batches * step.compute + train.steps * (step.exposed + step.optimizer)
+    tokens: float = train.val_tokens * math.ceil(train.steps / train.val_every)
+    if train.hellaswag_every:
+        times = math.ceil(train.steps / train.hellaswag_every)
+        tokens += times * HELLASWAG_TOKENS / HELLASWAG_MFU
+    forward = flops_per_token(config, config.block_size, backward=False)
+    return training, tokens * forward / (cluster.speed * cluster.world)
+
+
 def _warnings(plan: Plan, params: Parameters) -> list[str]:
     """What is wrong with a plan, each with its mend."""
     options, train, found = plan.options, params.train, []
     most = plan.largest_micro_batch
     if not most:
-        mends = ["a GPU with more memory", "a smaller model or model.block_size"]
+        more = "fewer processes (--gpus)" if options.hardware == "cpu" else "more memory"
+        mends = [more, "a smaller model or model.block_size"]
         if not options.checkpoint_activations:
             mends.insert(0, "checkpoint_activations: true (--checkpoint-activations)")
         found.append(f"not one sequence fits: take {', or '.join(mends)}")

@@ -14,7 +14,7 @@ import argparse
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -209,7 +209,7 @@ class Published:
         params = load("fineweb-10b")
         model = params.model.model_copy(update={"size": self.size})
         train = params.train.model_copy(update={"batch_tokens": self.batch_tokens})
-        params = type(params)(**{**vars(params), "model": model, "train": train})
+        params = replace(params, model=model, train=train)
         return make_plan(params, Options(hardware=self.hardware, gpus=self.gpus, mfu=mfu))
 
 
