@@ -266,6 +266,9 @@ def rehearse(folder: Path, out: Path, scale: Scale) -> int:
         )
         clone = make_clone(folder / "clone", PRESET)
         clone.env |= {"HF_ENDPOINT": hub.endpoint, "GPT2_DEVICE": "cpu"}
+        clone.env["RAY_raylet_start_wait_time_s"] = (
+            "300"  # on a busy machine Ray takes long to start
+        )
         show = Rehearsal(clone, out, scale)
         show.say(f"  size   {scale.files} files of {n_bytes / 1e6:.0f} MB, {scale.tasks} tasks")
         show.part("data", lambda: data(show, hub, n_bytes))
