@@ -6,6 +6,7 @@ uint16.
 """
 
 import mmap
+import os
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,9 @@ class TokenStream:
     (b - a,) uint16 array; ``gather`` copies many spans of one length. Shards are memory-mapped when
     first touched, and the oldest map is dropped beyond `_MAPS` (each holds a file open). What was
     mapped in is given back, to the page cache, after `_RESIDENT_BYTES`: else the resident set would
-    grow to the size of the data in an epoch. Not to be shared between threads.
+    grow to the size of the data in an epoch. A split that memory cannot hold is read without its
+    surroundings: Linux would read 128 KB, or what the disk is set to, for each window of 2 KB, and
+    soon drop it again. Not to be shared between threads.
     """
 
     _RESIDENT_BYTES = 128 * 2**20
@@ -169,6 +172,7 @@ class TokenStream:
         self.starts = np.cumsum([0, *(shard.tokens for shard in self.shards)])
         self._maps: dict[int, np.ndarray] = {}
         self._resident = 0
+        self._scattered = len(self) * TOKEN_DTYPE.itemsize > _memory() // 2
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -225,6 +229,8 @@ class TokenStream:
             if len(self._maps) >= self._MAPS:
                 del self._maps[next(iter(self._maps))]
             tokens = self._maps[index] = open_shard(self.folder / self.shards[index].name)
+            if self._scattered:
+                _advise(tokens, mmap.MADV_RANDOM)
         return tokens
 
     def _touched(self, spans: int, n_bytes: int) -> None:
@@ -236,6 +242,18 @@ class TokenStream:
         if not hasattr(mmap, "MADV_DONTNEED"):
             self._maps.clear()
         for tokens in self._maps.values():
-            view: Any = tokens.base  # of the map, as numpy keeps it; an empty shard has none
-            if view is not None:
-                view.obj.madvise(mmap.MADV_DONTNEED)
+            _advise(tokens, mmap.MADV_DONTNEED)
+
+
+def _advise(tokens: np.ndarray, advice: int) -> None:
+    """Tell the system how a mapped shard is used."""
+    view: Any = tokens.base  # of the map, as numpy keeps it; an empty shard has none
+    if view is not None:
+        view.obj.madvise(advice)
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory; where it tells none, or takes no advice, as if endless."""
+    if not hasattr(mmap, "MADV_RANDOM") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return 2**62
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -68,7 +68,7 @@ SIZES: dict[str, Overlay] = {
     "every": {
         "train": {
             "steps": 6, "batch_tokens": 4096, "warmup_steps": 3, "val_every": 3, "val_tokens": 8192,
-            "checkpoint_every": 2, "log_every": 1, "sample_tokens": 16,
+            "hellaswag_every": 6, "checkpoint_every": 2, "log_every": 1, "sample_tokens": 16,
         },
         "evaluate": {"val_tokens": 8192, "samples": 1, "sample_tokens": 24},
     },
@@ -85,7 +85,8 @@ QUICK_SIZES: dict[str, Overlay] = {
         "model": {"size": None, "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64},
         "train": {
             "steps": 40, "batch_tokens": 256, "warmup_steps": 3, "val_every": 20,
-            "val_tokens": 1024, "checkpoint_every": 2, "log_every": 1, "sample_tokens": 16,
+            "val_tokens": 1024, "hellaswag_every": 20, "checkpoint_every": 2, "log_every": 1,
+            "sample_tokens": 16,
         },
         "evaluate": {"val_tokens": 1024, "samples": 1, "sample_tokens": 24},
     },
@@ -147,18 +148,26 @@ class Rehearsal:
     def run(self, *command: str, until: Callable[[], bool] | None = None, **env: str) -> str:
         """Run a command in the clone; what it said.
 
+        One that fails is given again, and that is said: on a machine busy with something else Ray
+        may take too long to start, and a stage goes on where it was.
+
         Args:
             until: When this comes true, SIGKILL meets the command and all that it has started.
         """
-        self.say(f"  run    {' '.join([*(f'{k}={v}' for k, v in env.items()), *command])}")
-        seen = watch(command, self.clone.folder, self.clone.env | env, until)
-        print(seen.output, file=self._log, flush=True)
-        self._peak = max(self._peak, seen.peak)
-        if until is not None:
-            self.check("was killed before it ended", seen.killed)
-        elif seen.status != 0:
-            self.check(f"ends with status 0, not {seen.status}: {seen.output[-2000:]}", False)
-            sys.exit(1)
+        for again in (False, True):
+            self.say(f"  run    {' '.join([*(f'{k}={v}' for k, v in env.items()), *command])}")
+            seen = watch(command, self.clone.folder, self.clone.env | env, until)
+            print(seen.output, file=self._log, flush=True)
+            self._peak = max(self._peak, seen.peak)
+            if until is not None:
+                self.check("was killed before it ended", seen.killed)
+                break
+            if seen.status == 0:
+                break
+            self.say(f"  ended with status {seen.status}: {seen.output[-2000:]}")
+            if again:
+                self.check("the second try ends with status 0", False)
+                sys.exit(1)
         return seen.output
 
     def json(self, path: str) -> dict[str, Any]:
@@ -169,7 +178,10 @@ class Rehearsal:
     def losses(self) -> dict[int, float]:
         """Step: training loss, as the finished run's log has them; a step logged twice shows."""
         lines = (self.clone.folder / "artifacts/log.jsonl").read_text().splitlines()
-        records = [record for record in map(json.loads, lines) if "train/loss" in record]
+        records = [json.loads(line) for line in lines]
+        asked = [record["step"] for record in records if "val/hellaswag" in record]
+        self.check(f"HellaSwag was asked while it trained, after steps {asked}", bool(asked))
+        records = [record for record in records if "train/loss" in record]
         steps = [record["step"] for record in records]
         once = steps == list(range(1, len(steps) + 1))
         self.check(f"the log has each of {len(steps)} steps once", once)
@@ -244,7 +256,7 @@ def _results(show: Rehearsal, losses: dict[int, float]) -> None:
     show.check(f"evaluation measures training's loss, within {apart:.5f}", apart < 2e-3)
     tasks = (measured.get("hellaswag_tasks"), measured.get("lambada_tasks"))
     asked = tasks == (show.scale.tasks, show.scale.tasks)
-    show.check(f"HellaSwag and LAMBADA were asked, {tasks} tasks", asked)
+    show.check(f"and at its end, with LAMBADA: {tasks} tasks", asked)
     exported = {path.name for path in (show.clone.folder / "artifacts/hf").iterdir()}
     show.check("an export and a report", {"config.json", "model.safetensors"} <= exported)
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import TokenStream, atomic
+from pipeline import TokenStream, atomic, shards
 from pipeline.manifest import NAME, SPLITS
 from pipeline.shards import ShardError, ShardWriter, docs_path, open_shard, read_docs
 from train import DataOrder
@@ -105,6 +105,7 @@ def test_stream_slices_equal_the_concatenation(
             stream = TokenStream(name, split)
             # What is mapped in is given back, and maps are dropped and made again, between reads.
             stream._RESIDENT_BYTES, stream._MAPS = drop, 1 + drop % 2
+            stream._scattered = drop == 0
             assert len(stream) == len(whole[split])
             assert np.array_equal(stream[:], whole[split])
             for a, b in spans:
@@ -195,6 +196,20 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     for call in (open_shard, read_docs):
         with pytest.raises(ShardError, match="no such file"):
             call(tmp_path / "train-00000.bin")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads /proc (Linux)")
+@pytest.mark.parametrize(("memory", "random"), [(0, True), (2**40, False)])
+def test_a_split_that_memory_cannot_hold_is_read_without_its_surroundings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, random: bool
+) -> None:
+    monkeypatch.setattr(shards, "_memory", lambda: memory)
+    whole = write_folder(tmp_path, [("train", [[1, 2, 3, 4]])])
+    stream = TokenStream(tmp_path, "train")
+    assert np.array_equal(stream[:], whole["train"])
+    _, _, mapped = Path("/proc/self/smaps").read_text().partition(f"{tmp_path}/train-00000.bin")
+    flags = mapped.partition("VmFlags:")[2].partition("\n")[0].split()
+    assert ("rr" in flags) == random  # "random read advise provided" (man proc_pid_smaps)
 
 
 @pytest.mark.soak
