@@ -27,8 +27,8 @@ FINEWEB_SCHEMA = pa.schema(
 _BUFFER_BYTES = 1 << 20
 # What is read and encoded in one go: a call of the fast engine takes a millisecond by itself.
 _BATCH_BYTES = 1 << 22
-# pyarrow reads by rows, whatever they hold: so many of 10 MB are 640 MB.
-_READ_ROWS = 64
+# pyarrow reads by rows, whatever they hold: so many of 10 MB are 160 MB.
+_READ_ROWS = 16
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
@@ -136,6 +136,10 @@ def _read_rows(
             use_threads=False,
         )
         for batch in batches:
+            if batch.nbytes > batch_bytes:
+                # Arrow gives back late what it has freed. Of large documents one page may be the
+                # whole column, 200 MB packed, and these would be held while others are encoded.
+                pa.default_memory_pool().release_unused()
             low, high = max(start - row, 0), min(stop - row, batch.num_rows)
             if low < high:
                 yield batch.column(0).slice(low, high - low)
