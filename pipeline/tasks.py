@@ -168,7 +168,7 @@ class _Run:
             if self.collect is None:
                 result = ray.get(reference, timeout=_RESULT_SECONDS)
             else:
-                result = self.collect(index, _values(reference))
+                result = self.collect(index, self._values(reference))
         except (ray.exceptions.RayError, TaskError) as error:
             del self.pending[reference]
             if self.collect is not None:
@@ -180,6 +180,30 @@ class _Run:
             self.done += 1
             self._count()
             yield index, result
+
+    def _values(self, generator: Any) -> Iterator[Any]:
+        """What a streaming task yields."""
+        import ray
+
+        self._look()
+        while True:
+            self._wait(generator, fetch_local=False)
+            try:
+                reference = next(generator)
+            except StopIteration:
+                return
+            self._wait(reference, fetch_local=True)
+            yield ray.get(reference, timeout=_RESULT_SECONDS)
+
+    def _wait(self, reference: Any, fetch_local: bool) -> None:
+        """Wait for a result on its way, and look at the cluster meanwhile: it may never come."""
+        import ray
+
+        begin = time.monotonic()
+        while not ray.wait([reference], timeout=1, fetch_local=fetch_local)[0]:
+            if time.monotonic() - begin > _RESULT_SECONDS:
+                raise ray.exceptions.GetTimeoutError(f"nothing came for {_RESULT_SECONDS:.0f} s")
+            self._look()
 
     def _again(self, index: int, error: BaseException) -> None:
         cause, label = _cause(error), self._label(index)
@@ -204,10 +228,15 @@ class _Run:
             return
         failed = sorted(self.failed.items())
         first = _COLOURS.sub("", str(failed[0][1])).strip()
-        lines = [f"  {self._label(i)}: {_reason(_cause(error))}" for i, error in failed]
+        lines = [
+            f"  {self._label(i)}, "
+            + (f"lost {LOSSES}" if self.losses.get(i) == LOSSES else f"tried {TRIES}")
+            + f" times: {_reason(_cause(error))}"
+            for i, error in failed
+        ]
         raise TasksFailed(
-            f"{self.name}: {len(lines)} of {len(self.tasks)} tasks failed, each {TRIES} times; the "
-            "others are done and kept, and the same command does only these:\n"
+            f"{self.name}: {len(lines)} of {len(self.tasks)} tasks failed; the others are done and "
+            "kept, and the same command does only these:\n"
             + "\n".join(lines)
             + f"\nThe first of them said:\n{first}"
         )
@@ -298,21 +327,6 @@ class _Cluster:
             for node in ray.nodes()
             if node["Alive"]
         }
-
-
-def _values(generator: Any) -> Iterator[Any]:
-    """What a streaming task yields."""
-    import ray
-
-    while True:
-        ready, _ = ray.wait([generator], timeout=_RESULT_SECONDS, fetch_local=False)
-        if not ready:
-            raise ray.exceptions.GetTimeoutError(f"nothing came for {_RESULT_SECONDS:.0f} s")
-        try:
-            reference = next(generator)
-        except StopIteration:
-            return
-        yield ray.get(reference, timeout=_RESULT_SECONDS)
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -104,17 +104,34 @@ class Host:
         return done.stdout
 
     def processes(self) -> list[psutil.Process]:
-        """What runs on this host."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            return list(psutil.Process(self.pid).children(recursive=True))
-        return []
+        """What runs on this host, whoever started it."""
 
-    def freeze(self, title: str) -> None:
-        """Stop the processes of that title where they are."""
+        def host_of(pid: int) -> int | None:
+            with contextlib.suppress(OSError):  # it is gone
+                return Path(f"/proc/{pid}/ns/pid").stat().st_ino
+            return None
+
+        mine, found = host_of(self.pid), []
+        for pid in psutil.pids() if mine else ():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if host_of(pid) == mine:
+                    found.append(psutil.Process(pid))
+        return found
+
+    def titled(self, *titles: str) -> list[psutil.Process]:
+        """The processes whose title begins with one of these."""
+        found = []
         for process in self.processes():
+            with contextlib.suppress(psutil.Error, IndexError):  # gone, or of no title
+                if process.cmdline()[0].startswith(titles):
+                    found.append(process)
+        return found
+
+    def freeze(self, *titles: str) -> None:
+        """Stop the processes of these titles where they are."""
+        for process in self.titled(*titles):
             with contextlib.suppress(psutil.Error):
-                if process.cmdline()[0].startswith(title):
-                    process.suspend()
+                process.suspend()
 
     def unplug(self) -> None:
         """Kill the whole host, as a spot instance goes: every process of it, at once."""
@@ -219,7 +236,7 @@ class Hosts:
         link = ["ip", "link", "set", cable, state]
         subprocess.run(["nsenter", "-t", str(self.switch.pid), "--net", *link], check=True)
 
-    def ray_start(self, name: str, head: str, cpus: int, **variables: str) -> None:
+    def ray_start(self, name: str, head: str, cpus: int, *flags: str, **variables: str) -> None:
         """`ray start` on a host, as `docs/cluster.md` has it; the head is the host of that name."""
         host, address = self.hosts[name], f"{self.hosts[head].ip}:{PORT}"
         where = (
@@ -231,7 +248,7 @@ class Hosts:
             str(Path(sys.prefix) / "bin" / "ray"), "start", *where,
             f"--node-ip-address={host.ip}", f"--num-cpus={cpus}",
             f"--object-store-memory={200 * MEGABYTE}", "--disable-usage-stats", "--block",
-            log=self.folder / f"{name}.log", variables=KEEPALIVE | variables,
+            *flags, log=self.folder / f"{name}.log", variables=KEEPALIVE | variables,
         )  # fmt: skip
 
     def ray_address(self, head: str) -> str:

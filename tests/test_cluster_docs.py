@@ -12,6 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.cluster import NODE_VARIABLES
+from pipeline.tokenize import _TASK_MEMORY
 from tests.hosts import KEEPALIVE
 from tests.test_layout import reached, roots
 
@@ -32,6 +33,15 @@ def test_ray_up_takes_the_clusters(path: Path) -> None:
     starts = [command for command in commands if "ray start" in command]
     assert len(starts) == 2
     assert all(". ~/gpt2/docs/node-environment.sh" in command for command in starts)
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.name)
+def test_the_autoscaler_knows_that_a_worker_has_what_a_task_asks_for(path: Path) -> None:
+    described: dict[str, Any] = YAML(typ="safe", pure=True).load(path)
+    if described["provider"]["type"] in ("aws", "local"):
+        return  # Ray asks AWS for it; machines of one's own are all there from the beginning
+    resources = described["available_node_types"]["worker"]["resources"]
+    assert resources["memory"] >= resources["CPU"] * _TASK_MEMORY
 
 
 def requirements() -> tuple[set[str], set[str]]:

@@ -1,7 +1,7 @@
 """What a cluster's driver costs, and where a cluster ends: `python -m tests.benchmarks.cluster`.
 
-- `chunks`: many tiny chunks by a local Ray with `data: shared`. CPU time of the driver a chunk, its
-  resident memory along the way, and what Ray's object store holds.
+- `chunks`: many tiny chunks by a local Ray, with `data: shared` or `--data ship`. CPU time of the
+  driver a chunk, its resident memory along the way, and what Ray's object store holds.
 - `ship`: how fast one process reads and packs text, unpacks it, encodes it, and takes pieces in.
 - `table`: what is measured, extrapolated: the inputs are arguments, the formula is `Plan`.
 """
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil  # type: ignore[import-untyped]
 
 from pipeline import ship
@@ -40,6 +41,8 @@ BYTES_PER_TOKEN = 4.5
 PARQUET = 15 * 2.15e9 / 10.3e9 / BYTES_PER_TOKEN
 TOKENS = 2 / BYTES_PER_TOKEN
 PACKED = 0.6
+# Where parquet and tokens are kept.
+KEPT = {"shared": "storage", "ship": "disk"}
 
 
 def cpu() -> float:
@@ -53,32 +56,36 @@ def resident() -> float:
     return float(psutil.Process().memory_info().rss) / MB
 
 
-def chunks(count: int) -> None:
+def chunks(count: int, data: Any) -> None:
     """The driver's cost of ``count`` chunks of one short document each."""
     texts = [f"Document {i} of many. " + "All men are created equal. " * 160 for i in range(count)]
     marks: list[tuple[int, float, float, float]] = []
-    advance, seen = Progress.advance, 0
+    advance, seen, measuring = Progress.advance, 0, 0.0
 
     def watched(self: Progress, units: int, note: str = "") -> None:
-        nonlocal seen
+        nonlocal seen, measuring
         advance(self, units, note)
         seen += units > 0
-        if units and seen in (count // 10, count // 2, count * 9 // 10):
-            marks.append((seen, cpu(), resident(), stored()))
+        if units and seen % (count // 10) == 0:
+            begin = cpu()
+            marks.append((seen, begin - measuring, resident(), stored()))
+            if seen == count // 10 * 9:
+                check_meter()
+            measuring += cpu() - begin
 
     Progress.advance = watched  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         raw = write_raw(Path(folder) / "raw", [texts])
         params = TokenizeParams(shard_tokens=1000, val_per_10k=20)
         begin, wall = cpu(), time.monotonic()
-        machine = Machine(work_dir=Path(folder) / "work")
+        machine = Machine(work_dir=Path(folder) / "work", data=data)
         manifest = tokenize(raw, Path(folder) / "tokens", params, machine, "benchmark")
         parts = sum(len(shard.parts) for shard in manifest.shards)
-        print(f"\n{parts} chunks in {time.monotonic() - wall:.1f} s")
+        print(f"\n{parts} chunks in {time.monotonic() - wall:.1f} s with data: {data}")
         (first, cpu_first, *_), (last, cpu_last, *_) = marks[0], marks[-1]
         print(
             f"driver: {1e3 * (cpu_last - cpu_first) / (last - first):.2f} ms CPU a chunk while "
-            f"they run; {1e3 * (cpu() - begin) / parts:.2f} ms with all of the stage, "
+            f"they run; {1e3 * (cpu() - begin - measuring) / parts:.2f} ms with all of the stage, "
             "start-up of Ray too"
         )
         for done, _, memory, store in marks:
@@ -86,11 +93,32 @@ def chunks(count: int) -> None:
 
 
 def stored() -> float:
-    """MB in the object stores of the cluster."""
+    """MB in the object stores of the cluster, as the nodes report it."""
     import ray
 
     total, free = ray.cluster_resources(), ray.available_resources()
-    return float(total["object_store_memory"] - free["object_store_memory"]) / MB
+    name = "object_store_memory"
+    return float(total[name] - free.get(name, 0.0)) / MB
+
+
+def check_meter() -> None:
+    """Have `stored` show an object of 10 MB, and show that it is gone: it can see one."""
+    import ray
+
+    held = ray.put(np.zeros(10_000_000, np.uint8))
+    shown = largest_of(stored)
+    del held
+    time.sleep(3)
+    print(f"the meter: {shown:.1f} MB with an object of 10 MB, {stored():.1f} MB without")
+
+
+def largest_of(measure: Callable[[], float], seconds: float = 3) -> float:
+    """The largest of what is measured in so long a time."""
+    end, largest = time.monotonic() + seconds, 0.0
+    while time.monotonic() < end:
+        largest = max(largest, measure())
+        time.sleep(0.1)
+    return largest
 
 
 def rates(megabytes: int) -> None:
@@ -169,13 +197,17 @@ class Plan:
     """
 
     core: float
-    """MB/s of text that a core encodes."""
+    """MB/s of text that a core tokenizes."""
+    check: float
+    """MB/s of text that a core verifies, parquet and shards."""
     cores: int
     """Of a node."""
     network: float
     """MB/s that a node's network carries, each way."""
     storage: float
-    """MB/s that the shared storage gives to all nodes together; with `ship`, the driver's disk."""
+    """MB/s that the shared storage gives to all nodes together."""
+    disk: float
+    """MB/s of the driver's own disk, with `ship`."""
     hub: float
     """MB/s that the hub, or a mirror of it, gives to all nodes together."""
     read: float
@@ -190,26 +222,40 @@ class Plan:
     """MB/s that DVC hashes, on one machine, when a stage has ended."""
 
     def download(self, nodes: int, data: str) -> dict[str, float]:
-        """Parquet from the hub to the storage."""
-        machines = nodes if data == "shared" else 1
+        """Parquet from the hub to where it is kept."""
+        machines, kept = (nodes, self.storage) if data == "shared" else (1, self.disk)
         return {
             "hub": self.hub / PARQUET,
             "network": machines * self.network / PARQUET,
-            "storage": self.storage / PARQUET,
+            KEPT[data]: kept / PARQUET,
         }
 
     def tokenize(self, nodes: int, data: str) -> dict[str, float]:
         """Parquet to tokens; with `ship` the driver's machine has a node's cores and network."""
+        cores = nodes * self.cores * self.core
+        if data == "shared":
+            return {
+                "cores": cores,
+                "network": nodes * self.network / PARQUET,
+                "storage": self.storage / (PARQUET + TOKENS),
+                "driver": self.shard_tokens * BYTES_PER_TOKEN / MB / (self.driver_ms / 1e3),
+            }
+        return {
+            "cores": cores,
+            "network": self.network / PACKED,
+            "disk": self.disk / (PARQUET + TOKENS),
+            "driver": min(self.cores * self.read, self.take_in),
+        }
+
+    def verify(self, nodes: int, data: str) -> dict[str, float]:
+        """Parquet and tokens, read where they are kept."""
+        machines, kept = (nodes, self.storage) if data == "shared" else (1, self.disk)
         limits = {
-            "cores": nodes * self.cores * self.core,
-            "storage": self.storage / (PARQUET + TOKENS),
+            "cores": machines * self.cores * self.check,
+            KEPT[data]: kept / (PARQUET + TOKENS),
         }
         if data == "shared":
-            limits["network"] = nodes * self.network / PARQUET
-            limits["driver"] = self.shard_tokens * BYTES_PER_TOKEN / MB / (self.driver_ms / 1e3)
-        else:
-            limits["driver"] = min(self.cores * self.read, self.take_in)
-            limits["network"] = self.network / PACKED
+            limits["network"] = nodes * self.network / (PARQUET + TOKENS)
         return limits
 
     def commit(self) -> float:
@@ -219,16 +265,17 @@ class Plan:
 
 def table(plan: Plan) -> None:
     """The extrapolation, as Markdown."""
-    print("| tokens | nodes | data | download | limit | tokenize | limit | DVC hashes |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| tokens | nodes | data | download | tokenize | verify | DVC hashes |")
+    print("|---|---|---|---|---|---|---|")
     for name, tokens in (("10BT", 10.3e9), ("350BT", 350e9), ("15T", 15e12)):
         text = tokens * BYTES_PER_TOKEN / MB
         for nodes in (1, 16, 256):
             for data in ("shared", "ship"):
                 cells = [name, str(nodes), data]
-                for limits in (plan.download(nodes, data), plan.tokenize(nodes, data)):
+                for stage in (plan.download, plan.tokenize, plan.verify):
+                    limits = stage(nodes, data)
                     least = min(limits, key=lambda key: limits[key])
-                    cells += [span(text / limits[least]), least]
+                    cells.append(f"{span(text / limits[least])}, {least}")
                 print(f"| {' | '.join(cells)} | {span(text / plan.commit())} |")
 
 
@@ -244,10 +291,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.cluster", description=__doc__)
     parser.add_argument("what", nargs="*", choices=["chunks", "ship", "table", []])
     parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--data", choices=["shared", "ship"], default="shared")
     parser.add_argument("--mb", type=int, default=150)
     inputs = {
-        "core": 100.0, "cores": 32, "network": 3000.0, "storage": 10_000.0, "hub": 1500.0,
-        "read": 160.0, "take_in": 500.0, "driver_ms": 2.3, "shard_tokens": 20e6, "dvc": 770.0,
+        "core": 100.0, "check": 300.0, "cores": 32, "network": 3000.0, "storage": 10_000.0,
+        "disk": 1000.0, "hub": 1500.0, "read": 160.0, "take_in": 500.0, "driver_ms": 2.3,
+        "shard_tokens": 20e6, "dvc": 770.0,
     }  # fmt: skip
     for key, default in inputs.items():
         flag = f"--{key.replace('_', '-')}"
@@ -255,7 +304,7 @@ def main() -> None:
     args = parser.parse_args()
     what = args.what or ["chunks", "ship", "table"]
     if "chunks" in what:
-        chunks(args.count)
+        chunks(args.count, args.data)
     if "ship" in what:
         rates(args.mb)
     if "table" in what:

@@ -7,28 +7,36 @@ project. `shared`: its folder is at the same place on each.
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from pipeline import atomic
 from pipeline.code import code_key
 from pipeline.machine import Machine
-from pipeline.manifest import NAME, Manifest
+from pipeline.manifest import NAME, Manifest, RawManifest
 from pipeline.params import TokenizeParams
-from tests.hosts import Host, Hosts, wait_for, why_not
+from pipeline.parquet import read_texts
+from tests.hosts import KEEPALIVE, Host, Hosts, wait_for, why_not
 from tests.pipeline.fetching import set_source
-from tests.pipeline.mini import REPO, hashes, tokenize_here
+from tests.pipeline.mini import REPO, hashes, tokenize_here, write_raw
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no hosts: {why_not()}")
 
 STAGES = ("download", "tokenize", "verify")
 SHARD_TOKENS = 20_000
+# The titles of Ray's workers: at a task, and between two, for the tasks here are short.
+WORKERS = ("ray::tokenize", "ray::IDLE")
 
 
 class Project:
@@ -70,8 +78,13 @@ class Project:
 class Run:
     """A stage that runs on a host."""
 
-    def __init__(self, process: object, log: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
         self.process, self.log = process, log
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send the stage a signal."""
+        (stage,) = psutil.Process(self.process.pid).children()  # of nsenter
+        stage.send_signal(number)
 
     @property
     def said(self) -> str:
@@ -79,7 +92,7 @@ class Run:
 
     def end(self, status: int = 0, seconds: float = 200) -> str:
         """Wait for its end; all that it said."""
-        assert self.process.wait(seconds) == status, self.said  # type: ignore[attr-defined]
+        assert self.process.wait(seconds) == status, self.said
         return self.said
 
 
@@ -123,13 +136,18 @@ def spilled(hosts: Hosts) -> list[Path]:
     return files + [log for log in logs if "Spilled" in log.read_text(errors="replace")]
 
 
+def under_way(project: Project, run: Run) -> None:
+    """Wait until some chunks are finished."""
+    wait_for(lambda: len(project.pieces()) >= 10 or run.process.poll() is not None, 120)
+
+
 def lose_a_worker(
     project: Project, hosts: Hosts, data: str, lose: Callable[[], None]
 ) -> tuple[str, float]:
     """Tokenize, and lose w2 in the midst of it; what was said, and when the loss was noticed."""
     run = project.start("tokenize", hosts["head"], **remote(hosts, data))
-    wait_for(lambda: len(project.pieces()) >= 10 or run.process.poll() is not None, 120)  # type: ignore[attr-defined]
-    hosts["w2"].freeze("ray::tokenize")  # so that something runs there when it is lost
+    under_way(project, run)
+    hosts["w2"].freeze(*WORKERS)  # so that something runs there when it is lost
     before = project.pieces()
     lose()
     seconds = wait_for(lambda: "was lost" in run.said or "is lost" in run.said, 60)
@@ -200,9 +218,9 @@ def test_the_head_lost(project: Project, tmp_path: Path, data: str) -> None:
     """The driver is on w1 here: on the head it would go with it."""
     with cluster(tmp_path / "hosts", project.folder, True) as hosts:
         run = project.start("tokenize", hosts["w1"], **remote(hosts, data))
-        wait_for(lambda: len(project.pieces()) >= 10 or run.process.poll() is not None, 120)  # type: ignore[attr-defined]
+        under_way(project, run)
         for name in ("w1", "w2"):
-            hosts[name].freeze("ray::tokenize")
+            hosts[name].freeze(*WORKERS)
         begin = time.monotonic()
         hosts["head"].unplug()
         said = run.end(status=1, seconds=60)
@@ -215,6 +233,109 @@ def test_the_head_lost(project: Project, tmp_path: Path, data: str) -> None:
         said = project.run("tokenize", hosts["w2"])  # local
     assert f"; {len(before)} chunks done before" in said
     assert {key: project.pieces()[key] for key in before} == before
+    same_as_local(project, tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("data", "number", "status"),
+    [
+        ("ship", signal.SIGINT, 3),
+        ("shared", signal.SIGTERM, 3),
+        ("ship", signal.SIGTERM, 3),
+        ("shared", signal.SIGKILL, -signal.SIGKILL),
+    ],
+)
+def test_a_stopped_driver_takes_its_tasks_with_it(
+    tmp_path: Path, sample_raw: Path, data: str, number: signal.Signals, status: int
+) -> None:
+    texts: list[str | None] = []
+    for file in RawManifest.load(sample_raw).files:
+        for _, some in read_texts(sample_raw / file.path, "text", 0, file.rows):
+            texts += some
+    long = "".join(filter(None, texts)) * 4  # one document, one chunk: a task of some seconds
+    project = Project(tmp_path / "project", write_raw(tmp_path / "raw", [texts, [long]]))
+    slow = {"GPT2_ENGINE": "tiktoken"}
+    with cluster(tmp_path / "hosts", project.folder, data == "shared") as hosts:
+
+        def tasks() -> list[str]:
+            found = [host.titled("ray::tokenize", "ray::read") for host in hosts.hosts.values()]
+            return [" ".join(process.cmdline()) for of_host in found for process in of_host]
+
+        run = project.start("tokenize", hosts["head"], **remote(hosts, data), **slow)
+        under_way(project, run)
+        assert any("part-1" in task for task in tasks()), "the largest first"
+        begin = time.monotonic()
+        run.signal(number)
+        said = run.end(status, seconds=20)
+        left = time.monotonic() - begin
+        wait_for(lambda: not tasks(), 20)
+        print(
+            f"{data}, {number.name}: left after {left:.1f} s, tasks {time.monotonic() - begin:.1f}"
+        )
+        if status > 0:
+            assert said.splitlines()[-1] == "stopped; the same command goes on from here"
+        before = project.pieces()
+        assert 10 <= len(before) < 130
+        said = project.run("tokenize", hosts["head"], **remote(hosts, data))
+        assert f"; {len(before)} chunks done before" in said
+        assert {key: project.pieces()[key] for key in before} == before
+    same_as_local(project, tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("data", ["ship", "shared"])
+def test_nodes_come_when_tasks_wait_for_them(project: Project, tmp_path: Path, data: str) -> None:
+    """Ray's autoscaler, with a provider that starts raylets here where a cloud's rents machines."""
+    provider = {"use_node_id_as_ip": True, "disable_node_updaters": True}
+    worker = {"CPU": 1, "memory": 10**9, "object_store_memory": 100 * 2**20}
+    scaled = {
+        "cluster_name": "test",
+        "max_workers": 2,
+        "provider": {"type": "fake_multinode", "disable_launch_config_check": True, **provider},
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "worker": {"resources": worker, "node_config": {}, "min_workers": 0, "max_workers": 2},
+        },
+        "head_node_type": "ray.head.default",
+    }
+    with Hosts(tmp_path / "hosts", ["head"], {"head": [project.folder]}) as hosts:
+        (tmp_path / "hosts/head/tmp/scaled.yaml").write_text(json.dumps(scaled))
+        fast = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+        hosts.ray_start("head", "head", 0, "--autoscaling-config=/tmp/scaled.yaml", **fast)
+        log = tmp_path / "hosts/head.log"
+        wait_for(lambda: "Ray runtime started" in log.read_text(), 90)
+        said = project.run("tokenize", hosts["head"], **remote(hosts, data))
+        print(said)
+        assert "0 nodes: 0 running, 135 waiting" in said
+        assert "2 nodes: " in said
+    same_as_local(project, tmp_path)
+
+
+@pytest.mark.soak
+def test_symmetric_run(project: Project, tmp_path: Path) -> None:
+    """As `srun` starts it in docs/cluster.md: the same command on each node."""
+    names = ("one", "two")
+    with Hosts(tmp_path / "hosts", names, {name: [project.folder] for name in names}) as hosts:
+        address = hosts.ray_address("one")
+        bin_folder = Path(sys.prefix) / "bin"
+        command = [str(bin_folder / "ray"), "symmetric-run", "--address", address]
+        command += ["--min-nodes", "2", "--num-cpus", "1"]
+        command += ["--", sys.executable, "-m", "pipeline.tokenize"]
+        variables = KEEPALIVE | {
+            "RAY_ADDRESS": address,
+            "PATH": f"{bin_folder}:{os.environ['PATH']}",
+            "PYTHONPATH": str(project.folder),
+        }
+        logs = [tmp_path / f"{name}.log" for name in names]
+        runs = [
+            Run(hosts[name].start(*command, cwd=project.folder, log=log, variables=variables), log)
+            for name, log in zip(names, logs, strict=True)
+        ]
+        said = runs[0].end()
+        print(said)
+        assert "2 nodes: " in said
+        assert runs[1].process.wait(60) == 0, runs[1].said
     same_as_local(project, tmp_path)
 
 

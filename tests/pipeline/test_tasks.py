@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.progress import Progress
-from pipeline.tasks import TaskError, TasksFailed, run_tasks
+from pipeline.tasks import TaskError, TasksFailed, _Cluster, run_tasks
 
 
 def square(x: int) -> int:
@@ -59,6 +60,12 @@ def stream(folder: str, name: int, times: int) -> Iterator[int]:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def pausing() -> Iterator[int]:
+    yield 0
+    time.sleep(2.5)
+    yield 1
+
+
 def tries(folder: Path, name: int) -> int:
     return len(list(folder.glob(f"{name}-*")))
 
@@ -96,8 +103,11 @@ def test_what_fails_is_tried_again_and_named_when_all_others_are_done(
     assert done[-1] == 2  # what failed comes after what has not been tried
     assert [tries(tmp_path, i) for i in range(5)] == [1, 3, 3, 3, 1]
     first, *named = str(caught.value).splitlines()
-    assert first.startswith("x: 2 of 5 tasks failed, each 3 times; the others are done and kept")
-    assert named[:2] == ["  rows 1: OSError: try 1 again", "  rows 3: OSError: try 3 again"]
+    assert first.startswith("x: 2 of 5 tasks failed; the others are done and kept")
+    assert named[:2] == [
+        "  rows 1, tried 3 times: OSError: try 1 again",
+        "  rows 3, tried 3 times: OSError: try 3 again",
+    ]
     assert "line" in str(caught.value), "the traceback of the first"
     assert "\x1b" not in str(caught.value)
     said = capsys.readouterr().out
@@ -114,11 +124,11 @@ def test_losses_do_not_use_up_the_tries_and_have_an_end(
     ray_cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.tasks.LOSSES", 4)  # each costs Ray a new worker
-    with pytest.raises(TasksFailed, match="OSError: again"):
+    with pytest.raises(TasksFailed, match="0, tried 3 times: OSError: again"):
         list(run_tasks(dies_and_fails, [(str(tmp_path), 0)], 1, "x"))
     assert tries(tmp_path, 0) == 6
     (tmp_path / "b").mkdir()
-    with pytest.raises(TasksFailed, match="WorkerCrashedError"):
+    with pytest.raises(TasksFailed, match="0, lost 4 times: WorkerCrashedError"):
         list(run_tasks(dies, [(str(tmp_path / "b"), 0, 99)], 1, "x"))
     assert tries(tmp_path / "b", 0) == 4
 
@@ -140,6 +150,27 @@ def test_what_a_generator_yields_is_collected_from_its_beginning_when_it_was_los
     with pytest.raises(TasksFailed, match="TaskError: not right"):
         list(run_tasks(stream, [(str(tmp_path), 50, 0)], 2, "x", collect=refuse))
     assert tries(tmp_path, 50) == 3
+
+
+def test_the_cluster_is_looked_at_while_a_stream_pauses(
+    ray_cpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a head that is lost meanwhile would not be missed before the stream is given up."""
+    looks = 0
+    look = _Cluster.look
+
+    def counted(self: _Cluster) -> list[str]:
+        nonlocal looks
+        looks += 1
+        return look(self)
+
+    monkeypatch.setattr(_Cluster, "look", counted)
+
+    def collect(index: int, values: Iterator[int]) -> list[int]:
+        return [looks for _ in values]
+
+    ((_, (first, second)),) = run_tasks(pausing, [()], 1, "x", collect=collect)
+    assert second - first >= 2
 
 
 def test_progress_says_how_the_tasks_stand(

@@ -19,13 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import TokenStream, tokenizer
+from pipeline.chunks import plan_chunks
 from pipeline.code import code_key
-from pipeline.encode import encode_text, split_of
+from pipeline.encode import chunk_key, encode_text, split_of
 from pipeline.machine import Machine
 from pipeline.manifest import Manifest, RawManifest
 from pipeline.params import TokenizeParams
 from pipeline.parquet import read_texts
 from pipeline.store import Store
+from pipeline.tasks import TasksFailed
 from pipeline.tokenize import tokenize
 from tests.pipeline.conftest import MakeProject
 from tests.pipeline.mini import (
@@ -216,6 +218,33 @@ def test_one_more_file_redoes_nothing(tmp_path: Path, machine: Machine, one_ray:
     )
     assert hashes(tmp_path / "out") == hashes(tmp_path / "alone")
     assert alone.totals["train"].docs + alone.totals["val"].docs == 40
+
+
+def test_chunks_that_fail_are_listed_and_the_next_run_does_only_them(
+    tmp_path: Path, small_raw: Path, machine: Machine, one_ray: int
+) -> None:
+    chunks = plan_chunks(small_raw, RawManifest.load(small_raw).files, "text", 2000)
+    keys = [chunk_key(chunk, "text", PARAMS, CODE) for chunk in chunks]
+    store = Store.open(machine)
+    (store.root / "tmp").mkdir()
+    in_the_way = [store.root / "tmp" / f"chunks-{keys[i]}" for i in (0, 3)]
+    for path in in_the_way:  # a file where the piece is to be made
+        path.touch()
+    with pytest.raises(TasksFailed) as caught:
+        tokenize(small_raw, tmp_path / "out", PARAMS, machine, CODE)
+    first, *listed = str(caught.value).splitlines()
+    assert first.startswith(f"tokenize: 2 of {len(keys)} tasks failed; the others are done and ")
+    for line, index in zip(listed[:2], (0, 3), strict=True):
+        assert line.startswith(f"  {chunks[index].label}, tried 3 times: FileExistsError: ")
+    assert not (tmp_path / "out").exists()
+    before = piece_times(store.root)
+    assert before.keys() == set(keys) - {keys[0], keys[3]}
+    for path in in_the_way:
+        path.unlink()
+    tokenize(small_raw, tmp_path / "out", PARAMS, machine, CODE)
+    after = piece_times(store.root)
+    assert after.keys() == set(keys)
+    assert before.items() <= after.items()
 
 
 def test_other_code_or_another_split_shares_nothing(
