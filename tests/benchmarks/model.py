@@ -17,8 +17,8 @@ matrix products, the fastest of those measured in turn with them; FLOPs are thos
 `model.size.flops_per_token`, the same for all.
 
     --size gpt2 --batch 1          the 124M model (a few minutes: run it with --rounds 0 first,
-                                   which only fills the compiler's cache; a variant holds up to 3 GB:
-                                   some of them with --only)
+                                   which only fills the compiler's cache; a variant
+                                   holds up to 3 GB: some of them, with --only)
     --preset mini                  model, batch and dtype of a preset, or of params.yaml
     --only "ours eager"            the bare step alone
     --only "ours eager" --profile  where its time goes
