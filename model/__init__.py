@@ -6,6 +6,9 @@ Read in this order: `config.py` (the sizes), `layers.py` (linear, LayerNorm, GEL
 `tokenizer_files.py`, and `generate.py`, `export.py`, `import_hf.py` on the command line. What was
 measured stands in `docs/model.md`.
 
+A first reading takes about 20 minutes: leave `config.py` and `generation.py` for later, in
+`attention.py` all from "documents" on, in `gpt.py` all from "text" on.
+
 In every shape comment: B batch, T time (tokens of a sequence), S time so far (with a cache), C
 channels (`n_embd`), H heads, D = C / H width of a head, V vocabulary, P vocabulary padded, L
 layers; in the loss N = B T tokens, R tokens of a chunk.

@@ -7,14 +7,18 @@ A step is forward, backward, clipping and fused AdamW, in float32 or under bfloa
     transformers  `GPT2LMHeadModel` with its fastest attention (sdpa), dropout 0
     torch.nn      a GPT out of `nn.TransformerEncoder`, as its tutorial has it
 
-each eager and compiled. Every variant lives in a process of its own, so that its peak of resident
+each eager and compiled, all with a tied head and, by this project's own `adamw`, the same
+optimizer. The peers have 50,257 rows in the table, as they come; ours has 50,304 and multiplies
+them all. Every variant lives in a process of its own, so that its peak of resident
 memory can be told; they take their steps in turns, one at a time, in an order that moves on with
-each round, so that a machine that is slow for a while is slow for all of them. Medians. The peak
-of the machine is that of square matrix products, measured in turn with them; FLOPs are those of
+each round, so that a machine that is slow for a while is slow for all of them. Medians; and
+where two are compared, the median of each round's ratio. The peak of the machine is that of square
+matrix products, the fastest of those measured in turn with them; FLOPs are those of
 `model.size.flops_per_token`, the same for all.
 
     --size gpt2 --batch 1          the 124M model (a few minutes: run it with --rounds 0 first,
-                                   which only fills the compiler's cache)
+                                   which only fills the compiler's cache; a variant
+                                   holds up to 3 GB: some of them, with --only)
     --preset mini                  model, batch and dtype of a preset, or of params.yaml
     --only "ours eager"            the bare step alone
     --only "ours eager" --profile  where its time goes
