@@ -185,6 +185,14 @@ def process_group(
         world = World(rank, size, where, control, store, patience)
         with world.roll_call():
             yield world
+    except SystemExit:
+        if kind == "cuda":
+            # What is queued waits for the rank that is gone, and destroying the group waits for
+            # what is queued, by purpose (pytorch pull request 141510): no tidy end, but an end.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(stage.FAULT)
+        raise
     finally:
         dist.destroy_process_group()
 
