@@ -153,14 +153,14 @@ class Trainer:
         return step
 
     def join(self) -> None:
-        """Wraps the model for the group, and rehearses two synchronised backward passes.
+        """Wraps the model for the group, and rehearses: two synchronised passes, and a measurement.
 
         What a resumed run sums must be summed as in one that never stopped, to the last bit, also
         by three and more ranks. But DDP lays its buckets out anew after the first backward (sums
         are taken in another order), and gradients that do not lie in the buckets yet are copied
         there times 1 / ranks, where those that do are divided by ranks. After two passes both are
         settled, and their gradients are thrown away. A lack of memory shows here as well, before
-        an hour is spent.
+        an hour is spent; and both graphs are compiled, so that no signal waits for the compiler.
         """
         device = self.world.device
         self.ddp = DistributedDataParallel(
@@ -186,6 +186,8 @@ class Trainer:
         for _ in range(2):
             summed_loss(self.ddp, inputs, targets, self.params.dtype).backward()
         self.optimizer.zero_grad(set_to_none=False)
+        with torch.no_grad():
+            summed_loss(self.forward, inputs, targets, self.params.dtype)
         del moments
 
     def _too_big(self) -> str:
