@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT
+from model.size import flops_per_token
 from pipeline.errors import UserError
 from train import arithmetic, checkpoint, hardware
 from train.arithmetic import summed_loss
@@ -31,8 +32,11 @@ from train.writer import Writer
 
 # Tokens of a micro-batch where the machine's settings name none: enough to fill the processor, and
 # little enough for any memory.
-# On a CPU a step is interrupted only between micro-batches, so that they must not take long.
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+# A step is interrupted only between micro-batches: on a CPU they must not take long, some seconds
+# of one core. A GPT-2 of 124M has one sequence of 1,024 at a time.
+MICRO_BATCH_FLOPS = {"cpu": 5e11, "cuda": math.inf}
 
 SAMPLE_PROMPT = 16  # tokens of validation text that a sample goes on from
 
@@ -43,14 +47,15 @@ def plan_split(run: Run, world_size: int, device: str) -> Split:
     Raises:
         UserError: It cannot be shared evenly.
     """
-    largest = MICRO_BATCH_TOKENS[device] // run.model.block_size
+    flops = flops_per_token(run.model.config(), run.model.block_size)
+    tokens = min(MICRO_BATCH_TOKENS[device], MICRO_BATCH_FLOPS[device] / flops)
     doublings = run.params.batch_doublings
     return Split.plan(
         run.batches.smallest,
         run.model.block_size,
         world_size,
         run.machine.micro_batch,
-        largest,
+        int(tokens // run.model.block_size),
         "train.batch_tokens" + (f" / 2^{doublings} (batch_doublings)" if doublings else ""),
     )
 
