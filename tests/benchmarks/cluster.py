@@ -40,7 +40,7 @@ BYTES_PER_TOKEN = 4.5
 # Bytes for a byte of text: parquet (zstd), tokens (uint16), and what `ship` sends (lz4, measured).
 PARQUET = 15 * 2.15e9 / 10.3e9 / BYTES_PER_TOKEN
 TOKENS = 2 / BYTES_PER_TOKEN
-PACKED = 0.6
+PACKED = 0.65
 # Where parquet and tokens are kept.
 KEPT = {"shared": "storage", "ship": "disk"}
 
@@ -294,8 +294,8 @@ def main() -> None:
     parser.add_argument("--data", choices=["shared", "ship"], default="shared")
     parser.add_argument("--mb", type=int, default=150)
     inputs = {
-        "core": 100.0, "check": 300.0, "cores": 32, "network": 3000.0, "storage": 10_000.0,
-        "disk": 1000.0, "hub": 1500.0, "read": 160.0, "take_in": 500.0, "driver_ms": 2.3,
+        "core": 150.0, "check": 290.0, "cores": 32, "network": 3000.0, "storage": 10_000.0,
+        "disk": 1000.0, "hub": 1500.0, "read": 200.0, "take_in": 500.0, "driver_ms": 2.3,
         "shard_tokens": 20e6, "dvc": 770.0,
     }  # fmt: skip
     for key, default in inputs.items():

@@ -289,9 +289,17 @@ def test_nodes_come_when_tasks_wait_for_them(project: Project, tmp_path: Path, d
     """Ray's autoscaler, with a provider that starts raylets here where a cloud's rents machines."""
     provider = {"use_node_id_as_ip": True, "disable_node_updaters": True}
     worker = {"CPU": 1, "memory": 10**9, "object_store_memory": 100 * 2**20}
-    scaled = {
+    commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray",
+                "worker_start_ray")  # fmt: skip
+    scaled = {f"{name}_commands": [] for name in commands} | {
         "cluster_name": "test",
         "max_workers": 2,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 5,
+        "auth": {"ssh_user": "nobody"},
+        "docker": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
         "provider": {"type": "fake_multinode", "disable_launch_config_check": True, **provider},
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},

@@ -62,7 +62,7 @@ def stream(folder: str, name: int, times: int) -> Iterator[int]:
 
 def pausing() -> Iterator[int]:
     yield 0
-    time.sleep(2.5)
+    time.sleep(4)
     yield 1
 
 
