@@ -11,6 +11,7 @@ from ruamel.yaml.error import YAMLError
 from pipeline.errors import UserError
 
 PARAMS = Path("params.yaml")
+LONGEST_SHOWN = 80  # characters of a value in a message
 SECTIONS = ("source", "tokenize", "verify", "model", "train", "evaluate")
 
 S = TypeVar("S", bound="Section")
@@ -150,7 +151,10 @@ def first_error(error: ValidationError, where: str, cls: type[BaseModel]) -> str
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] in ("value_error", "assertion_error"):
         return f"{key}: {message}"
-    return f"{key}: {message[0].lower()}{message[1:]} (it is {detail['input']!r})"
+    given = repr(detail["input"])
+    if len(given) > LONGEST_SHOWN:
+        given = given[:LONGEST_SHOWN] + "…"
+    return f"{key}: {message[0].lower()}{message[1:]} (it is {given})"
 
 
 def load_section(name: str, cls: type[S], path: Path = PARAMS) -> S:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from xml.sax.saxutils import escape
 
-WIDTH, HEIGHT, WIDE = 3.9, 2.6, 10.5  # inches
+WIDTH, HEIGHT, WIDE = 3.9, 2.6, 8.6  # inches
 
 SERIES = ("c1", "c2", "c3", "c4", "c5", "c6")
 """The page's colours for lines, in their order (pages/page.html)."""
@@ -53,6 +53,7 @@ def line_chart(
     y_label: str,
     x_label: str = "step",
     y_range: tuple[float | None, float | None] = (None, None),
+    log_scale: bool = False,
     wide: bool = False,
 ) -> str:
     """Curves over the step, as an SVG element.
@@ -62,12 +63,14 @@ def line_chart(
         name: What is drawn, for those who cannot see it.
         y_label: What is measured, with its unit.
         x_label: What the values lie over.
-        y_range: Lowest and highest value drawn; as far as the curves go, where None.
+        y_range: Lowest and highest value drawn; a little farther than the curves go, where None.
+        log_scale: Values by their logarithm, where all are positive: a peak leaves the rest in
+            sight.
         wide: As wide as a page.
     """
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-    figure, axes = _figure(WIDE if wide else WIDTH, HEIGHT * (1.4 if wide else 1))
+    figure, axes = _figure(WIDE if wide else WIDTH, HEIGHT * (1.15 if wide else 1))
     for curve in curves:
         xs, ys = _thinned(curve.xs, curve.ys)
         axes.plot(
@@ -87,10 +90,19 @@ def line_chart(
     rounds = [1, 2, 2.5, 5, 10]
     axes.xaxis.set_major_locator(MaxNLocator(10 if wide else 5, integer=True, steps=rounds))
     axes.yaxis.set_major_locator(MaxNLocator(7 if wide else 5, steps=rounds))
+    values = [y for curve in curves for y in curve.ys]
+    if log_scale and min(values) > 0:
+        axes.set_yscale("log")
+        few = max(values) < 100 * min(values)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+        axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.10g}")
     axes.yaxis.set_major_formatter(lambda y, _: number(y))
     axes.margins(x=0.02)
-    axes.set_ylim(*y_range)
+    low, high = y_range
+    if low is not None and high is None:  # matplotlib's own margin is that of the curves alone
+        high = low + 1.06 * (max(values) - low) or None
+    axes.set_ylim(low, high)
     if len(curves) > 1:
         figure.legend(
             loc="outside upper left",
@@ -106,12 +118,12 @@ def line_chart(
 
 def bar_chart(labels: Sequence[str], counts: Sequence[int], *, name: str, color: str = "c1") -> str:
     """Horizontal bars, as an SVG element."""
-    figure, axes = _figure(WIDTH, 0.25 + 0.24 * len(labels))
+    figure, axes = _figure(WIDTH, 0.1 + 0.25 * len(labels))
     bars = axes.barh(range(len(labels)), counts, color=_HEX[color], height=0.7)
     axes.set_yticks(range(len(labels)), labels)
     axes.bar_label(bars, [f"{n:,}" for n in counts], padding=3, fontsize=8, color=_INK)
-    axes.invert_yaxis()
-    axes.margins(x=0.14, y=0.02)
+    axes.set_ylim(len(labels) - 0.5, -0.5)  # from above; a bar alone is as thick as one of many
+    axes.margins(x=0.14)
     axes.grid(False)
     axes.spines["bottom"].set_visible(False)
     axes.set_xticks([])

@@ -21,6 +21,8 @@ from train.optimizer import table
 if TYPE_CHECKING:
     from train.trainer import Trainer
 
+NO_CODE = ("dvc.lock", "metrics", "params.yaml")
+
 
 def banner(trainer: Trainer, done: int) -> str:
     """What runs, where, and from which step: printed first.
@@ -59,16 +61,22 @@ def _ramp(trainer: Trainer) -> str:
 
 @lru_cache(maxsize=1)
 def commit() -> str | None:
-    """The commit that runs, 12 digits, "-dirty" where files differ from it; None without git.
+    """The commit that runs, 12 digits, "-dirty" where code differs from it; None without git.
 
-    It is told to people and to logs, and is part of no key: what decides a run is its content.
+    DVC itself changes the files of `NO_CODE` before and while a stage runs. It is told to people
+    and to logs, and is part of no key: what decides a run is its content.
     """
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+
+    def git(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *args], capture_output=True, text=True, timeout=10)
+
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        found = git("rev-parse", "--short=12", "HEAD").stdout.strip()
+        others = (f":(top,exclude){name}" for name in NO_CODE)
+        changed = git("diff", "--quiet", "HEAD", "--", ":(top)", *others).returncode
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None
+    return found + "-dirty" * (changed == 1) if found else None
 
 
 def start_record(trainer: Trainer, done: int, peak: float | None) -> dict[str, Any]:

@@ -58,22 +58,22 @@ def training_charts(log: Log) -> list[Chart]:
     charts = []
     for key, title, note, unit, color in (
         ("lr", "Learning rate", "", "learning rate", "c1"),
-        ("grad_norm", "Gradient norm", "before clipping", "norm", "c4"),
+        ("grad_norm", "Gradient norm", "before clipping, logarithmic", "norm", "c4"),
         ("tokens_per_second", "Speed", "", "tokens a second", "c3"),
-        ("mfu", "MFU", "of the device's peak", "share", "c3"),
-        ("data_wait", "Data wait", "", "share of the step", "c5"),
+        ("mfu", "MFU", "of the device's peak", "%", "c3"),
+        ("data_wait", "Data wait", "of the step", "%", "c5"),
         ("memory_gb", "Memory", "of the first process", "GB", "c5"),
     ):
         steps, values = log.curve(key)
-        if steps:
-            curve = Curve(title, steps, values, color)
-            charts.append(
-                (
-                    title,
-                    note,
-                    line_chart([curve], name=f"{title} by step", y_label=unit, y_range=(0, None)),
-                )
-            )
+        if not steps:
+            continue
+        if unit == "%":
+            values = [100 * value for value in values]
+        curve, name = Curve(title, steps, values, color), f"{title} by step"
+        log_scale = key == "grad_norm"
+        y_range = (None if log_scale else 0, None)
+        svg = line_chart([curve], name=name, y_label=unit, y_range=y_range, log_scale=log_scale)
+        charts.append((title, note, svg))
     return charts
 
 

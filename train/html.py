@@ -35,7 +35,7 @@ def page(template: str, **values: Any) -> str:
 
 
 def figure(value: Any) -> str:
-    """A number as a person reads it: four digits of fractions, thousands grouped."""
+    """A number as a person reads it: five digits or four decimals, thousands grouped."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -44,13 +44,23 @@ def figure(value: Any) -> str:
         return str(value)
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{round(value, 4) if abs(value) >= 0.01 else value:.5g}"
 
 
 def percent(share: float) -> str:
     """A share as a percentage."""
     value = 100 * share
-    return f"{value:.{4 if value >= 99 else 2}g} %"  # 99.7 % is not all
+    if value in (0, 100):
+        return f"{value:.0f} %"
+    if value < 0.001:
+        return "< 0.001 %"
+    if value < 1:
+        return f"{value:.2g} %"
+    if value < 9.95 or value >= 99:  # 99.7 % is not all
+        return f"{min(value, 99.9):.1f} %"
+    return f"{value:.0f} %"
 
 
 def size(value: float, unit: str = "B") -> str:

@@ -118,7 +118,7 @@ def render() -> str:
         ],
         machine=[
             *((name.replace("_", " "), value) for name, value in state["arithmetic"].items()),
-            ("device name", train["device"]),
+            *([("device name", train["device"])] if train["device"] != "cpu" else []),
             ("dtype of the products", train["dtype"]),
         ],
         versions=sorted(state["versions"].items()),
@@ -141,7 +141,7 @@ def tiles(train: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[tuple
         third = (f"{evaluation['hellaswag_acc_norm']:.4f}", "HellaSwag, acc_norm")
     else:
         side = "below" if below >= 0 else "above"
-        third = (f"{abs(below):.2f}", f"nats {side} the unigram entropy")
+        third = (html.figure(abs(below)), f"nats {side} the unigram entropy")
     return [
         (f"{evaluation['val_loss']:.4f}", "validation loss, nats a token"),
         (html.figure(evaluation["perplexity"]), "perplexity"),

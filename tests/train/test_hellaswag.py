@@ -25,7 +25,7 @@ from train.benchmarks import read_tasks
 from train.hellaswag import Answers, Task
 from train.likelihood import Row, scores
 
-SHARED = Path("/work/shared/data/hellaswag/hellaswag_val_first200.jsonl")
+SHARED = Path(__file__).parents[3] / "shared/data/hellaswag/hellaswag_val_first200.jsonl"
 
 ROW: dict[str, Any] = {
     "activity_label": "Baking a cake",

