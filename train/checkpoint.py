@@ -189,13 +189,13 @@ def _disown(damaged: Path) -> None:
 def latest(run: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint of a run that is whole, and its state; None where there is none.
 
-    A broken one is named on stderr and passed over.
+    A broken one is named on stderr and passed over; the next save removes it.
     """
     for folder in reversed(steps(run)):
         try:
             return folder, verify(folder)
         except BrokenCheckpoint as error:
-            print(f"warning: {error}; using the checkpoint before", file=sys.stderr, flush=True)
+            print(f"warning: {error}; it is passed over", file=sys.stderr, flush=True)
     return None
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT
+from model.size import flops_per_token
 from pipeline.errors import UserError
 from train import arithmetic, checkpoint, hardware, hellaswag
 from train.arithmetic import summed_loss
@@ -31,8 +32,11 @@ from train.writer import Writer
 
 # Tokens of a micro-batch where the machine's settings name none: enough to fill the processor, and
 # little enough for any memory.
-# On a CPU a step is interrupted only between micro-batches, so that they must not take long.
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+# A step is interrupted only between micro-batches: on a CPU they must not take long, some seconds
+# of one core. A GPT-2 of 124M has one sequence of 1,024 at a time.
+MICRO_BATCH_FLOPS = {"cpu": 5e11, "cuda": math.inf}
 
 SAMPLE_PROMPT = 16  # tokens of validation text that a sample goes on from
 
@@ -43,14 +47,15 @@ def plan_split(run: Run, world_size: int, device: str) -> Split:
     Raises:
         UserError: It cannot be shared evenly.
     """
-    largest = MICRO_BATCH_TOKENS[device] // run.model.block_size
+    flops = flops_per_token(run.model.config(), run.model.block_size)
+    tokens = min(MICRO_BATCH_TOKENS[device], MICRO_BATCH_FLOPS[device] / flops)
     doublings = run.params.batch_doublings
     return Split.plan(
         run.batches.smallest,
         run.model.block_size,
         world_size,
         run.machine.micro_batch,
-        largest,
+        int(tokens // run.model.block_size),
         "train.batch_tokens" + (f" / 2^{doublings} (batch_doublings)" if doublings else ""),
     )
 
@@ -163,14 +168,14 @@ class Trainer:
         return step
 
     def join(self) -> None:
-        """Wraps the model for the group, and rehearses two synchronised backward passes.
+        """Wraps the model for the group, and rehearses: two synchronised passes, and a measurement.
 
         What a resumed run sums must be summed as in one that never stopped, to the last bit, also
         by three and more ranks. But DDP lays its buckets out anew after the first backward (sums
         are taken in another order), and gradients that do not lie in the buckets yet are copied
         there times 1 / ranks, where those that do are divided by ranks. After two passes both are
         settled, and their gradients are thrown away. A lack of memory shows here as well, before
-        an hour is spent.
+        an hour is spent; and both graphs are compiled, so that no signal waits for the compiler.
         """
         device = self.world.device
         self.ddp = DistributedDataParallel(
@@ -196,6 +201,8 @@ class Trainer:
         for _ in range(2):
             summed_loss(self.ddp, inputs, targets, self.params.dtype).backward()
         self.optimizer.zero_grad(set_to_none=False)
+        with torch.no_grad():
+            summed_loss(self.forward, inputs, targets, self.params.dtype)
         del moments
 
     def _too_big(self) -> str:

@@ -32,11 +32,15 @@ from pipeline import Manifest, atomic
 from pipeline.params import read_yaml
 
 REPO = Path(__file__).parents[2]
-MODEL: dict[str, Any] = {"size": None, "n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 256}
+MODEL: dict[str, Any] = {"size": None, "n_layer": 4, "n_head": 4, "n_embd": 64, "block_size": 256}
 TRAIN: dict[str, Any] = {
-    "steps": 400, "batch_tokens": 4096, "learning_rate": 2e-3, "warmup_steps": 40,
-    "dtype": "float32", "val_every": 50, "val_tokens": 65536, "checkpoint_every": 20,
+    "steps": 800, "batch_tokens": 4096, "learning_rate": 2e-3, "warmup_steps": 80,
+    "dtype": "float32", "val_every": 50, "val_tokens": 16384, "checkpoint_every": 50,
     "log_every": 1,
+}  # fmt: skip
+# A machine that others use as well may leave a process waiting for long.
+MACHINE = {
+    "GPT2_PROCESSES": "2", "GPT2_DEVICE": "cpu", "GPT2_COMPILE": "true", "GPT2_TIMEOUT": "7200",
 }  # fmt: skip
 STOPPED = 3
 
@@ -63,7 +67,7 @@ def ours(folder: Path, seconds: float) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "train.launch"],
         cwd=folder,
-        env={**os.environ, "GPT2_PROCESSES": "2", "GPT2_DEVICE": "cpu", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **MACHINE, "OMP_NUM_THREADS": "1"},
     )
     try:
         process.wait(seconds)
@@ -76,7 +80,8 @@ def ours(folder: Path, seconds: float) -> None:
 def our_log(folder: Path) -> dict[str, dict[int, float]]:
     """Curve -> step -> value, of our run."""
     (path,) = (folder / ".work/runs").glob("*/log.jsonl")
-    return _curves(path, {"loss": "train/loss", "val": "val/loss", "norm": "grad_norm", "lr": "lr"})
+    names = {"loss": "train/loss", "val": "val/loss", "norm": "grad_norm", "lr": "lr"}
+    return _curves(path, {**names, "spike": "spike"})
 
 
 def plain_log(folder: Path) -> dict[str, dict[int, float]]:
@@ -146,6 +151,14 @@ def plain(folder: Path, seconds: float) -> None:
         with torch.no_grad():
             return sum(loss_of(val_tokens, w * T).item() for w in range(n)) / n
 
+    def save() -> None:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        part = saved.with_suffix(".part")
+        torch.save({"done": done, "lines": lines, **state}, part)
+        part.replace(saved)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        atomic.write_bytes(folder / "plain.jsonl", text.encode())
+
     while done < TRAIN["steps"] and time.monotonic() < end:
         for group in optimizer.param_groups:
             group["lr"] = rate(done)
@@ -167,12 +180,9 @@ def plain(folder: Path, seconds: float) -> None:
             line["val"] = validate()
             print(f"plain: step {done}, loss {total:.4f}, val {line['val']:.4f}", flush=True)
         lines.append(line)
-    torch.save(
-        {"done": done, "lines": lines, "model": model.state_dict(),
-         "optimizer": optimizer.state_dict()}, saved,
-    )  # fmt: skip
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    atomic.write_bytes(folder / "plain.jsonl", text.encode())
+        if done % TRAIN["checkpoint_every"] == 0:
+            save()
+    save()
 
 
 def compare(folder: Path) -> None:
@@ -194,19 +204,20 @@ def compare(folder: Path) -> None:
     relative = difference("norm", steps) / [theirs["norm"][s] for s in steps]
     print(f"gradient norm: mean relative difference {relative.mean():.1e}")
     print(f"learning rate: largest difference {difference('lr', steps).max():.1e}")
-    validated = sorted(mine["val"].keys() & theirs["val"].keys())
-    print(f"validation: largest difference {difference('val', validated).max():.1e}")
-    last = validated[-1]
-    print(f"  at the end: ours {mine['val'][last]:.4f}, plain {theirs['val'][last]:.4f}")
-    losses = np.array([mine["loss"][s] for s in steps])
+    if validated := sorted(mine["val"].keys() & theirs["val"].keys()):
+        print(f"validation: largest difference {difference('val', validated).max():.1e}")
+        last = validated[-1]
+        print(f"  at step {last}: ours {mine['val'][last]:.4f}, plain {theirs['val'][last]:.4f}")
+    losses = np.array([loss for _, loss in sorted(mine["loss"].items())])
     rises = [losses[i] - np.median(losses[i - 20 : i]) for i in range(20, len(losses))]
     if rises:
-        print(f"largest rise of our loss over the median of the 20 before: {max(rises):.3f}")
+        print(f"our {len(losses)} steps: {len(mine['spike'])} spikes noted")
+        print(f"  largest rise of the loss over the median of the 20 before: {max(rises):.3f}")
     draw(mine, theirs, folder / "curves.png")
 
 
 def draw(mine: dict[str, dict[int, float]], theirs: dict[str, Any], path: Path) -> None:
-    """The curves, one above the other, and their difference."""
+    """The curves of both, on each other, and the difference of the losses."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 9), layout="constrained")
@@ -216,7 +227,8 @@ def draw(mine: dict[str, dict[int, float]], theirs: dict[str, Any], path: Path) 
             axes.plot(*zip(*sorted(curve[name].items()), strict=True), style, label=label, lw=1)
         axes.set_title({"loss": "loss, nats", "norm": "gradient norm", "lr": "learning rate"}[name])
     for label, curve, marker in (("ours, val", mine, "o"), ("plain, val", theirs, "x")):
-        panels[0].plot(*zip(*sorted(curve["val"].items()), strict=True), marker, label=label)
+        validated = sorted(curve["val"].items())
+        panels[0].plot([s for s, _ in validated], [v for _, v in validated], marker, label=label)
     gap = {
         s: abs(v - theirs["loss"][s]) + 1e-9 for s, v in mine["loss"].items() if s in theirs["loss"]
     }
@@ -226,7 +238,7 @@ def draw(mine: dict[str, dict[int, float]], theirs: dict[str, Any], path: Path) 
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
     panels[0].legend()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     print(f"drawn: {path}")
 
 

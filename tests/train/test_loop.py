@@ -175,6 +175,13 @@ def test_a_batch_that_cannot_grow_is_refused(
         plan_split(Run.open(), 2, "cpu")
 
 
+def test_on_a_cpu_a_micro_batch_is_small_enough_to_be_interrupted(project: Project) -> None:
+    sizes = {"size": "gpt2", "n_layer": None, "n_head": None, "n_embd": None}
+    project.write(model={**sizes, "block_size": 1024}, train={"batch_tokens": 32 * 1024})
+    assert plan_split(Run.open(), 2, "cpu").micro_batch == 1
+    assert plan_split(Run.open(), 2, "cuda").micro_batch == 16
+
+
 def test_too_little_memory_shows_before_the_first_step_and_says_what_to_change(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,9 +144,9 @@ def test_a_hung_rank_ends_the_run_by_name(project: Project) -> None:
 
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(project: Project) -> None:
-    """Rank 1's third micro-batch, after the two of the rehearsal: in step 2 of two each."""
+    """Rank 1's third micro-batch, after the three of the rehearsal: in step 2 of two each."""
     project.write(train={"non_finite": "skip", "checkpoint_every": 1, "keep_checkpoints": 12})
-    ranks = project.start_ranks(2, module="tests.train.faulty", GPT2_MICRO_BATCH=2, FAULT="1,5")
+    ranks = project.start_ranks(2, module="tests.train.faulty", GPT2_MICRO_BATCH=2, FAULT="1,6")
     try:
         (out, err), _ = [rank.communicate(timeout=60) for rank in ranks]
         assert [rank.returncode for rank in ranks] == [0, 0], err
