@@ -177,7 +177,7 @@ def report(measured: Measured, params: Parameters, machine: Machine) -> str:
     """The page: what was measured, what was planned, and what to try."""
     m, train = measured, params.train
     config = params.model.config()
-    batch = f"{m.tokens:,} tokens a step, {m.micro_steps} micro-steps of {m.micro_batch} x "
+    batch = f"{m.tokens:,} tokens a step, {m.micro_steps} times {m.micro_batch} x "
     low, high = min(m.steps), max(m.steps)
     hours = train.steps * train.batch_tokens / m.tokens * m.step / 3600
     rows = [
@@ -208,7 +208,7 @@ def report(measured: Measured, params: Parameters, machine: Machine) -> str:
         [
             f"GPT-2, {parameter_count(config):,} parameters, {m.world} x {m.device}, "
             f"{train.dtype}, compile {'on' if m.compiled else 'off'}; {software()}",
-            f"{batch}{config.block_size}",
+            f"{batch}{config.block_size} a process",
             "",
             *_table(rows),
             "",

@@ -58,7 +58,7 @@ def test_two_processes_also_time_the_all_reduce(project: Project) -> None:
     assert [process.returncode for process in processes] == [0, 0], outs
     assert outs[1][0] == ""  # rank 0 alone speaks
     first = outs[0][0]
-    assert "2 micro-steps of 2 x 16" in first
+    assert "2 times 2 x 16 a process" in first
     assert "made-up tokens" in first
     assert "all-reduce" in first
     assert "GB/s bus bandwidth" in first
