@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -186,7 +187,10 @@ def test_mistakes_are_said_in_a_line(
 
 def test_the_status_of_a_mistake_is_2() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "train.plan", "--hardware", "tpu"], capture_output=True, text=True
+        [sys.executable, "-m", "train.plan", "--hardware", "tpu"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: --hardware tpu: unknown")
