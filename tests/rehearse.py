@@ -126,7 +126,7 @@ class Rehearsal:
         self.failures += not holds
         self.say(f"  {'ok    ' if holds else 'FAILED'} {claim}")
 
-    def part(self, name: str, play: Callable[[], None]) -> None:
+    def part(self, name: str, play: Callable[[], object]) -> None:
         """Play a part with its sizes; note its time, its memory, and its report."""
         self.say(f"\n{name}")
         self.params.write_text(merge(self._everywhere, self._told(self.scale.sizes.get(name, {}))))
@@ -201,7 +201,8 @@ def killed_and_resumed(show: Rehearsal, name: str, twin: bool = False) -> dict[i
     Args:
         twin: Train once more, never stopped: the weights must be the same bytes.
     """
-    runs, env = show.clone.folder / ".work/runs", {"GPT2_PROCESSES": str(show.scale.ranks[name])}
+    runs = show.clone.folder / ".work/runs"
+    env: dict[str, Any] = {"GPT2_PROCESSES": str(show.scale.ranks[name])}
     before = set(runs.glob("*"))
 
     def saved() -> bool:
@@ -230,7 +231,7 @@ def killed_and_resumed(show: Rehearsal, name: str, twin: bool = False) -> dict[i
 
 def compiled(show: Rehearsal, others: dict[int, float]) -> None:
     """One process, compiled, on the data of a part with more processes."""
-    env = {"GPT2_PROCESSES": str(show.scale.ranks["compiled"]), "GPT2_COMPILE": "1"}
+    env: dict[str, Any] = {"GPT2_PROCESSES": str(show.scale.ranks["compiled"]), "GPT2_COMPILE": "1"}
     show.check("it is compiled", "compile on" in show.run("dvc", "repro", **env))
     losses = show.losses()
     same = range(1, show.scale.sizes["every"]["train"]["warmup_steps"] + 1)  # one schedule so far

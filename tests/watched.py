@@ -20,8 +20,8 @@ class Seen:
     Attributes:
         output: What it said, on stdout and stderr.
         status: Its exit status.
-        peak: Most bytes that it and all that it had started held together, looked at twice a
-            second.
+        peak: Most bytes that it and all that it had started held together, looked at every two
+            seconds.
         killed: Whether it was killed here.
     """
 
@@ -38,15 +38,16 @@ def watch(
     until: Callable[[], bool] | None = None,
 ) -> Seen:
     """Run a command to its end, or ``until`` that comes true: then SIGKILL meets all of it."""
-    peak, killed = 0, False
+    peak, killed, look = 0, False, 0.0
     with tempfile.TemporaryFile() as file:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=file, stderr=file)
         while process.poll() is None:
-            family = _family(process.pid)
-            peak = max(peak, sum(map(_memory, family)))
+            if time.monotonic() >= look:  # not more often: the kernel walks all pages for it
+                peak = max(peak, sum(map(_memory, _family(process.pid))))
+                look = time.monotonic() + 2
             if until is not None and until():
                 killed = True
-                for member in family:
+                for member in _family(process.pid):
                     with contextlib.suppress(psutil.NoSuchProcess):
                         member.kill()
             time.sleep(0.5 if until is None else 0.1)

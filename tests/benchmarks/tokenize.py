@@ -196,10 +196,11 @@ def _timed_chunk(*task: Any) -> Any:
 
 def _start_worker() -> None:
     """In a worker: what it does once in its life, and so long that each worker has to do it."""
-    from pipeline import checks, encode
+    from pipeline import checks, encode, engines
 
     assert checks
-    encode.engines.fast()
+    assert encode
+    engines.fast()
     time.sleep(2)
 
 

@@ -11,8 +11,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.manifest import Manifest
+from tests.clone import make_clone
 from tests.hosts import Hosts, wait_for, why_not
-from tests.test_repro import make_clone
 
 HOME = Path("/root")
 HEAD, WORKER, LAPTOP = "10.77.0.1", "10.77.0.2", "10.77.0.3"
@@ -54,7 +54,7 @@ def test_ray_up_on_machines_of_ones_own(tmp_path: Path) -> None:
     with Hosts(folder, ["head", "worker", "laptop"], {}) as hosts:
         home = {name: give_home(hosts, name) for name in hosts.hosts}
         project = home["laptop"] / "gpt2"
-        make_clone(project)
+        make_clone(project, "mini")
         path = project / "docs/cluster-hosts.yaml"
         yaml = YAML()
         cluster = yaml.load(path)
