@@ -150,8 +150,13 @@ def number(value: float) -> str:
 
 
 def _thinned(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
-    every = max(1, -(-len(xs) // MOST_POINTS))
-    kept = [i for i in range(len(xs)) if i % every == 0 or i == len(xs) - 1]
+    """At most `MOST_POINTS` of the points: the lowest and the highest of each stretch."""
+    last, kept = len(xs) - 1, list(range(len(xs)))
+    if last >= MOST_POINTS:
+        size = -(-len(xs) // (MOST_POINTS // 2 - 1))
+        stretches = [range(i, min(i + size, len(xs))) for i in range(0, len(xs), size)]
+        ends = {end(part, key=lambda i: ys[i]) for part in stretches for end in (min, max)}
+        kept = sorted({0, last} | ends)
     return [xs[i] for i in kept], [ys[i] for i in kept]
 
 

@@ -24,7 +24,7 @@ Chart = tuple[str, str, str]
 def loss_chart(log: Log, evaluation: Mapping[str, Any], *, wide: bool) -> str:
     """Training and validation loss, the unigram entropy, and the published run where it applies."""
     train, val = log.curve("train/loss"), log.curve("val/loss")
-    mean = smooth(train[1], memory=max(2, len(train[1]) // 50))
+    mean = smooth(train[1], memory=max(2, len(train[1]) // 200))
     curves = [
         Curve("training", *train, "c1", faint=True),
         Curve("training, running mean", train[0], mean, "c1"),

@@ -20,7 +20,7 @@ from tests.browser import CHROMIUM, browser
 from tests.train.conftest import Project, make_project
 from tests.train.test_loop import train_here
 from train import compare, evaluate, html, inside, report, samples
-from train.charts import MOST_POINTS, Curve, line_chart, smooth
+from train.charts import MOST_POINTS, Curve, _thinned, line_chart, smooth
 from train.log import Log
 
 EVALUATE = {"temperature": 0.8, "top_k": 50, "prompts": ["", "The <i>people</i> of"]}
@@ -152,10 +152,19 @@ def test_a_long_curve_is_thinned_and_keeps_its_end() -> None:
     assert "#0a0b" not in svg  # each colour is the page's
 
 
+def test_a_peak_outlives_the_thinning() -> None:
+    ys = [1.0] * 5000
+    ys[2501] = 9.0
+    xs, kept = _thinned(range(5000), ys)
+    assert len(xs) <= MOST_POINTS
+    assert (kept[xs.index(2501)], xs[0], xs[-1]) == (9.0, 0, 4999)
+    assert xs == sorted(xs)
+
+
 def test_a_logarithmic_axis_needs_positive_values() -> None:
     def heights(values: list[float]) -> list[float]:
         svg = line_chart([Curve("a", [1, 2, 3], values)], name="a", y_label="y", log_scale=True)
-        (line,) = re.findall(r'<path d="M ([^"]*)" clip-path', svg)
+        *_, line = re.findall(r'<path d="M ([^"]*)" clip-path', svg)  # after those of the grid
         return [float(number) for number in re.findall(r"[\d.]+ ([\d.]+)", line)]
 
     a, b, c = heights([1.0, 10.0, 100.0])
