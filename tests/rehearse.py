@@ -126,7 +126,7 @@ class Rehearsal:
         self.failures += not holds
         self.say(f"  {'ok    ' if holds else 'FAILED'} {claim}")
 
-    def part(self, name: str, play: Callable[[], None]) -> None:
+    def part(self, name: str, play: Callable[[], object]) -> None:
         """Play a part with its sizes; note its time, its memory, and its report."""
         self.say(f"\n{name}")
         self.params.write_text(merge(self._everywhere, self._told(self.scale.sizes.get(name, {}))))
@@ -145,7 +145,9 @@ class Rehearsal:
                 self.say(f"  size   {section}.{key}: {preset[section][key]} -> {value}")
         return overlay
 
-    def run(self, *command: str, until: Callable[[], bool] | None = None, **env: str) -> str:
+    def run(
+        self, *command: str, env: dict[str, str], until: Callable[[], bool] | None = None
+    ) -> str:
         """Run a command in the clone; what it said.
 
         Args:
@@ -182,7 +184,7 @@ class Rehearsal:
 
 def data(show: Rehearsal, hub: Hub, n_bytes: int) -> None:
     """The data stages."""
-    done = ran(show.run("dvc", "repro", "verify"))
+    done = ran(show.run("dvc", "repro", "verify", env={}))
     show.check("download, tokenize and verify ran", done == DATA_STAGES)
     raw, tokens = show.json("data/raw/manifest.json"), show.json("data/tokens/manifest.json")
     show.check(f"{len(raw['files'])} files came", len(raw["files"]) == show.scale.files)
@@ -207,11 +209,11 @@ def killed_and_resumed(show: Rehearsal, name: str, twin: bool = False) -> dict[i
     def saved() -> bool:
         return any(path for run in set(runs.glob("*")) - before for path in run.glob("step-*"))
 
-    show.run("dvc", "repro", until=saved, **env)
+    show.run("dvc", "repro", env=env, until=saved)
     (run,) = set(runs.glob("*")) - before
     last = max(int(path.name.removeprefix("step-")) for path in run.glob("step-*"))
     logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    output = show.run("dvc", "repro", **env)
+    output = show.run("dvc", "repro", env=env)
     show.check(f"resumes after step {last}", f"resumes after step {last}" in output)
     stages = ran(output)
     show.check(f"{', '.join(sorted(stages))} ran, no other", stages == {"train", *LATER_STAGES})
@@ -222,7 +224,7 @@ def killed_and_resumed(show: Rehearsal, name: str, twin: bool = False) -> dict[i
     _results(show, losses)
     if twin:
         weights = show.clone.hashes("artifacts/checkpoint")["model.safetensors"]
-        show.run("dvc", "repro", "--force", "--single-item", "train", GPT2_FRESH="1", **env)
+        show.run("dvc", "repro", "-fs", "train", env=env | {"GPT2_FRESH": "1"})
         again = show.clone.hashes("artifacts/checkpoint")["model.safetensors"]
         show.check("the weights are those of a run never stopped, to the byte", weights == again)
     return losses
@@ -231,7 +233,7 @@ def killed_and_resumed(show: Rehearsal, name: str, twin: bool = False) -> dict[i
 def compiled(show: Rehearsal, others: dict[int, float]) -> None:
     """One process, compiled, on the data of a part with more processes."""
     env = {"GPT2_PROCESSES": str(show.scale.ranks["compiled"]), "GPT2_COMPILE": "1"}
-    show.check("it is compiled", "compile on" in show.run("dvc", "repro", **env))
+    show.check("it is compiled", "compile on" in show.run("dvc", "repro", env=env))
     losses = show.losses()
     same = range(1, show.scale.sizes["every"]["train"]["warmup_steps"] + 1)  # one schedule so far
     apart = max(abs(losses[step] - others[step]) for step in same)
