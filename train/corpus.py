@@ -1,6 +1,6 @@
 """How much text a source has, before any of it is there: files, tokens, shards, bytes.
 
-Counts of documents and tokens are those that the data sets' own pages give; where only one of bytes
+Counts of the smaller samples are those that the data sets give themselves; where only one of bytes
 and tokens is known, the other follows from FineWeb's 32 tokens in 100 bytes of parquet.
 """
 
@@ -15,7 +15,8 @@ TOKENS_A_BYTE = 0.32  # of parquet
 TOKENS_A_DOCUMENT = 690  # of FineWeb
 FILE_BYTES = 2.15e9  # of a full file of FineWeb's samples
 
-# Repository and configuration: files, documents, GPT-2 tokens; about.
+# Repository and configuration: files, documents, GPT-2 tokens; about. The samples of 10BT are as
+# the data sets count them; the larger ones follow from their names, in proportion.
 KNOWN = {
     ("HuggingFaceFW/fineweb", "sample-10BT"): (15, 14_868_862, 10.3e9),
     ("HuggingFaceFW/fineweb-edu", "sample-10BT"): (14, 9_672_101, 9.95e9),

@@ -18,9 +18,9 @@ save it (Korthikanti et al. 2022, section 4.1, count another model so). A block,
     mlp.c_proj      input                    8 N C     16 N C
 
 that is 36 N C, or 64 N C in float32, and the little rest. Under autocast the weights of the blocks
-are kept in bfloat16 besides, once for all. `torch.compile` saves less, for it computes cheap things
-twice: what stands here is its upper bound. tests/train/test_memory.py holds it against what
-autograd really saves.
+are kept in bfloat16 besides, once for all. `torch.compile` should save less, for it computes what
+is cheap twice: this is its upper bound. tests/train/test_memory.py holds it against what autograd
+really saves.
 """
 
 from __future__ import annotations
