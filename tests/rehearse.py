@@ -11,7 +11,7 @@ run. The hub is one on loopback (tests/hub.py) that serves files in FineWeb's la
     compiled   GPT-2 124M by one process, compiled: the losses of the 4
 
 It takes 20 minutes on 2 cores, 16 GB of free memory and 20 GB of disk; `--quick` takes small sizes
-and two minutes. The log, and the report of each part, are left in `rehearsal/`; status 1 where
+and three minutes. The log, and the report of each part, are left in `rehearsal/`; status 1 where
 something is not as it must be.
 """
 
@@ -284,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.rehearse", description="The real run, whole, in small."
     )
-    parser.add_argument("--quick", action="store_true", help="small sizes: two minutes")
+    parser.add_argument("--quick", action="store_true", help="small sizes: three minutes")
     parser.add_argument("--out", type=Path, default=ROOT / "rehearsal", help="log and reports")
     args = parser.parse_args(argv)
     for name in list(os.environ):  # what decides something here must decide nothing there
