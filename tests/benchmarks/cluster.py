@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument("--mb", type=int, default=150)
     inputs = {
         "core": 150.0, "check": 290.0, "cores": 32, "network": 3000.0, "storage": 10_000.0,
-        "disk": 1000.0, "hub": 1500.0, "read": 200.0, "take_in": 500.0, "driver_ms": 2.3,
+        "disk": 1000.0, "hub": 1500.0, "read": 200.0, "take_in": 500.0, "driver_ms": 1.9,
         "shard_tokens": 20e6, "dvc": 770.0,
     }  # fmt: skip
     for key, default in inputs.items():
