@@ -332,7 +332,7 @@ def kill_in_the_middle(project: Project, signum: signal.Signals) -> tuple[int, s
         cwd=project.root, env=project.environment(), text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
-    for _ in range(600):
+    for _ in range(2400):
         if chunks_done(project) >= 5 or process.poll() is not None:
             break
         time.sleep(0.05)
