@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import probe
-from pipeline.errors import UserError
+from pipeline.errors import StageFailed, UserError
 from pipeline.machine import Machine
 from pipeline.store import Store
 from pipeline.tasks import run_tasks
@@ -86,20 +86,31 @@ def _set_defaults(variables: Mapping[str, str]) -> None:
 
 
 def _start(machine: Machine) -> None:
-    """Start a local Ray."""
+    """Start a local Ray.
+
+    Raises:
+        StageFailed: It did not come up.
+    """
     # Workers import this code, from this folder, whatever else is installed.
     path = [str(Path.cwd()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path))
     import ray  # here, for it takes a second and is not needed where nothing is left to do
 
-    ray.init(
-        "local",
-        num_cpus=machine.worker_count,
-        include_dashboard=False,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        _memory=_MEMORY_BYTES,
-        logging_level=logging.ERROR,
-    )
+    try:
+        ray.init(
+            "local",
+            num_cpus=machine.worker_count,
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            _memory=_MEMORY_BYTES,
+            logging_level=logging.ERROR,
+        )
+    except Exception as error:  # Ray has no class of its own for it
+        reason = " ".join(str(error).split())
+        raise StageFailed(
+            f"Ray did not start on this machine ({reason[:200]}); it gives up after 30 s, which an "
+            "overloaded machine may need: the same command tries again, and goes on from here"
+        ) from error
 
 
 def _join(address: str, asked: probe.Probe) -> None:

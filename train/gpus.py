@@ -38,14 +38,14 @@ def hindrance(proc: Path = Path("/proc"), dev: Path = Path("/dev")) -> str | Non
     if build is None:
         return (
             f"this PyTorch ({torch.__version__}) is built for CPUs; install the build for CUDA "
-            f"(pip install torch=={version})"
+            f"(pip install --force-reinstall torch=={version})"
         )
     needed = OLDEST_DRIVER.get(int(build.partition(".")[0]), 0)
     if driver < needed:
         return (
             f"the NVIDIA driver {driver} is too old for this PyTorch (CUDA {build}), which needs "
             f"{needed} or newer; update it, or take the build for CUDA 12.6 "
-            f"(pip install torch=={version} --index-url {OLDER_BUILD})"
+            f"(pip install --force-reinstall torch=={version} --index-url {OLDER_BUILD})"
         )
     return f"the NVIDIA driver {driver} is there, but gives PyTorch no GPU; see nvidia-smi"
 

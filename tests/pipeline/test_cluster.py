@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster import cluster
-from pipeline.errors import UserError
+from pipeline.errors import StageFailed, UserError
 from pipeline.machine import Machine
 from tests.pipeline.mini import REPO
 
@@ -62,3 +62,19 @@ def test_sigterm_while_ray_works_is_status_3_and_leaves_no_process() -> None:
     # The pipe closes when the last process of Ray that holds it is gone.
     assert process.communicate(timeout=30)[1] == "stopped; the same command goes on from here\n"
     assert process.returncode == 3
+
+
+def test_a_ray_that_does_not_start_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 120)  # no socket's path may be so long
+    long.mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(long))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with (
+        pytest.raises(
+            StageFailed, match=r"^Ray did not start on this machine \(.*goes on from here$"
+        ),
+        cluster(Machine(workers=1)),
+    ):
+        pass
