@@ -107,9 +107,12 @@ def _start(machine: Machine) -> None:
         )
     except Exception as error:  # Ray has no class of its own for it
         reason = " ".join(str(error).split())
+        slow = (
+            "; is the machine overloaded? Ray gives up after 30 s" if "timed out" in reason else ""
+        )
         raise StageFailed(
-            f"Ray did not start on this machine ({reason[:200]}); it gives up after 30 s, which an "
-            "overloaded machine may need: the same command tries again, and goes on from here"
+            f"Ray did not start on this machine ({reason[:200]}){slow}; what is finished is kept, "
+            "and the same command goes on from here"
         ) from error
 
 

@@ -150,6 +150,7 @@ class TokenStream:
     _RESIDENT_BYTES = 128 * 2**20
     _FAULT_BYTES = 64 * 2**10  # what Linux maps in round a touched page, where it is in the cache
     _MAPS = 512
+    _LONG_BYTES = 2**20  # a span that is read ahead as a whole, where single pages are the rule
 
     def __init__(self, folder: Path | str, split: Split) -> None:
         """Open the stream; every shard's size and header are checked against the manifest.
@@ -186,7 +187,10 @@ class TokenStream:
         index = int(np.searchsorted(self.starts, start, side="right")) - 1
         while filled < len(out):
             offset = start + filled - int(self.starts[index])
-            piece = self._map(index)[offset : offset + len(out) - filled]
+            tokens = self._map(index)
+            piece = tokens[offset : offset + len(out) - filled]
+            if self._scattered and piece.nbytes >= self._LONG_BYTES:
+                _advise(tokens, mmap.MADV_WILLNEED, offset, len(piece))
             out[filled : filled + len(piece)] = piece
             filled += len(piece)
             index += 1
@@ -245,11 +249,17 @@ class TokenStream:
             _advise(tokens, mmap.MADV_DONTNEED)
 
 
-def _advise(tokens: np.ndarray, advice: int) -> None:
-    """Tell the system how a mapped shard is used."""
+def _advise(tokens: np.ndarray, advice: int, start: int = 0, count: int | None = None) -> None:
+    """Tell the system how ``count`` tokens of a mapped shard, or all of it, are used."""
     view: Any = tokens.base  # of the map, as numpy keeps it; an empty shard has none
-    if view is not None:
+    if view is None:
+        return
+    if count is None:
         view.obj.madvise(advice)
+    else:
+        begin = HEADER_BYTES + TOKEN_DTYPE.itemsize * start
+        page = begin - begin % mmap.PAGESIZE
+        view.obj.madvise(advice, page, begin + TOKEN_DTYPE.itemsize * count - page)
 
 
 def _memory() -> int:

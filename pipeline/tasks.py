@@ -166,6 +166,7 @@ class _Run:
         index = self.pending[reference]
         try:
             if self.collect is None:
+                self._wait(reference, fetch_local=True)
                 result = ray.get(reference, timeout=_RESULT_SECONDS)
             else:
                 result = self.collect(index, self._values(reference))

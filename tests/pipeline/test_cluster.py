@@ -73,7 +73,7 @@ def test_a_ray_that_does_not_start_is_told_in_a_line(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with (
         pytest.raises(
-            StageFailed, match=r"^Ray did not start on this machine \(.*goes on from here$"
+            StageFailed, match=r"^Ray did not start on this machine \(.*AF_UNIX.*goes on from here$"
         ),
         cluster(Machine(workers=1)),
     ):

@@ -300,7 +300,12 @@ def test_nodes_come_when_tasks_wait_for_them(project: Project, tmp_path: Path, d
         "docker": {},
         "file_mounts": {},
         "cluster_synced_files": [],
-        "provider": {"type": "fake_multinode", "disable_launch_config_check": True, **provider},
+        "provider": {
+            "type": "external",
+            "module": "scaling.Provider",
+            "disable_launch_config_check": True,
+            **provider,
+        },
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "worker": {"resources": worker, "node_config": {}, "min_workers": 0, "max_workers": 2},
@@ -309,7 +314,12 @@ def test_nodes_come_when_tasks_wait_for_them(project: Project, tmp_path: Path, d
     }
     with Hosts(tmp_path / "hosts", ["head"], {"head": [project.folder]}) as hosts:
         (tmp_path / "hosts/head/tmp/scaled.yaml").write_text(json.dumps(scaled))
-        fast = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+        shutil.copy2(REPO / "tests/pipeline/scaling.py", tmp_path / "hosts/head/tmp")
+        fast = {
+            "RAY_FAKE_CLUSTER": "1",
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "PYTHONPATH": "/tmp",
+        }
         hosts.ray_start("head", "head", 0, "--autoscaling-config=/tmp/scaled.yaml", **fast)
         log = tmp_path / "hosts/head.log"
         wait_for(lambda: "Ray runtime started" in log.read_text(), 90)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 import resource
 import tempfile
 import time
@@ -210,6 +211,27 @@ def test_a_split_that_memory_cannot_hold_is_read_without_its_surroundings(
     _, _, mapped = Path("/proc/self/smaps").read_text().partition(f"{tmp_path}/train-00000.bin")
     flags = mapped.partition("VmFlags:")[2].partition("\n")[0].split()
     assert ("rr" in flags) == random  # "random read advise provided" (man proc_pid_smaps)
+
+
+def test_long_spans_of_such_a_split_are_read_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "_memory", lambda: 0)
+    two = [[[i % 50_000 for i in range(n)]] for n in (900_000, 700_000)]
+    whole = write_folder(tmp_path, [("train", docs) for docs in two])["train"]
+    asked: list[int] = []
+    advise = shards._advise
+
+    def noted(tokens: np.ndarray, advice: int, *where: int) -> None:
+        asked.append(advice)
+        advise(tokens, advice, *where)
+
+    monkeypatch.setattr(shards, "_advise", noted)
+    stream = TokenStream(tmp_path, "train")
+    for start, stop in ((0, len(whole)), (13, len(whole) - 7), (899_990, 900_010)):
+        asked.clear()
+        assert np.array_equal(stream[start:stop], whole[start:stop])
+        assert (mmap.MADV_WILLNEED in asked) == (stop - start > 2**19)
 
 
 @pytest.mark.soak

@@ -106,6 +106,9 @@ def test_the_page_writes_explains_and_stops(gpt: GPT) -> None:
 
             await write(page, "again", str(MOST_TOKENS))
             await page.until("document.querySelectorAll('#text i').length > 5")
+            await page.js(
+                "document.querySelector('#tokens').value = ''"
+            )  # no field keeps it running
             await page.point("#go", click=True)  # which is "Stop" now
             await eventually(lambda: said[-1].endswith("stopped by the page"))
             assert "stopped" in await page.js("document.querySelector('#status').textContent")
