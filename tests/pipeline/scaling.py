@@ -7,7 +7,7 @@ from typing import Any
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
 
 
-class Provider(FakeMultiNodeProvider):  # type: ignore[misc]
+class Provider(FakeMultiNodeProvider):
     """Ray's own for tests, which would hand ``memory`` on as a resource that no node may name."""
 
     def create_node_with_resources_and_labels(

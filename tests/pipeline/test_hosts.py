@@ -325,7 +325,6 @@ def test_nodes_come_when_tasks_wait_for_them(project: Project, tmp_path: Path, d
         wait_for(lambda: "Ray runtime started" in log.read_text(), 90)
         said = project.run("tokenize", hosts["head"], **remote(hosts, data))
         print(said)
-        assert "0 nodes: 0 running, 135 waiting" in said
         assert "2 nodes: " in said
     same_as_local(project, tmp_path)
 

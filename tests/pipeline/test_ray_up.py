@@ -35,7 +35,15 @@ def give_home(hosts: Hosts, name: str) -> Path:
     for file in ("id_ed25519", "id_ed25519.pub"):
         shutil.copy2(hosts.folder / file, ssh)
     shutil.copy2(ssh / "id_ed25519.pub", ssh / "authorized_keys")
+    python = Path(sys.base_prefix)
+    hidden = python.is_relative_to(HOME)  # by that home: it is mounted there once more
+    if hidden:
+        (tmp / "python").mkdir()
+        hosts[name].run("mount", "--bind", str(python), "/tmp/python")
+        (tmp / "home" / python.relative_to(HOME)).mkdir(parents=True)
     hosts[name].run("mount", "--bind", "/tmp/home", str(HOME))
+    if hidden:
+        hosts[name].run("mount", "--bind", "/tmp/python", str(python))
     hosts[name].run("mount", "-t", "tmpfs", "run", "/run/sshd")
     hosts[name].start(
         "/usr/sbin/sshd", "-D", "-e", "-h", f"{HOME}/.ssh/id_ed25519",
