@@ -7,6 +7,8 @@ copied to the host when the step is queued, and looked at when step n + 1 has be
 from __future__ import annotations
 
 import math
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -196,7 +198,12 @@ class Meter:
 
     def _print(self, step: int, text: str) -> None:
         width = len(str(self._steps))
-        print(f"step {step:{width}d}/{self._steps}  {text}", flush=True)
+        try:
+            print(f"step {step:{width}d}/{self._steps}  {text}", flush=True)
+        except BrokenPipeError:
+            # Ctrl-C ends the `tee` that reads as well: the run is saved all the same, its log has
+            # the line, and what Python still holds of it must not fail at the exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _line(record: Record) -> str:

@@ -112,6 +112,9 @@ def load(name: str | None = None) -> Parameters:
     params = read_yaml(PARAMS)
     if lacking := [section for section in SECTIONS if section not in params]:
         raise UserError(f"{PARAMS}: section {lacking[0]} is missing; `git checkout {PARAMS}`")
+    for section in SECTIONS:
+        if not isinstance(params[section], dict):
+            raise UserError(f"{PARAMS}: {section}: not a section of keys; `git checkout {PARAMS}`")
     where = f"{PARAMS} with preset {name}" if name else str(PARAMS)
     found: dict[str, Any] = {
         section: validate(

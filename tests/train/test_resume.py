@@ -126,6 +126,25 @@ def test_a_killed_rank_is_replaced_then_brings_the_job_down_and_the_job_resumes(
     assert project.weights() == weights
 
 
+def test_a_reader_that_is_gone_keeps_no_step_from_being_saved(project: Project) -> None:
+    """Ctrl-C at `dvc repro | tee run.log` ends tee as well."""
+    project.write(train={**LONG, "steps": 5000, "log_every": 1})
+    (rank,) = project.start_ranks(1)
+    try:
+        wait_for_step(project, rank, 3)
+        assert rank.stdout is not None
+        rank.stdout.close()
+        rank.stdout = None
+        time.sleep(0.5)
+        rank.send_signal(signal.SIGINT)
+        _, err = rank.communicate(timeout=40)
+        assert rank.returncode == 3, err
+        assert "Traceback" not in err
+        assert "BrokenPipe" not in err
+    finally:
+        kill_group(rank)
+
+
 def test_a_hung_rank_ends_the_run_by_name(project: Project) -> None:
     project.write(train={**LONG, "steps": 5000})
     ranks = project.start_ranks(2, GPT2_TIMEOUT=3)
