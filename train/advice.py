@@ -182,6 +182,7 @@ def plan_of(measured: Measured, params: Parameters, machine: Machine) -> Plan | 
                 micro_batch=measured.micro_batch,
                 checkpoint_activations=machine.checkpoint_activations,
                 overlap=machine.overlap,
+                loss_chunk=machine.loss_chunk,
             )
             return make_plan(whole_batch(params, measured.tokens), options)
     return None

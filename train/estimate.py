@@ -44,6 +44,7 @@ class Options:
         micro_batch: Sequences at a time; None: as training chooses.
         checkpoint_activations: As of machine.yaml.
         overlap: As of machine.yaml.
+        loss_chunk: As of machine.yaml.
     """
 
     hardware: str = "a100-80"
@@ -57,6 +58,7 @@ class Options:
     micro_batch: int | None = None
     checkpoint_activations: bool = False
     overlap: bool = False
+    loss_chunk: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,7 @@ def make_plan(params: Parameters, options: Options) -> Plan:
     Raises:
         UserError: The batch cannot be shared so, or the hardware is unknown.
     """
-    config, train = params.model.config(), params.train
+    config, train = replace(params.model.config(), loss_chunk=options.loss_chunk), params.train
     device = accelerator(options.hardware)
     cluster = _cluster(device, train, options)
     batches = train.batches(config.block_size)

@@ -65,6 +65,7 @@ def _parser() -> Parser:
     add("--micro-batch", type=count, metavar="N", help="default: as training chooses")
     add("--checkpoint-activations", action="store_true", help="as in machine.yaml")
     add("--overlap", action="store_true", help="as in machine.yaml")
+    add("--loss-chunk", type=count, metavar="N", help="as in machine.yaml")
     add("--json", action="store_true", help="for machines: bytes, seconds, FLOPs")
     return parser
 

@@ -174,9 +174,9 @@ def test_the_batch_that_is_tried_is_not_that_of_the_run(
 
 def test_on_a_cpu_the_plan_takes_what_all_ranks_measured(project: Project) -> None:
     found = on_gpus(device="cpu", world=4, total=None, reserved=None, peak=4e11)
-    plan = plan_of(found, load("fineweb-10b"), Machine())
+    plan = plan_of(found, load("fineweb-10b"), Machine(loss_chunk=512))
     assert plan
-    assert (plan.options.hardware, plan.peak) == ("cpu", 4e11)
+    assert (plan.options.hardware, plan.options.loss_chunk, plan.peak) == ("cpu", 512, 4e11)
     assert plan.step.compute == pytest.approx(524_288 * plan.flops_per_token / 4e11 / plan.mfu)
 
 

@@ -145,6 +145,12 @@ def test_a_big_preset_is_whole(preset: str, before: str) -> None:
     assert YAML(typ="safe").load(applied) == YAML(typ="safe").load(fresh)
 
 
+def test_a_larger_chunk_of_the_loss_takes_more_memory() -> None:
+    plain, large = plan(), plan(loss_chunk=8192)
+    more = (8192 - 1490) * 50_304 * (4 + 2)  # logits and their gradient
+    assert large.memory.total - plain.memory.total == pytest.approx(more, rel=0.3)
+
+
 def test_json_is_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
     command.main(["--preset", "fineweb-10b", "--json"])
     found = json.loads(capsys.readouterr().out)
