@@ -19,6 +19,24 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
+def count(text: str) -> int:
+    """The type of a flag: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: not a whole number of at least 1")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """The type of a flag: a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: not a number above 0")
+    return value
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a command. Exit status: 0 done, 2 the user's mistake in one line, 3 interrupted."""
     try:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.errors import UserError
-from pipeline.params import nearest
 from train.hardware import cpu_peak, gpu_peak
 
 GB, GIB = 1e9, 2.0**30
@@ -130,7 +129,7 @@ def accelerator(name: str) -> Accelerator:
                 mfu=mfu,
                 mfu_source=source,
             )
-    raise UserError(f"--hardware {name}: unknown; {nearest(name, NAMES)}")
+    raise UserError(f"--hardware {name}: unknown; take {', '.join(NAMES)}")
 
 
 def _this_cpu() -> Accelerator:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import statistics
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +16,7 @@ from pipeline.machine import Machine
 from train.accelerators import NAMES, accelerator
 from train.distributed import World
 from train.estimate import Options, Plan, make_plan
+from train.hardware import gpu_peak
 from train.loader import divisors
 from train.preset import Parameters
 
@@ -150,6 +152,12 @@ def medians(lines: list[str]) -> dict[str, float]:
     return found
 
 
+def whole_batch(params: Parameters, tokens: int) -> Parameters:
+    """The same, but for the batch: of so many tokens from the start."""
+    update = {"batch_tokens": tokens, "batch_doublings": 0, "batch_ramp_steps": 0}
+    return replace(params, train=params.train.model_copy(update=update))
+
+
 def plan_of(measured: Measured, params: Parameters, machine: Machine) -> Plan | None:
     """What `train.plan` expects of this hardware; None where it does not know it."""
     for name in NAMES:
@@ -159,17 +167,24 @@ def plan_of(measured: Measured, params: Parameters, machine: Machine) -> Plan | 
         else:  # two cards of one name differ in their memory
             fits = known.cuda is not None and known.cuda in measured.device
             fits = fits and 0.9 < known.memory / measured.total < 1.1
+            # ... or in their form, and so their speed: an H100 PCIe is no H100 SXM
+            dtype = params.train.dtype
+            fits = fits and gpu_peak(measured.device, dtype) == known.peak(dtype)
         if fits:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", measured.world))
+            nodes = measured.world // local
             options = Options(
                 hardware=name,
-                nodes=measured.world // local,
+                nodes=nodes,
                 gpus=local,
+                # A CPU's is what its ranks measured while all of them worked.
+                peak=measured.peak / nodes if measured.total is None and measured.peak else None,
                 micro_batch=measured.micro_batch,
                 checkpoint_activations=machine.checkpoint_activations,
                 overlap=machine.overlap,
+                loss_chunk=machine.loss_chunk,
             )
-            return make_plan(params, options)
+            return make_plan(whole_batch(params, measured.tokens), options)
     return None
 
 
@@ -179,13 +194,15 @@ def report(measured: Measured, params: Parameters, machine: Machine) -> str:
     config = params.model.config()
     batch = f"{m.tokens:,} tokens a step, {m.micro_steps} times {m.micro_batch} x "
     low, high = min(m.steps), max(m.steps)
-    hours = train.steps * train.batch_tokens / m.tokens * m.step / 3600
+    batches = train.batches(config.block_size)
+    tokens = batches(train.steps)[0] * config.block_size
+    hours = tokens / m.tokens * m.step / 3600
     rows = [
         ("start", f"{m.start:.1f} s", "model, compiling, rehearsal"),
         ("step", _ms(m.step), f"median of {len(m.steps)}; {_ms(low)} to {_ms(high)}"),
         ("tokens/s", f"{m.tokens / m.step:,.0f}", f"{m.tokens / m.step / m.world:,.0f} a process"),
         ("MFU", "-" if m.mfu is None else f"{m.mfu:.1%}", _peak(m)),
-        ("the whole run", f"{hours:.2f} h", f"{train.steps:,} such steps, nothing else"),
+        ("the whole run", f"{hours:.2f} h", f"{tokens:,} tokens at this speed, nothing else"),
         ("data wait", f"{m.data_wait:.2%}", "made-up tokens" if m.made_up else "shards"),
         ("memory", f"{m.memory / 2**30:.2f} GiB", _memory(m)),
     ]
@@ -220,7 +237,7 @@ def report(measured: Measured, params: Parameters, machine: Machine) -> str:
             "",
             *(_beside(m, plan) if plan else ["train.plan does not know this hardware"]),
             "",
-            *(f"try: {line}" for line in advice(m, plan, machine)),
+            *(f"try: {line}" for line in advice(m, plan, machine, batches.smallest)),
         ]
     )
 
@@ -252,8 +269,15 @@ def _beside(m: Measured, plan: Plan) -> list[str]:
     return [f"beside python -m train.plan --hardware {plan.options.hardware}", *_table(rows)]
 
 
-def advice(m: Measured, plan: Plan | None, machine: Machine) -> list[str]:
-    """What to try, what promises most first."""
+def advice(m: Measured, plan: Plan | None, machine: Machine, smallest: int) -> list[str]:
+    """What to try, what promises most first.
+
+    Args:
+        m: What was measured.
+        plan: Of the same; None where there is none.
+        machine: Its settings.
+        smallest: Sequences of the training's smallest batch, which a micro-batch has to divide.
+    """
     gpu, found = m.total is not None, []
     if gpu and not m.compiled:
         found.append("compile: true in machine.yaml; it is off")
@@ -268,11 +292,11 @@ def advice(m: Measured, plan: Plan | None, machine: Machine) -> list[str]:
             f"the GPU runs at {clock:.0f} of {fastest:.0f} MHz ({_state(m)}): see nvidia-smi -q -d "
             "PERFORMANCE for the reason: power limit, heat, or clocks that were locked"
         )
-    if m.total is not None and m.memory < 0.6 * m.total and m.micro_steps > 1:
-        share = m.micro_steps * m.micro_batch
-        larger = next(n for n in divisors(share) if n > m.micro_batch)
+    share = math.gcd(m.micro_steps * m.micro_batch, smallest // m.world)
+    larger = [n for n in divisors(share) if n > m.micro_batch]
+    if m.total is not None and m.memory < 0.6 * m.total and larger:
         used = f"{m.memory / 2**30:.0f} of {m.total / 2**30:.0f} GiB are used"
-        found.append(f"GPT2_MICRO_BATCH={larger} (machine.yaml: micro_batch): {used}")
+        found.append(f"GPT2_MICRO_BATCH={larger[0]} (machine.yaml: micro_batch): {used}")
     if m.total is not None and m.memory < 0.6 * m.total and machine.loss_chunk is None:
         found.append("GPT2_LOSS_CHUNK=8192 (machine.yaml: loss_chunk), where there is memory left")
     if m.data_wait > 0.01:

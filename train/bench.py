@@ -12,7 +12,6 @@ file, and starts a process for each GPU, as `train.launch` does. Under torchrun 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -21,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -31,13 +30,13 @@ import torch
 from torch import Tensor
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
-from model.command import Parser
+from model.command import Parser, count, positive
 from model.size import flops_per_token
 from pipeline import TokenStream, stage
-from pipeline.errors import Stopped
+from pipeline.errors import Stopped, UserError
 from pipeline.machine import Machine
 from train import gpus
-from train.advice import Kernel, Measured, Watch, report
+from train.advice import Kernel, Measured, Watch, report, whole_batch
 from train.arithmetic import device_name, peak_memory, summed_loss
 from train.distributed import World, device_type, process_group, processes_here
 from train.interrupt import Interrupt, Interrupted
@@ -45,7 +44,7 @@ from train.loader import Batches
 from train.preset import load
 from train.run import TOKENS, Run
 from train.torchrun import run_torchrun
-from train.trainer import Trainer, compiles, plan_split
+from train.trainer import Trainer, compiles, plan_split, share_batch
 
 WARM_UP = 3  # steps before the first that counts
 TRIES = 5  # of each part; the first does not count
@@ -230,20 +229,23 @@ def _kernels(step: Callable[[], Any], clock: Clock, world: World) -> list[Kernel
 def main(argv: Sequence[str] = ()) -> None:
     """Times the training step on this machine, and says what to try."""
     args = _parser().parse_args(argv)
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json {args.json}: there is no folder {args.json.parent}")
     params, machine = load(args.preset), Machine.load()
+    params.train.batches(params.model.block_size)
     kind = device_type(machine.device)
     processes = processes_here(machine, kind)
-    update: dict[str, Any] = {"batch_doublings": 0, "batch_ramp_steps": 0}
-    if args.batch_tokens:
-        update["batch_tokens"] = args.batch_tokens
-    params = replace(params, train=params.train.model_copy(update=update))
-    params.train.batches(params.model.block_size)
+    tried, micro_batch = whole_batch(params, args.batch_tokens or params.train.batch_tokens), None
+    if not args.batch_tokens:  # the training's, which also divides its batch while that grows
+        world_size = int(os.environ.get("WORLD_SIZE", processes))
+        split = share_batch(params.model, params.train, world_size, machine.micro_batch, kind)
+        micro_batch = split.micro_batch
     shards = (TOKENS / "manifest.json").exists()
     data = TokenStream(TOKENS, "train") if shards else cast(TokenStream, MadeUp())
     trial = Trial(
-        model=params.model,
-        params=params.train.model_copy(update={"steps": sys.maxsize}),  # it stops by the clock
-        machine=machine,
+        model=tried.model,
+        params=tried.train.model_copy(update={"steps": sys.maxsize}),  # it stops by the clock
+        machine=machine.model_copy(update={"micro_batch": micro_batch or machine.micro_batch}),
         train_data=data,
         val_data=data,
         code_key="",
@@ -265,26 +267,13 @@ def main(argv: Sequence[str] = ()) -> None:
             args.json.write_text(json.dumps(asdict(measured), indent=2) + "\n")
 
 
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: not a number above 0")
-    return value
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: not a whole number of at least 1")
-    return int(text)
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(prog="python -m train.bench", description=main.__doc__)
     add = parser.add_argument
     add("--preset", metavar="NAME", help="lay this preset over params.yaml, which stays as it is")
-    add("--batch-tokens", type=_count, metavar="N", help="for train.batch_tokens (slow machines)")
-    add("--seconds", type=_positive, default=60.0, metavar="S", help="of steps (default 60)")
-    add("--steps", type=_count, default=1000, metavar="N", help="at most (default 1000)")
+    add("--batch-tokens", type=count, metavar="N", help="for train.batch_tokens (slow machines)")
+    add("--seconds", type=positive, default=60.0, metavar="S", help="of steps (default 60)")
+    add("--steps", type=count, default=1000, metavar="N", help="at most (default 1000)")
     add("--json", type=Path, metavar="FILE", help="all of it, for machines")
     return parser
 

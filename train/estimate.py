@@ -15,11 +15,11 @@ from model.size import flops_per_token, parameter_count
 from train.accelerators import Accelerator, Link, accelerator
 from train.corpus import Corpus
 from train.cost import Cluster, StepTime, all_reduce_bytes, step_time
-from train.loader import Split, divisors
+from train.loader import divisors
 from train.memory import CUDA_RESERVE, FRAGMENTS, Memory, training_memory
 from train.params import TrainParams
 from train.preset import Parameters
-from train.trainer import MICRO_BATCH_TOKENS
+from train.trainer import share_batch
 
 MANY_EPOCHS = 4  # beyond these a text seen again teaches little (Muennighoff et al. 2023)
 # HellaSwag as it is asked during training: 10,042 tasks of four rows, about 100 tokens each, by the
@@ -38,11 +38,13 @@ class Options:
         gpus: Of each node; on a CPU, processes.
         interconnect: Within a node; None: the best that there is.
         network: Between nodes, Gbit/s of each; None: as usual.
+        peak: Of one GPU, or of a node's CPU, FLOP/s; None: what is known, or timed here.
         mfu: Part of the peak that forward and backward reach; None: train/accelerators.py's.
         rate: Dollars for an hour of one GPU; None: not known.
         micro_batch: Sequences at a time; None: as training chooses.
         checkpoint_activations: As of machine.yaml.
         overlap: As of machine.yaml.
+        loss_chunk: As of machine.yaml.
     """
 
     hardware: str = "a100-80"
@@ -50,11 +52,13 @@ class Options:
     gpus: int = 8
     interconnect: Link | None = None
     network: float | None = None
+    peak: float | None = None
     mfu: float | None = None
     rate: float | None = None
     micro_batch: int | None = None
     checkpoint_activations: bool = False
     overlap: bool = False
+    loss_chunk: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,14 +148,12 @@ def make_plan(params: Parameters, options: Options) -> Plan:
     Raises:
         UserError: The batch cannot be shared so, or the hardware is unknown.
     """
-    config, train = params.model.config(), params.train
+    config, train = replace(params.model.config(), loss_chunk=options.loss_chunk), params.train
     device = accelerator(options.hardware)
     cluster = _cluster(device, train, options)
     batches = train.batches(config.block_size)
-    default = MICRO_BATCH_TOKENS["cpu" if device.cuda is None else "cuda"] // config.block_size
-    split = Split.plan(
-        batches.smallest, config.block_size, cluster.world, options.micro_batch, default
-    )
+    kind = "cpu" if device.cuda is None else "cuda"
+    split = share_batch(params.model, train, cluster.world, options.micro_batch, kind)
     micro_steps = split.micro_steps(batches.full)
 
     def memory(micro_batch: int) -> Memory:
@@ -223,7 +225,7 @@ def _cluster(device: Accelerator, train: TrainParams, options: Options) -> Clust
         gpus=options.gpus,
         link=device.link(options.interconnect),
         network=options.network * 1e9 if options.network else None,
-        peak=device.peak(train.dtype),
+        peak=options.peak or device.peak(train.dtype),
         mfu=options.mfu or device.mfu,
     )
 

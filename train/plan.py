@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 
+from model.command import Parser, count, positive
 from pipeline import stage
 from train.accelerators import NAMES
 from train.estimate import Options, Plan, make_plan
@@ -42,50 +43,35 @@ def main(argv: Sequence[str] = ()) -> None:
         print(table(plan, preset))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m train.plan",
         description="Memory, time, price and disk of the run in params.yaml, computed.",
     )
     add = parser.add_argument
     add("--preset", metavar="NAME", help="lay this preset over params.yaml, which stays as it is")
     add("--hardware", default="a100-80", metavar="NAME", help=f"{', '.join(NAMES)} (this machine)")
-    add("--nodes", type=_count, default=1, metavar="N")
-    add("--gpus", type=_count, default=8, metavar="N", help="of a node; processes, on a CPU")
+    add("--nodes", type=count, default=1, metavar="N")
+    add("--gpus", type=count, default=8, metavar="N", help="of a node; processes, on a CPU")
     add("--interconnect", choices=("nvlink", "pcie"), help="within a node; default: the best")
-    add("--network", type=_positive, metavar="GBIT", help="between nodes, Gbit/s of each")
+    add("--network", type=positive, metavar="GBIT", help="between nodes, Gbit/s of each")
     add(
         "--mfu",
         type=_part,
         metavar="X",
         help="of forward and backward, as python -m train.bench measures it",
     )
-    add("--rate", type=_positive, metavar="DOLLARS", help="for an hour of one GPU")
-    add("--micro-batch", type=_count, metavar="N", help="default: as training chooses")
+    add("--rate", type=positive, metavar="DOLLARS", help="for an hour of one GPU")
+    add("--micro-batch", type=count, metavar="N", help="default: as training chooses")
     add("--checkpoint-activations", action="store_true", help="as in machine.yaml")
     add("--overlap", action="store_true", help="as in machine.yaml")
+    add("--loss-chunk", type=count, metavar="N", help="as in machine.yaml")
     add("--json", action="store_true", help="for machines: bytes, seconds, FLOPs")
     return parser
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: not a whole number of at least 1")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: not a number above 0")
-    return value
-
-
 def _part(text: str) -> float:
-    value = _positive(text)
+    value = positive(text)
     if value > 1:
         raise argparse.ArgumentTypeError(f"{text}: not a part of the peak, above 0 and up to 1")
     return value

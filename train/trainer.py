@@ -26,6 +26,7 @@ from train.optimizer import (
     make_optimizer,
     set_learning_rate,
 )
+from train.params import ModelParams, TrainParams
 from train.run import Run
 from train.validation import mean_loss
 from train.writer import Writer
@@ -47,15 +48,26 @@ def plan_split(run: Run, world_size: int, device: str) -> Split:
     Raises:
         UserError: It cannot be shared evenly.
     """
-    flops = flops_per_token(run.model.config(), run.model.block_size)
+    return share_batch(run.model, run.params, world_size, run.machine.micro_batch, device)
+
+
+def share_batch(
+    model: ModelParams, params: TrainParams, world_size: int, micro_batch: int | None, device: str
+) -> Split:
+    """How parameters' batch is shared by any processes; micro-batches of None are chosen.
+
+    Raises:
+        UserError: It cannot be shared evenly.
+    """
+    flops = flops_per_token(model.config(), model.block_size)
     tokens = min(MICRO_BATCH_TOKENS[device], MICRO_BATCH_FLOPS[device] / flops)
-    doublings = run.params.batch_doublings
+    doublings = params.batch_doublings
     return Split.plan(
-        run.batches.smallest,
-        run.model.block_size,
+        params.batches(model.block_size).smallest,
+        model.block_size,
         world_size,
-        run.machine.micro_batch,
-        int(tokens // run.model.block_size),
+        micro_batch,
+        int(tokens // model.block_size),
         "train.batch_tokens" + (f" / 2^{doublings} (batch_doublings)" if doublings else ""),
     )
 

@@ -24,6 +24,7 @@ from train.preset import load
 def test_one_process_measures_its_step_and_leaves_nothing(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    project.write(train={"batch_doublings": 2, "batch_ramp_steps": 2})
     before = sorted(project.folder.rglob("*"))
     bench.main(["--steps", "6", "--json", "found.json"])
     out = capsys.readouterr().out
@@ -33,6 +34,7 @@ def test_one_process_measures_its_step_and_leaves_nothing(
     ]
     assert len(found["steps"]) == 6
     assert found["tokens"] == 128
+    assert (found["micro_batch"], found["micro_steps"]) == (2, 4)  # of the smallest batch
     assert (found["world"], found["reduced"], found["made_up"]) == (1, 0, False)
     median = sorted(found["steps"])[2:4]
     flops = 128 * flops_per_token(load().model.config(), 16)
@@ -70,6 +72,7 @@ def test_two_processes_also_time_the_all_reduce(project: Project) -> None:
         (["--steps", "0"], "--steps"),
         (["--seconds", "-1"], "--seconds"),
         (["--seconds", "nan"], "--seconds"),
+        (["--seconds", "abc"], "abc: not a number above 0"),
         (["--batch-tokens", "x"], "--batch-tokens"),
         (["--presets", "mini"], "--presets"),
     ],
@@ -93,6 +96,8 @@ def test_a_batch_that_cannot_be_shared_is_refused(
     monkeypatch.setenv("GPT2_PROCESSES", "3")
     with pytest.raises(UserError, match="2 or 4"):
         bench.main([])
+    with pytest.raises(UserError, match="no folder missing"):
+        bench.main(["--json", "missing/x.json"])
 
 
 def on_gpus(**changes: Any) -> Measured:
@@ -140,22 +145,49 @@ RULES: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("changes", "words"), RULES)
 def test_each_fault_has_its_advice(changes: dict[str, Any], words: str) -> None:
     machine = Machine()
-    assert advice(on_gpus(), None, machine) == ["nothing: no setting stands out"]
-    lines = advice(on_gpus(**changes), None, machine)
+    assert advice(on_gpus(), None, machine, 512) == ["nothing: no setting stands out"]
+    lines = advice(on_gpus(**changes), None, machine, 512)
     assert words in lines[0]
     spare = "memory" in changes
     assert [line for line in lines[1:] if "GPT2_LOSS_CHUNK" not in line] == []
     assert len(lines) == 1 + spare
 
 
+def test_no_micro_batch_is_advised_that_training_refuses() -> None:
+    spare = on_gpus(memory=20 << 30, micro_batch=16, micro_steps=4)
+    assert "MICRO_BATCH" not in str(advice(spare, None, Machine(), 128))  # 16 for each of 8
+    assert "GPT2_MICRO_BATCH=32" in str(advice(spare, None, Machine(), 256))
+
+
+def test_the_batch_that_is_tried_is_not_that_of_the_run(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = on_gpus(tokens=65536, micro_batch=8)
+    monkeypatch.setattr(bench, "measure", lambda *_: found)
+    bench.main(["--preset", "fineweb-10b", "--batch-tokens", "65536"])
+    out = capsys.readouterr().out
+    assert f" {9_999_745_024 / 65536 * found.step / 3600:.2f} h " in out
+    plan = plan_of(found, load("speedrun"), Machine())
+    assert plan
+    assert (plan.micro_batch, plan.micro_steps) == (8, 1)
+
+
+def test_on_a_cpu_the_plan_takes_what_all_ranks_measured(project: Project) -> None:
+    found = on_gpus(device="cpu", world=4, total=None, reserved=None, peak=4e11)
+    plan = plan_of(found, load("fineweb-10b"), Machine(loss_chunk=512))
+    assert plan
+    assert (plan.options.hardware, plan.options.loss_chunk, plan.peak) == ("cpu", 512, 4e11)
+    assert plan.step.compute == pytest.approx(524_288 * plan.flops_per_token / 4e11 / plan.mfu)
+
+
 def test_a_slow_link_is_named_with_its_speed() -> None:
     slow = on_gpus(parts={**on_gpus().parts, "all-reduce": 0.08})
     assert slow.bus == pytest.approx(2 * 7 / 8 * slow.reduced / 0.08)
-    (line,) = advice(slow, None, Machine())
+    (line,) = advice(slow, None, Machine(), 512)
     assert f"{slow.bus / 1e9:.1f} GB/s" in line
     assert "nvidia-smi topo" in line
     assert "overlap: true" in line
-    assert "overlap: true" not in advice(slow, None, Machine(overlap=True))[0]
+    assert "overlap: true" not in advice(slow, None, Machine(overlap=True), 512)[0]
 
 
 @pytest.mark.parametrize(
@@ -164,6 +196,7 @@ def test_a_slow_link_is_named_with_its_speed() -> None:
         ("NVIDIA A100-SXM4-80GB", 79.1, "a100-80"),
         ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40"),
         ("NVIDIA H100 80GB HBM3", 79.1, "h100"),
+        ("NVIDIA H100 PCIe", 79.1, None),
         ("NVIDIA H200", 139.8, "h200"),
         ("NVIDIA L4", 22.0, "l4"),
         ("NVIDIA GeForce RTX 4090", 23.5, "rtx4090"),

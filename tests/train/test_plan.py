@@ -49,6 +49,11 @@ def test_the_real_run_on_eight_a100() -> None:
     assert found.micro_batch * found.micro_steps * found.world * 1024 == 524_288
 
 
+def test_the_micro_batch_is_the_trainings_on_a_cpu_as_well() -> None:
+    assert plan(hardware="cpu", gpus=4).micro_batch == 1
+    assert plan().micro_batch == 16
+
+
 def test_time_and_price_scale_as_they_should() -> None:
     one, eight = plan(gpus=1, rate=2.0), plan(gpus=8, rate=2.0)
     assert 7.5 < one.seconds / eight.seconds < 8
@@ -140,6 +145,12 @@ def test_a_big_preset_is_whole(preset: str, before: str) -> None:
     assert YAML(typ="safe").load(applied) == YAML(typ="safe").load(fresh)
 
 
+def test_a_larger_chunk_of_the_loss_takes_more_memory() -> None:
+    plain, large = plan(), plan(loss_chunk=8192)
+    more = (8192 - 1490) * 50_304 * (4 + 2)  # logits and their gradient
+    assert large.memory.total - plain.memory.total == pytest.approx(more, rel=0.3)
+
+
 def test_json_is_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
     command.main(["--preset", "fineweb-10b", "--json"])
     found = json.loads(capsys.readouterr().out)
@@ -163,10 +174,14 @@ def test_params_stay_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--hardware", "a100"], "--hardware a100: unknown; did you mean"),
+        (["--hardware", "a100"], "--hardware a100: unknown; take a100-40, a100-80, h100,"),
         (["--hardware", "l4", "--interconnect", "nvlink"], "l4 has no NVLink; take pcie"),
         (["--preset", "fineweb"], "preset fineweb: unknown; did you mean fineweb-10b?"),
         (["--preset", "fineweb-10b", "--gpus", "7"], "which 7 processes cannot share"),
+        (
+            ["--preset", "speedrun", "--gpus", "3"],
+            "train.batch_tokens / 2^2 (batch_doublings): 131072",
+        ),
         (["--preset", "fineweb-10b", "--micro-batch", "7"], "7 does not divide"),
         (["--mfu", "40"], "argument --mfu: 40: not a part of the peak"),
         (["--rate", "free"], "argument --rate: free: not a number above 0"),
@@ -180,7 +195,9 @@ def test_mistakes_are_said_in_a_line(
         command.main(arguments)
     if isinstance(ended.value, SystemExit):  # argparse's
         assert ended.value.code == 2
-        assert said in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert said in err
+        assert err.count("\n") == 1
     else:
         assert said in str(ended.value)
 
