@@ -84,9 +84,10 @@ time.sleep(60)
 def test_a_stage_of_dvc_dies_with_it_and_one_under_nohup_does_not(
     tmp_path: Path, supervised: bool
 ) -> None:
-    mark = tmp_path / "ended"
+    begun, mark = tmp_path / "begun", tmp_path / "ended"
     body = f"""
     try:
+        open({str(begun)!r}, "w").close()
         time.sleep(60)
     finally:
         open({str(mark)!r}, "w").write("stopped")"""
@@ -100,6 +101,8 @@ def test_a_stage_of_dvc_dies_with_it_and_one_under_nohup_does_not(
     )
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
+    while not begun.exists():  # a signal before that ends the child without a mark
+        time.sleep(0.01)
     parent.kill()
     parent.wait()
     try:
