@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from model import GPT
-from pipeline.errors import Stopped
 from tests.train.conftest import Project
-from tests.train.test_loop import records, train_here
+from tests.train.test_loop import records, stop_in, train_here
 from train import hellaswag
 from train.run import Run
-from train.trainer import Trainer
 
 WORDS = re.findall(r"\w+", "the people of this land saw a wide river and went over it in boats")
 ASKED = {"hellaswag": "tasks.jsonl", "hellaswag_every": 6}
@@ -75,18 +70,7 @@ def test_stopped_while_it_is_asked_and_resumed_ends_with_the_same_bits(
     folder = project.folder / "artifacts/checkpoint"
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setenv("GPT2_WORK_DIR", "stopped")
-    original = Trainer.answer
-    asked = iter([step == 6, True])
-
-    def answer_and_signal(self: Trainer, *args: Any) -> float | None:
-        if next(asked):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "answer", answer_and_signal)
-        with pytest.raises(Stopped):
-            train_here()
+    stop_in(monkeypatch, "answer", step // 6)
     assert step not in records(Run.open(), "val/hellaswag")
     resumed = train_here()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files

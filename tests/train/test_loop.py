@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from itertools import count
 from typing import Any
 
 import pytest
@@ -205,6 +206,21 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signa
     monkeypatch.setattr(Trainer, "step", step_and_signal)
 
 
+def stop_in(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> None:
+    """Trains, and stops the run by a signal at that call, from 1, of a method of the trainer."""
+    original, calls = getattr(Trainer, method), count(1)
+
+    def method_and_signal(self: Trainer, *args: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, method, method_and_signal)
+        with pytest.raises(Stopped):
+            train_here()
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_stopped_and_resumed_ends_with_the_same_bits(
     project: Project,
@@ -246,18 +262,7 @@ def test_stopped_in_a_validation_and_resumed_ends_with_the_same_bits(
     folder = project.folder / "artifacts/checkpoint"
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setenv("GPT2_WORK_DIR", "stopped")
-    original = Trainer.validate
-    asked = iter([step == 6, True])
-
-    def validate_and_signal(self: Trainer, *args: Any) -> float:
-        if next(asked):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "validate", validate_and_signal)
-        with pytest.raises(Stopped):
-            train_here()
+    stop_in(monkeypatch, "validate", step // 6)
     stopped = Run.open()
     assert checkpoint.steps(stopped.folder)[-1].name == f"step-{step:08d}"
     assert step not in records(stopped, "val/loss")
