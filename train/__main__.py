@@ -6,7 +6,7 @@ import contextlib
 import os
 
 from pipeline import stage
-from train import gpus, hellaswag
+from train import gpus
 from train.distributed import World, process_group
 from train.loop import train
 from train.run import Run
@@ -19,15 +19,12 @@ def main() -> None:
     if run.params.deterministic:  # NCCL sums in one order; read when the group is made
         os.environ.setdefault("NCCL_ALGO", "Ring")
         os.environ.setdefault("NCCL_PROTO", "Simple")
-    if run.params.hellaswag and os.environ.get("RANK", "0") == "0":
-        hellaswag.read("train.hellaswag", run.params.hellaswag)  # refused before the ranks meet
     with process_group(run.machine.device, run.machine.timeout) as world, _hold(run, world):
-        if world.device.type == "cuda":
-            gpus.check(run.params.dtype, compiles(run, "cuda"))
-        if world.first and run.machine.fresh and not _restarted():
-            run.clear()
-        if not world.broadcast(_publish_finished(run, world)):
-            train(run, world)
+        anew = run.machine.fresh and not _restarted()
+        if not world.broadcast(not anew and _publish_finished(run, world)):
+            if world.device.type == "cuda":
+                gpus.check(run.params.dtype, compiles(run, "cuda"))
+            train(run, world, anew=anew)
     if world.first:
         print(run.ending(), flush=True)
 

@@ -24,7 +24,7 @@ from train.trainer import compiles, plan_split
 
 
 def main(argv: Sequence[str] = ()) -> None:
-    """Checks the run, publishes it if it is finished, else runs torchrun."""
+    """Publishes the run if it is finished, else checks all that it needs and runs torchrun."""
     parser = argparse.ArgumentParser(prog="python -m train.launch", description=main.__doc__)
     parser.add_argument(
         "--adopt",
@@ -33,6 +33,12 @@ def main(argv: Sequence[str] = ()) -> None:
     )
     args = parser.parse_args(argv)
     run = Run.open()
+    if not run.machine.fresh:
+        run.check_not_failed()
+        if args.adopt is None and _publish_finished(run):
+            return
+    elif args.adopt is not None:
+        raise UserError("--adopt goes on with a run, GPT2_FRESH=1 forgets it: not both")
     kind = device_type(run.machine.device)
     processes = processes_here(run.machine, kind)
     if kind == "cuda":
@@ -42,18 +48,7 @@ def main(argv: Sequence[str] = ()) -> None:
     size = 12 * parameter_count(run.model.config()) * (run.params.kept() + 1)
     require_space(run.store.root, size, "the checkpoints")
     if args.adopt is not None:
-        if run.machine.fresh:
-            raise UserError("--adopt goes on with a run, GPT2_FRESH=1 forgets it: not both")
         print(adopt(run, args.adopt), flush=True)
-    if not run.machine.fresh:
-        run.check_not_failed()
-        with run.lock():
-            last = run.finished()
-            if last is not None:
-                run.publish(last)
-        if last is not None:
-            print("this run is finished already; " + run.ending(), flush=True)
-            return
     if run.params.hellaswag:  # fetched before anything is computed; the workers find it there
         hellaswag.read("train.hellaswag", run.params.hellaswag)
     if not checkpoint.steps(run.folder):
@@ -67,6 +62,17 @@ def main(argv: Sequence[str] = ()) -> None:
             )
     with claim_part(run.machine, kind, processes):
         run_torchrun(processes, run.machine.restarts)
+
+
+def _publish_finished(run: Run) -> bool:
+    """Publishes a finished run, on whatever machine; False for any other run."""
+    with run.lock():
+        last = run.finished()
+        if last is None:
+            return False
+        run.publish(last)
+    print("this run is finished already; " + run.ending(), flush=True)
+    return True
 
 
 if __name__ == "__main__":

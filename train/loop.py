@@ -18,18 +18,26 @@ from train.run import Run
 from train.trainer import Trainer
 
 
-def train(run: Run, world: World) -> None:
+def train(run: Run, world: World, *, anew: bool = False) -> None:
     """Trains a run to its end, from its newest checkpoint on, and publishes it.
+
+    Args:
+        run: What is trained.
+        world: By whom.
+        anew: Whether to forget first what was done before; rank 0's word counts.
 
     Raises:
         Stopped: A signal came; the last complete step is saved.
         SystemExit: The loss or a gradient is no number: said in one line, status 1, and the last
             good checkpoint is kept.
     """
-    run.check_not_failed()
     source = run.params.hellaswag
     read = hellaswag.read("train.hellaswag", source) if source and world.first else None
-    trainer, history = Trainer(run, world, world.broadcast(read)), run.history
+    if anew and world.first:
+        run.clear()
+    tasks = world.broadcast(read)  # nobody looks into the run's folder before it is cleared
+    run.check_not_failed()
+    trainer, history = Trainer(run, world, tasks), run.history
     done = trainer.restore()
     if world.first:
         print(banner(trainer, done), flush=True)

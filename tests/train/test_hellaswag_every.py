@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from model import GPT
+from pipeline.errors import UserError
 from tests.train.conftest import Project
 from tests.train.test_loop import records, stop_in, train_here
-from train import hellaswag
+from train import __main__ as worker
+from train import checkpoint, hellaswag
 from train.run import Run
 
 WORDS = re.findall(r"\w+", "the people of this land saw a wide river and went over it in boats")
@@ -76,3 +79,28 @@ def test_stopped_while_it_is_asked_and_resumed_ends_with_the_same_bits(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
     for name in ("val/loss", "val/hellaswag"):
         assert records(resumed, name) == records(whole, name)
+
+
+def test_without_its_tasks_a_finished_run_is_published_and_none_is_begun_or_lost(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under torchrun alone, where no `train.launch` has looked before."""
+    write_tasks()
+    project.write(train=ASKED)
+    worker.main()
+    weights, saved = project.weights(), checkpoint.steps(project.run_folder)
+    Path("tasks.jsonl").unlink()
+    shutil.rmtree(project.folder / "artifacts")
+    worker.main()
+    assert project.weights() == weights
+
+    monkeypatch.setenv("GPT2_FRESH", "1")
+    with pytest.raises(UserError, match=r"train\.hellaswag: tasks\.jsonl: No such file"):
+        worker.main()
+    assert checkpoint.steps(project.run_folder) == saved
+
+    write_tasks()
+    before = (project.run_folder / "final.json").stat().st_mtime_ns
+    worker.main()
+    assert (project.run_folder / "final.json").stat().st_mtime_ns > before
+    assert project.weights() == weights

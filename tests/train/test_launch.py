@@ -55,6 +55,7 @@ def test_a_finished_run_is_published_again_without_torchrun(
     before = curve.read_bytes()
     for name in ("artifacts", "metrics"):  # as DVC does before a stage
         shutil.rmtree(project.folder / name)
+    monkeypatch.setenv("GPT2_PROCESSES", "3")  # which could not train it
     launch.main()
     assert started == []
     assert "finished already" in capsys.readouterr().out
@@ -63,6 +64,9 @@ def test_a_finished_run_is_published_again_without_torchrun(
     assert curve.read_bytes() == before
 
     monkeypatch.setenv("GPT2_FRESH", "1")
+    with pytest.raises(UserError, match="processes"):
+        launch.main()
+    monkeypatch.delenv("GPT2_PROCESSES")
     launch.main()
     assert len(started) == 1
 
