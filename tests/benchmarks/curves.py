@@ -34,7 +34,7 @@ from pipeline.params import read_yaml
 REPO = Path(__file__).parents[2]
 MODEL: dict[str, Any] = {"size": None, "n_layer": 4, "n_head": 4, "n_embd": 64, "block_size": 256}
 TRAIN: dict[str, Any] = {
-    "steps": 800, "batch_tokens": 4096, "learning_rate": 2e-3, "warmup_steps": 80,
+    "steps": 1600, "batch_tokens": 4096, "learning_rate": 2e-3, "warmup_steps": 80,
     "dtype": "float32", "val_every": 50, "val_tokens": 16384, "checkpoint_every": 50,
     "log_every": 1,
 }  # fmt: skip
