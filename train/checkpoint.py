@@ -113,10 +113,12 @@ def save(
     for name in hashes:
         atomic.fsync_file(part / name)
     atomic.write_json(part / STATE, {**state, "schema_version": SCHEMA_VERSION, "sha256": hashes})
-    if final.exists():
-        remove(final)
+    if final.exists():  # saved once more, with the loss that was not measured then
+        os.rename(final, _hidden(final))
     os.rename(part, final)
     atomic.fsync_folder(run)
+    if _hidden(final).exists():
+        shutil.rmtree(_hidden(final))
     found = {step_of(path): path for path in steps(run)}
     losses = {step: _loss(path) for step, path in found.items() if path <= final}
     for step in found.keys() - keep.of(losses):
@@ -146,9 +148,13 @@ def steps(run: Path) -> list[Path]:
 
 def remove(folder: Path) -> None:
     """Removes a checkpoint; its name goes first, so that no half of it is ever taken for one."""
-    hidden = folder.with_name(f".{folder.name}.old")
-    os.rename(folder, hidden)
-    shutil.rmtree(hidden)
+    os.rename(folder, _hidden(folder))
+    shutil.rmtree(_hidden(folder))
+
+
+def _hidden(folder: Path) -> Path:
+    """The name of a checkpoint that goes."""
+    return folder.with_name(f".{folder.name}.old")
 
 
 def verify(folder: Path) -> dict[str, Any]:

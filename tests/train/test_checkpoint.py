@@ -94,6 +94,24 @@ def test_saving_again_replaces(tmp_path: Path) -> None:
     checkpoint.verify(save(tmp_path, 1))
 
 
+def test_killed_while_it_replaces_one_it_has_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tmp_path, 1)
+    (folder / checkpoint.MODEL).write_bytes(b"broken")
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.checkpoint.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 1)
+    checkpoint.verify(folder)
+    save(tmp_path, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "step-00000002"}
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
