@@ -137,6 +137,8 @@ def flat_state(optimizer: Optimizer, named: Mapping[str, Tensor]) -> dict[str, T
     Returns:
         The tensors themselves, where they are; none before the first step.
     """
+    if isinstance(optimizer, MuonAdamW) and not optimizer.adamw.state:
+        return {}  # its momenta are there from the beginning, as zeros
     return {
         f"{name}.{key}": value.detach()
         for name, parameter in named.items()

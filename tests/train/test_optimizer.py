@@ -92,6 +92,13 @@ def test_the_state_goes_round_and_the_next_step_is_the_same(kind: Kind) -> None:
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_before_the_first_step_there_is_no_state(kind: Kind) -> None:
+    """Where all steps so far were skipped, a checkpoint holds none, and is resumed without."""
+    gpt = GPT(CONFIG)
+    assert flat_state(optimizer_of(gpt, kind), dict(gpt.named_parameters())) == {}
+
+
 def test_a_state_of_another_model_is_refused() -> None:
     gpt = GPT(CONFIG)
     optimizer = optimizer_of(gpt)
