@@ -146,6 +146,9 @@ def _weight_files(folder: Path) -> list[Path]:
         files = [single]
     else:
         names: dict[str, Any] = read_json(index, "it should name the weight files")["weight_map"]
+        for name in names.values():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise FormatError(f"{index}: {name!r} is no name of a file beside it")
         files = [folder / name for name in sorted(set(names.values()))]
     for path in files:
         if not path.is_file():

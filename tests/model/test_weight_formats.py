@@ -151,6 +151,15 @@ def test_weights_in_several_files(exported):
         assert torch.equal(state[name], tensor)
 
 
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "a/x.safetensors", 7])
+def test_an_index_names_files_beside_it(exported, name):
+    (exported / "model.safetensors").unlink()
+    path = exported / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"wte.weight": name}}))
+    with pytest.raises(FormatError, match=r"index\.json: .* is no name of a file beside it"):
+        GPT.from_hf(exported)
+
+
 def test_narrow_weights_are_widened(exported):
     edit(exported, lambda t: t.update({k: v.half() for k, v in t.items()}))
     assert {p.dtype for p in GPT.from_hf(exported).parameters()} == {torch.float32}
