@@ -1,5 +1,6 @@
 """How a command ends: exit statuses, signals, and no orphans."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -11,6 +12,10 @@ from typing import NoReturn
 from pipeline.errors import StageFailed, Stopped, UserError
 
 DONE, FAULT, USER_ERROR, STOPPED = 0, 1, 2, 3
+
+# What asks a command to stop: SIGUSR1 is Slurm's warning, by custom; SIGHUP, that the terminal or
+# the connection is gone.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 _PR_SET_PDEATHSIG = 1
 
@@ -27,6 +32,15 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def outlives(number: int) -> bool:
+    """Whether this command was told to outlive a signal, as `nohup` has it outlive its terminal.
+
+    A worker of torchrun obeys: it has no terminal, and is only sent what torchrun passes on.
+    """
+    ignored = signal.getsignal(number) is signal.SIG_IGN
+    return number == signal.SIGHUP and ignored and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
 def _raise_stopped(signum: int, frame: FrameType | None) -> None:
     raise Stopped(signal.Signals(signum).name)
 
@@ -38,8 +52,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     3: stopped by a signal, the same command resumes.
     """
     die_with_parent()
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # the second is Slurm's warning, by custom
-        signal.signal(number, _raise_stopped)
+    for number in SIGNALS:
+        if not outlives(number):
+            signal.signal(number, _raise_stopped)
     try:
         main()
     except UserError as error:
@@ -50,6 +65,9 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.exit(FAULT)
     except KeyboardInterrupt:  # also Stopped
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # of many workers, the one above them speaks
-            print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
+            fresh = " without GPT2_FRESH" if os.environ.get("GPT2_FRESH") else ""
+            said = f"stopped; the same command{fresh} goes on from here"
+            with contextlib.suppress(OSError):  # the terminal may be what has gone
+                print(said, file=sys.stderr, flush=True)
         sys.exit(STOPPED)
     sys.exit(DONE)

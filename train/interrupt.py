@@ -6,9 +6,10 @@ import signal
 from types import FrameType
 from typing import Any
 
+from pipeline import stage
 from train.distributed import World
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is Slurm's, by custom
+SIGNALS = (signal.SIGINT, *stage.SIGNALS)
 
 
 class Interrupted(Exception):
@@ -29,7 +30,11 @@ class Interrupt:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
-        self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        self._before = {
+            number: signal.signal(number, self._ask)
+            for number in SIGNALS
+            if not stage.outlives(number)
+        }
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -6,6 +6,7 @@ copied to the host when the step is queued, and looked at when step n + 1 has be
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import sys
@@ -200,9 +201,11 @@ class Meter:
         width = len(str(self._steps))
         try:
             print(f"step {step:{width}d}/{self._steps}  {text}", flush=True)
-        except BrokenPipeError:
-            # Ctrl-C ends the `tee` that reads as well: the run is saved all the same, its log has
-            # the line, and what Python still holds of it must not fail at the exit.
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            # Ctrl-C ends the `tee` that reads as well, or the terminal is gone: the run is saved
+            # all the same, its log has the line, and what Python holds must not fail at the exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

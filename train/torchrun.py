@@ -33,13 +33,15 @@ def run_torchrun(
     """
     # torchrun would set it to 1 and say so at length; the workers set their threads themselves.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
+    handled = [signal.SIGINT, signal.SIGQUIT, *stage.SIGNALS]  # which it passes on to the workers
+    names = [number.name for number in handled if not stage.outlives(number)]
     try:
         torchrun.main(
             [
                 "--standalone",
                 f"--nproc-per-node={processes}",
                 f"--max-restarts={restarts}",
-                "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+                f"--signals-to-handle={','.join(names)}",
                 "-m",
                 module,
                 *arguments,

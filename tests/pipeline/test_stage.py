@@ -24,16 +24,21 @@ stage.run(main)
 """
 
 
-def start(body: str) -> subprocess.Popen[str]:
+def start(body: str, hangup: signal.Handlers = signal.SIG_DFL) -> subprocess.Popen[str]:
     code = MAIN.format(body=body)
+
+    def as_from_a_terminal() -> None:
+        # A shell has its background jobs ignore Ctrl-C, and so would what this test starts there.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, hangup)
+
     return subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=REPO,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell has its background jobs ignore Ctrl-C, and so would what this test starts there.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=as_from_a_terminal,
     )
 
 
@@ -60,7 +65,7 @@ def test_a_fault_is_status_1_with_its_traceback() -> None:
     assert "ZeroDivisionError: so" in stderr
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_status_3(signum: signal.Signals) -> None:
     process = start("time.sleep(60)")
     assert process.stdout is not None
@@ -68,6 +73,20 @@ def test_a_signal_is_status_3(signum: signal.Signals) -> None:
     process.send_signal(signum)
     assert process.communicate(timeout=20)[1] == "stopped; the same command goes on from here\n"
     assert process.returncode == 3
+
+
+def test_under_nohup_a_command_outlives_its_terminal() -> None:
+    process = start("time.sleep(1)", hangup=signal.SIG_IGN)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(20) == 0
+
+
+def test_to_make_all_anew_once_more_is_not_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPT2_FRESH", "1")
+    stderr = start("raise Stopped('x')").communicate(timeout=60)[1]
+    assert stderr == "stopped; the same command without GPT2_FRESH goes on from here\n"
 
 
 PARENT = """\
