@@ -66,14 +66,17 @@ def train(run: Run, world: World, *, anew: bool = False) -> None:
         spans=(run.batches(step) for step in range(done, run.params.steps)),
         device=world.device,
     )
-    try:
-        with history, batches, trainer.writer, Interrupt(world) as interrupt, world.roll_call():
+    with history, batches, trainer.writer, Interrupt(world) as interrupt, world.roll_call():
+        try:
             advance(trainer, batches, meter, interrupt, done)
-    except NonFinite as error:  # on all ranks alike, for they read the same reduced numbers
-        if world.first:
-            run.fail(str(error))
-            print(f"error: {error}; the checkpoint before it is kept", file=sys.stderr, flush=True)
-        sys.exit(stage.FAULT)
+        except NonFinite as error:  # on all ranks alike, for they read the same reduced numbers
+            if world.first:
+                run.fail(str(error))
+                said = f"error: {error}; the checkpoint before it is kept"
+                print(said, file=sys.stderr, flush=True)
+                trainer.writer.wait()
+            world.barrier()  # torchrun stops the others as soon as one has left
+            sys.exit(stage.FAULT)
     if world.first:
         run.finish(summary(trainer, meter.seconds))
         run.publish(run.folder / checkpoint.folder_name(run.params.steps))

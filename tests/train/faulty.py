@@ -1,17 +1,18 @@
 """`python -m tests.train.faulty`: `python -m train` with a fault, for tests of several ranks.
 
 `FAULT=RANK,CALL` makes the loss of one micro-batch no number, on one rank: the CALL-th that it
-computes, rehearsals included.
+computes, rehearsals included. `SLOW=SECONDS` makes each checkpoint take so much longer.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import time
 from typing import Any
 
 from pipeline import stage
-from train import __main__, arithmetic, trainer
+from train import __main__, arithmetic, checkpoint, trainer
 
 if __name__ == "__main__":
     rank, call = map(int, os.environ["FAULT"].split(","))
@@ -22,5 +23,12 @@ if __name__ == "__main__":
         faulty = int(os.environ["RANK"]) == rank and next(calls) == call
         return loss * float("nan") if faulty else loss
 
+    save = checkpoint.save
+
+    def slow_save(*args: Any, **named: Any) -> Any:
+        time.sleep(float(os.environ.get("SLOW", 0)))
+        return save(*args, **named)
+
     vars(trainer)["summed_loss"] = summed_loss
+    vars(checkpoint)["save"] = slow_save
     stage.run(__main__.main)
