@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import sys
 
 from pipeline import stage
+from pipeline.errors import UserError
 from train import gpus
 from train.distributed import World, process_group
 from train.loop import train
@@ -20,7 +23,8 @@ def main() -> None:
         os.environ.setdefault("NCCL_ALGO", "Ring")
         os.environ.setdefault("NCCL_PROTO", "Simple")
     with process_group(run.machine.device, run.machine.timeout) as world, _hold(run, world):
-        anew = run.machine.fresh and not _restarted()
+        _check_same(run, world)
+        anew = run.machine.fresh and not world.restarted
         if not world.broadcast(not anew and _publish_finished(run, world)):
             if world.device.type == "cuda":
                 gpus.check(run.params.dtype, compiles(run, "cuda"))
@@ -34,9 +38,25 @@ def _hold(run: Run, world: World) -> contextlib.AbstractContextManager[None]:
     return run.lock() if world.first else contextlib.nullcontext()
 
 
-def _restarted() -> bool:
-    """Whether torchrun has started this process after a failure: then nothing is cleared."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def _check_same(run: Run, world: World) -> None:
+    """Refuses ranks that would train something else than rank 0: nothing later would notice.
+
+    Raises:
+        UserError: On the ranks that differ; names in what.
+        SystemExit: On the others.
+    """
+    mine = {**run.identity, "micro_batch": run.machine.micro_batch}
+    first = world.broadcast(mine)
+    differs = [name for name, value in mine.items() if first[name] != value]
+    if not world.any(bool(differs)):
+        return
+    if not differs:
+        sys.exit(stage.USER_ERROR)
+    raise UserError(
+        f"rank {world.rank} on {socket.gethostname()}: {', '.join(differs)}: not as on rank 0; "
+        "give all nodes the same project folder, and the same micro_batch (machine.yaml, "
+        "GPT2_MICRO_BATCH)"
+    )
 
 
 def _publish_finished(run: Run, world: World) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
@@ -21,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from pipeline import stage
-from pipeline.errors import UserError
+from pipeline.errors import StageFailed, UserError
 from pipeline.machine import Machine, usable_cores
 from train.gpus import hindrance
 
@@ -41,6 +42,7 @@ class World:
         control: A gloo group for what is decided on the CPU: it never waits for a GPU.
         store: What the ranks know of each other when no collective works any more.
         patience: Seconds that a rank waits for another.
+        restarted: Whether torchrun had started these processes before, and starts them again.
     """
 
     rank: int
@@ -49,6 +51,7 @@ class World:
     control: dist.ProcessGroup
     store: Store
     patience: float
+    restarted: bool = False
 
     @property
     def first(self) -> bool:
@@ -211,7 +214,7 @@ def process_group(
     backend = "nccl" if kind == "cuda" else "gloo"
     bound = where if kind == "cuda" else None
     timeout = timedelta(seconds=patience)
-    store = _meet(rank, size, timeout)
+    store, restarted = _meet(rank, size, timeout)
     # NCCL would end the process without a word: the control group, which can say more, is first.
     longer = 2 * timeout if kind == "cuda" else timeout
     dist.init_process_group(
@@ -220,6 +223,7 @@ def process_group(
     try:
         control = dist.new_group(backend="gloo", timeout=timeout)
         world = World(rank, size, where, control, store, patience)
+        world = dataclasses.replace(world, restarted=world.any(restarted))
         with world.roll_call():
             yield world
     except KeyboardInterrupt:  # a stop, on which all have agreed
@@ -250,40 +254,65 @@ def _leave_behind(error: BaseException) -> None:
         dist.group.WORLD.abort()
 
 
-def _meet(rank: int, size: int, timeout: timedelta) -> Store:
-    """The store in which the ranks find each other, with the name of each."""
+def _meet(rank: int, size: int, timeout: timedelta) -> tuple[Store, bool]:
+    """The store in which the ranks find each other, with the name of each.
+
+    And whether they were started before, as far as this one can see: a node whose own workers were
+    well does not count the restart that another asks for, but its store may have seen it.
+    """
     if "RANK" not in os.environ:
-        return dist.HashStore()  # type: ignore[attr-defined]
+        return dist.HashStore(), False  # type: ignore[attr-defined]
     store: Store = next(rendezvous("env://"))[0]
     store.set_timeout(timeout)
-    store = PrefixStore(_agree(store, rank, size), store)
+    counted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    restarted = counted or (rank == 0 and store.check(["start"]))
+    store = PrefixStore(_agree(store, rank, size, timeout), store)
     store.set(f"rank-{rank}", f"rank {rank} (pid {os.getpid()} on {socket.gethostname()})")
-    return store
+    return store, restarted
 
 
-def _agree(store: Store, rank: int, size: int) -> str:
+def _agree(store: Store, rank: int, size: int, timeout: timedelta) -> str:
     """A name for this start of the group, which no earlier start had.
 
     torchrun's store outlives the workers. Those that it starts again would find there the addresses
     of the dead (pytorch issue 135712), and the count of restarts is not the same on each node.
     So each rank brings a number of its own, rank 0 answers with all that it sees, and a rank knows
     by its own number that the answer is not an old one.
+
+    Raises:
+        StageFailed: The others have not come; where an earlier start has left its keys, no read of
+            the store would ever find that out.
     """
     mine = uuid.uuid4().hex
     others = range(1, size)
+    end = time.monotonic() + timeout.total_seconds()
+
+    def wait_for(missing: str) -> None:
+        if time.monotonic() > end:
+            raise StageFailed(
+                f"rank {rank} (pid {os.getpid()} on {socket.gethostname()}) has waited "
+                f"{timeout.total_seconds():g} s for {missing}; the same command goes on from the "
+                "last checkpoint"
+            )
+        time.sleep(0.05)
+
     if rank > 0:
         store.set(f"here-{rank}", mine)
         while (answer := json.loads(store.get("start")))["here"].get(str(rank)) != mine:
-            time.sleep(0.05)
+            wait_for("rank 0")
         store.set(f"seen-{rank}", answer["name"])
         return str(answer["name"])
     while True:
         here = {other: store.get(f"here-{other}").decode() for other in others}
         store.set("start", json.dumps({"name": mine, "here": here}))
-        keys = [f"seen-{other}" for other in others]
-        if all(store.check([key]) and store.get(key).decode() == mine for key in keys):
+        missing = [
+            other
+            for other in others
+            if not store.check([key := f"seen-{other}"]) or store.get(key).decode() != mine
+        ]
+        if not missing:
             return mine
-        time.sleep(0.05)
+        wait_for("rank " + ", ".join(map(str, missing)))
 
 
 def _is_of_a_collective(error: RuntimeError) -> bool:

@@ -46,7 +46,8 @@ def main(argv: Sequence[str] = ()) -> None:
     plan_split(run, processes, kind)
     # Weights and two moments of each parameter, in float32, for each checkpoint and the next one.
     size = 12 * parameter_count(run.model.config()) * (run.params.kept() + 1)
-    require_space(run.store.root, size, "the checkpoints")
+    held = sum(path.stat().st_size for path in run.folder.glob("step-*/*"))
+    require_space(run.store.root, size - held, "the checkpoints")
     if args.adopt is not None:
         print(adopt(run, args.adopt), flush=True)
     if run.params.hellaswag:  # fetched before anything is computed; the workers find it there

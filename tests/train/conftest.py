@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,9 +162,22 @@ class Project:
         return done
 
     def start_ranks(
-        self, n: int, *flags: str, module: str = "train", **environment: object
+        self,
+        n: int,
+        *flags: str,
+        module: str = "train",
+        each: Sequence[dict[str, object]] = (),
+        **environment: object,
     ) -> list[subprocess.Popen[str]]:
-        """Starts the processes that torchrun would start, without the seconds that it takes."""
+        """Starts the processes that torchrun would start, without the seconds that it takes.
+
+        Args:
+            n: How many.
+            flags: Of each.
+            module: What each runs.
+            each: The environment of each, where they differ.
+            environment: Of all.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -178,6 +192,7 @@ class Project:
                 WORLD_SIZE=n,
                 LOCAL_WORLD_SIZE=n,
                 **environment,
+                **(each[rank] if each else {}),
             )
             for rank in range(n)
         ]

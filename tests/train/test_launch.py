@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 
-from pipeline.errors import UserError
+from pipeline.errors import StageFailed, UserError
 from pipeline.machine import Machine
 from pipeline.params import validate
 from tests.train.conftest import Project, write_tokens
 from tests.train.test_loop import train_here
 from train import launch
-from train.distributed import device_type, process_group, processes_here
+from train.distributed import _agree, device_type, process_group, processes_here
 from train.evaluate import EvaluateParams
 from train.params import ModelParams, TrainParams
 
@@ -201,6 +202,29 @@ def test_a_world_of_one_needs_no_torchrun() -> None:
         assert not world.any(False)
         assert world.broadcast({"a": 1}) == {"a": 1}
         world.barrier()
+
+
+@pytest.mark.parametrize(("rank", "missing"), [(0, "rank 1"), (1, "rank 0")])
+def test_who_does_not_come_back_after_a_restart_is_named(rank: int, missing: str) -> None:
+    """The store has the keys of the start before, so no read of it waits in vain."""
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    store.set("here-1", "old")
+    store.set("start", json.dumps({"name": "old", "here": {"1": "old"}}))
+    with pytest.raises(StageFailed, match=rf"rank {rank} .* has waited 0\.3 s for {missing};"):
+        _agree(store, rank, 2, timedelta(seconds=0.3))
+
+
+def test_what_a_run_holds_already_needs_no_more_space(
+    project: Project, started: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr(launch, "require_space", lambda root, size, what: needed.append(size))
+    launch.main()
+    run = train_here()
+    (run.folder / "final.json").unlink()
+    launch.main()
+    held = sum(path.stat().st_size for path in run.folder.glob("step-*/*"))
+    assert needed[0] - needed[1] == held > 0
 
 
 def test_a_gpu_that_never_ends_its_work_is_waited_for_with_patience() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
+import sys
+import termios
 import time
 from random import Random
 
@@ -14,6 +18,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tests.train.conftest import Project, kill_group, wait_for
 from train import checkpoint
@@ -179,6 +184,90 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(project: Projec
     saved = [path / "model.safetensors" for path in checkpoint.steps(project.run_folder)]
     one, two, three = (path.read_bytes() for path in saved[:3])
     assert one == two != three
+
+
+def test_what_is_not_finite_is_said_and_kept_though_torchrun_ends_all_when_one_has_left(
+    project: Project,
+) -> None:
+    """While the checkpoint of step 1 is still being written."""
+    project.write(train={"checkpoint_every": 1})
+    ranks = project.start_ranks(
+        2, module="tests.train.faulty", GPT2_MICRO_BATCH=2, FAULT="1,6", SLOW=3
+    )
+    try:
+        wait_for(lambda: any(rank.poll() is not None for rank in ranks), 60)
+        for rank in ranks:
+            rank.terminate()
+        _, err = ranks[0].communicate(timeout=40)
+        assert ranks[1].wait(40) == 1
+    finally:
+        for rank in ranks:
+            kill_group(rank)
+    assert "error: step 2: loss nan" in err
+    assert (project.run_folder / "failed.json").exists()
+
+
+def test_ranks_that_would_train_something_else_are_refused(project: Project) -> None:
+    ranks = project.start_ranks(2, each=[{}, {"GPT2_MICRO_BATCH": 1}])
+    try:
+        errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            kill_group(rank)
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert errors[0] == ""
+    assert errors[1].startswith("error: rank 1 on ")
+    assert ": micro_batch: not as on rank 0" in errors[1]
+    assert not (project.folder / ".work/runs").exists() or not checkpoint.steps(project.run_folder)
+
+
+def test_started_again_by_torchrun_a_run_is_not_begun_anew(project: Project) -> None:
+    """Also where this node has not counted the restart, which another has asked for."""
+
+    def begin(store: TCPStore) -> int:
+        done = project.run(
+            "train", MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port, RANK=0, WORLD_SIZE=1,
+            TORCHELASTIC_USE_AGENT_STORE=True, GPT2_FRESH=1,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return (project.run_folder / "final.json").stat().st_mtime_ns
+
+    one, other = (TCPStore("127.0.0.1", 0, is_master=True) for _ in range(2))
+    first = begin(one)
+    assert begin(one) == first
+    assert begin(other) > first
+
+
+def test_a_terminal_that_is_gone_costs_no_step(project: Project) -> None:
+    project.write(train={**LONG, "steps": 5000, "checkpoint_every": 5000, "val_every": 5000})
+    ours, theirs = pty.openpty()
+
+    def in_the_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train.launch"],
+        cwd=project.folder,
+        env=project.environ(GPT2_PROCESSES=1),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=in_the_terminal,
+        text=True,
+    )
+    os.close(theirs)
+    try:
+        said = b""
+        while b"step    3/5000" not in said:
+            said += os.read(ours, 4096)
+        os.close(ours)
+        assert process.wait(40) == 3
+    finally:
+        kill_group(process)
+    (saved,) = checkpoint.steps(project.run_folder)
+    assert checkpoint.step_of(saved) >= 3
 
 
 @pytest.mark.slow
