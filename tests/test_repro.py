@@ -150,6 +150,7 @@ def test_experiments_share_the_data_and_are_listed(copy: Clone) -> None:
     assert "Traceback" not in copy.run("dvc", "plots", "show", "-o", "plots")
 
 
+@pytest.mark.soak  # tests/train/test_resume.py compares the same bits without DVC, in CI
 def test_torchrun_killed_halfway_ends_in_the_same_bytes(copy: Clone, clone: Clone) -> None:
     for project in (copy, clone):
         project.set("steps", "60")
