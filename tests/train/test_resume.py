@@ -199,7 +199,7 @@ def test_what_is_not_finite_is_said_and_kept_though_torchrun_ends_all_when_one_h
         for rank in ranks:
             rank.terminate()
         _, err = ranks[0].communicate(timeout=40)
-        assert ranks[1].wait(40) == 1
+        assert ranks[1].wait(40) != 0
     finally:
         for rank in ranks:
             kill_group(rank)
