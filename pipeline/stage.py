@@ -13,10 +13,6 @@ from pipeline.errors import StageFailed, Stopped, UserError
 
 DONE, FAULT, USER_ERROR, STOPPED = 0, 1, 2, 3
 
-# What asks a command to stop: SIGUSR1 is Slurm's warning, by custom; SIGHUP, that the terminal or
-# the connection is gone.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-
 _PR_SET_PDEATHSIG = 1
 
 
@@ -32,13 +28,16 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def outlives(number: int) -> bool:
-    """Whether this command was told to outlive a signal, as `nohup` has it outlive its terminal.
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """What asks this command to stop, besides Ctrl-C.
 
-    A worker of torchrun obeys: it has no terminal, and is only sent what torchrun passes on.
+    SIGUSR1 is Slurm's warning, by custom. SIGHUP says that the terminal or the connection is gone,
+    which a command under `nohup` outlives; but a worker of torchrun obeys, for it has no terminal,
+    and is only sent what torchrun passes on.
     """
-    ignored = signal.getsignal(number) is signal.SIG_IGN
-    return number == signal.SIGHUP and ignored and "TORCHELASTIC_RUN_ID" not in os.environ
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    outlives = ignored and "TORCHELASTIC_RUN_ID" not in os.environ
+    return (signal.SIGTERM, signal.SIGUSR1, *(() if outlives else (signal.SIGHUP,)))
 
 
 def _raise_stopped(signum: int, frame: FrameType | None) -> None:
@@ -52,9 +51,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     3: stopped by a signal, the same command resumes.
     """
     die_with_parent()
-    for number in SIGNALS:
-        if not outlives(number):
-            signal.signal(number, _raise_stopped)
+    for number in stop_signals():
+        signal.signal(number, _raise_stopped)
     try:
         main()
     except UserError as error:

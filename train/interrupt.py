@@ -9,8 +9,6 @@ from typing import Any
 from pipeline import stage
 from train.distributed import World
 
-SIGNALS = (signal.SIGINT, *stage.SIGNALS)
-
 
 class Interrupted(Exception):
     """All ranks have agreed to stop here; raised on each at the same micro-step."""
@@ -30,11 +28,8 @@ class Interrupt:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
-        self._before = {
-            number: signal.signal(number, self._ask)
-            for number in SIGNALS
-            if not stage.outlives(number)
-        }
+        numbers = (signal.SIGINT, *stage.stop_signals())
+        self._before = {number: signal.signal(number, self._ask) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

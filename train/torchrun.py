@@ -33,15 +33,14 @@ def run_torchrun(
     """
     # torchrun would set it to 1 and say so at length; the workers set their threads themselves.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
-    handled = [signal.SIGINT, signal.SIGQUIT, *stage.SIGNALS]  # which it passes on to the workers
-    names = [number.name for number in handled if not stage.outlives(number)]
+    handled = (signal.SIGINT, signal.SIGQUIT, *stage.stop_signals())  # and passed on to the workers
     try:
         torchrun.main(
             [
                 "--standalone",
                 f"--nproc-per-node={processes}",
                 f"--max-restarts={restarts}",
-                f"--signals-to-handle={','.join(names)}",
+                f"--signals-to-handle={','.join(number.name for number in handled)}",
                 "-m",
                 module,
                 *arguments,
