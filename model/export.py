@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     args = parser.parse_args()
 
-    from pipeline import tokenizer  # text is this command's edge, not the model's
+    from pipeline.format import tokenizer  # text is this command's edge, not the model's
 
     gpt = GPT.from_checkpoint(args.checkpoint)
     gpt.to_hf(args.out)

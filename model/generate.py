@@ -61,7 +61,7 @@ def main() -> None:
     args = parser.parse_args()
 
     # text is this command's edge; the model itself knows tokens only
-    from pipeline import tokenizer
+    from pipeline.format import tokenizer
 
     device = _device(args.device)
     gpt = load(args.checkpoint)

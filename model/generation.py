@@ -9,26 +9,40 @@ does not depend on its neighbours.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from model.attention import KVCache
-from model.config import EOT
+from model.config import EOT, GPTConfig
 from model.errors import ConfigError
 from model.init import stable_seed
-
-if TYPE_CHECKING:
-    from model.gpt import GPT
-
 
 Prompts = TypeVar("Prompts", Tensor, list[list[int]])
 """A (B, T) int64 tensor, or rows of any lengths."""
 
 
+class LanguageModel(Protocol):
+    """What sampling needs of a model; `model.gpt.GPT` has it."""
+
+    config: GPTConfig
+
+    def hidden(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
+        """Hidden states (B, T, C) of tokens (B, T) int64; ``cache`` holds earlier tokens."""
+        ...
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., C)."""
+        ...
+
+    def parameters(self) -> Iterator[Tensor]:
+        """The weights."""
+        ...
+
+
 def generate(
-    gpt: GPT,
+    gpt: LanguageModel,
     tokens: Prompts,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -52,7 +66,7 @@ def generate(
 
 
 def stream(
-    gpt: GPT,
+    gpt: LanguageModel,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -79,7 +93,7 @@ def stream(
 
 
 def _steps(
-    gpt: GPT,
+    gpt: LanguageModel,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     temperature: float,
@@ -121,9 +135,9 @@ class Windows:
             gives the same on every device.
     """
 
-    def __init__(self, gpt: GPT, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, gpt: LanguageModel, prompts: Sequence[Sequence[int]]) -> None:
         self.gpt = gpt
-        self.device = gpt.wte.weight.device
+        self.device = next(iter(gpt.parameters())).device
         self.rows = [_cut(list(prompt), gpt.config.block_size) for prompt in prompts]
         self.cache = KVCache(gpt.config, len(prompts), self.device)
         self.logits = self._run(self.cache, self.rows)
@@ -217,7 +231,7 @@ def _generator(seed: int | None, row: int) -> torch.Generator:
 
 
 def _check(
-    gpt: GPT,
+    gpt: LanguageModel,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     temperature: float,

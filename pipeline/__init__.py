@@ -1,6 +1,6 @@
 """Text to token shards: sources, download, tokenizer, shard format, manifest, verify."""
 
-from pipeline.manifest import Manifest
-from pipeline.shards import TokenStream
+from pipeline.format.manifest import Manifest
+from pipeline.format.shards import TokenStream
 
 __all__ = ["Manifest", "TokenStream"]

@@ -26,12 +26,13 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pipeline import atomic, stage
-from pipeline.errors import UserError
-from pipeline.manifest import SPLITS, Split
-from pipeline.progress import Progress
-from pipeline.shards import TOKEN_DTYPE, TokenStream, read_docs
-from pipeline.tokenizer import EOT
+from pipeline.format.manifest import SPLITS, Split
+from pipeline.format.shards import TOKEN_DTYPE, TokenStream, read_docs
+from pipeline.format.tokenizer import EOT
+from pipeline.runtime import command
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.progress import Progress
+from pipeline.store import atomic
 
 TOKENS = Path("data/tokens")
 
@@ -182,4 +183,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    stage.run(lambda: main(sys.argv[1:]))
+    command.run(lambda: main(sys.argv[1:]))

@@ -1,33 +1,10 @@
-"""`params.yaml`, the whole truth of a result: one frozen, validated section a stage."""
+"""Sections `source`, `tokenize` and `verify` of `params.yaml`."""
 
-import difflib
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from pydantic import Field, model_validator
 
-from pipeline.errors import UserError
-
-PARAMS = Path("params.yaml")
-LONGEST_SHOWN = 80  # characters of a value in a message
-SECTIONS = ("source", "tokenize", "verify", "model", "train", "evaluate")
-
-S = TypeVar("S", bound="Section")
-
-
-class Section(BaseModel):
-    """A section of `params.yaml`: frozen, and refusing keys that it does not know."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,  # no "12" for 12, no true for 1
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
+from pipeline.runtime.params_file import Section
 
 
 class SourceParams(Section):
@@ -62,7 +39,7 @@ class SourceParams(Section):
     text_column: str = Field(default="text", min_length=1)
     """The column that holds the documents; kind sample has `text`."""
 
-    paths: list[str] = []
+    paths: list[str] = Field(default=[])
     """Kinds files and tokens: local paths, folders, globs, or fsspec URLs (s3://, https://...)."""
 
     @model_validator(mode="after")
@@ -91,84 +68,3 @@ class VerifyParams(Section):
 
     retokenize: int = Field(default=1, ge=0)
     """Documents a chunk (0 or more) that are encoded again from the raw text and compared."""
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        UserError: the file is missing, is no YAML, or holds no mapping.
-    """
-    try:
-        value = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run this from the project's folder") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not readable as YAML: {reason}") from None
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise UserError(f"{path}: expected `key: value` lines")
-    return value
-
-
-def nearest(key: str, known: list[str] | tuple[str, ...]) -> str:
-    """A hint for an unknown ``key``: the most similar known one, or what is known."""
-    match = difflib.get_close_matches(key, known, n=1)
-    if match:
-        return f"did you mean {match[0]}?"
-    more = f", and {len(known) - 20} more" if len(known) > 20 else ""
-    return f"known: {', '.join(sorted(known)[:20])}{more}"
-
-
-def validate(cls: type[S], values: dict[str, Any], where: str) -> S:
-    """``values`` as a section.
-
-    Args:
-        where: what the values are called in messages, e.g. ``params.yaml: train``.
-
-    Raises:
-        UserError: naming the first key that is unknown or has an impossible value.
-    """
-    try:
-        return cls.model_validate(values)
-    except ValidationError as error:
-        raise UserError(first_error(error, where, cls)) from None
-
-
-def first_error(error: ValidationError, where: str, cls: type[BaseModel]) -> str:
-    """The first of a pydantic error's findings, in one line that names the key and the mend."""
-    details = error.errors(include_url=False)
-    # A misspelt key is both unknown and missing; the first says how to mend it.
-    detail = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
-    # A location such as ("prompts", 3) is reported as train.prompts.3; a model validator has none.
-    key = ".".join([where, *(str(part) for part in detail["loc"])])
-    if detail["type"] == "extra_forbidden":
-        return f"{key}: unknown key; {nearest(str(detail['loc'][-1]), list(cls.model_fields))}"
-    if detail["type"] == "missing":
-        return f"{key}: missing; add it"
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] in ("value_error", "assertion_error"):
-        return f"{key}: {message}"
-    given = repr(detail["input"])
-    if len(given) > LONGEST_SHOWN:
-        given = given[:LONGEST_SHOWN] + "…"
-    return f"{key}: {message[0].lower()}{message[1:]} (it is {given})"
-
-
-def load_section(name: str, cls: type[S], path: Path = PARAMS) -> S:
-    """Section ``name`` of the parameters file.
-
-    Raises:
-        UserError: on a missing file or section, an unknown key, or an impossible value.
-    """
-    params = read_yaml(path)
-    for section in params:
-        if section not in SECTIONS:
-            raise UserError(f"{path}: {section}: unknown section; {nearest(section, SECTIONS)}")
-    values = params.get(name)
-    if not isinstance(values, dict):
-        state = "holds no `key: value` lines" if name in params else "is missing"
-        raise UserError(f"{path}: section {name} {state}; `git checkout {path}` restores it")
-    return validate(cls, values, f"{path}: {name}")

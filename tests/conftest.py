@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.download import download
-from pipeline.machine import Machine
+from pipeline.download.stage import download
 from pipeline.params import SourceParams
-from pipeline.store import Store
+from pipeline.runtime.machine import Machine
+from pipeline.store.store import Store
 
 
 def _is_ours(variable: str) -> bool:

@@ -2,7 +2,7 @@
 
 The preset `fineweb-10b` is applied in a fresh clone, in a temporary folder; then what `SIZES` lists
 is made smaller, and nothing else: the stages, their code and their parameters are those of the real
-run. The hub is one on loopback (tests/hub.py) that serves files in FineWeb's layout.
+run. The hub is one on loopback (tests/support/hub.py) that serves files in FineWeb's layout.
 
     data       download, tokenize and verify, by Ray: 15 files, one of which is to be cut anew
     full       GPT-2 124M by 4 processes: SIGKILL to all after a checkpoint, resumed, evaluated,
@@ -31,12 +31,13 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from tests import fineweb
-from tests.clone import ROOT, Clone, make_clone, ran
-from tests.hub import Hub
-from tests.watched import watch
-from train.describe import commit
+from tests.support import fineweb
+from tests.support.clone import Clone, make_clone, ran
+from tests.support.hub import Hub
+from tests.support.repo import REPO
+from tests.support.watched import watch
 from train.preset import merge
+from train.run_summary import commit
 
 PRESET = "fineweb-10b"
 DATA_STAGES = {"download", "tokenize", "verify"}
@@ -52,7 +53,7 @@ class Scale:
     Attributes:
         sizes: All that differs from the preset. A part has those of `every` and its own.
         ranks: Processes of each part.
-        files: Of FineWeb; with more than 3, the last is coarse (tests/fineweb.py).
+        files: Of FineWeb; with more than 3, the last is coarse (tests/support/fineweb.py).
         documents: In them, about; None: all that are at hand.
         tasks: Of each benchmark.
     """
@@ -285,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m tests.rehearse", description="The real run, whole, in small."
     )
     parser.add_argument("--quick", action="store_true", help="small sizes: three minutes")
-    parser.add_argument("--out", type=Path, default=ROOT / "rehearsal", help="log and reports")
+    parser.add_argument("--out", type=Path, default=REPO / "rehearsal", help="log and reports")
     args = parser.parse_args(argv)
     for name in list(os.environ):  # what decides something here must decide nothing there
         if name.startswith(("GPT2_", "DVC_", "RAY_", "HF_")):

@@ -11,16 +11,25 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.cluster import NODE_VARIABLES
-from pipeline.tokenize import _TASK_MEMORY
-from tests.hosts import KEEPALIVE
+from pipeline.cluster.join import NODE_VARIABLES
+from pipeline.tokenize.stage import _TASK_MEMORY
+from tests.support.hosts import KEEPALIVE
 from tests.test_layout import reached, roots
 
 DOCS = Path(__file__).parents[1] / "docs"
 CLUSTERS = sorted(DOCS.glob("cluster-*.yaml"))
 # What tasks run, on any node.
-TASKS = ("pipeline/checks.py", "pipeline/encode.py", "pipeline/ship.py", "pipeline/probe.py")
-DOWNLOADS = ("pipeline/pieces.py", "pipeline/hub.py", "pipeline/files.py")
+TASKS = (
+    "pipeline/verify/checks.py",
+    "pipeline/tokenize/encode_chunk.py",
+    "pipeline/tokenize/ship_chunks.py",
+    "pipeline/cluster/probe.py",
+)
+DOWNLOADS = (
+    "pipeline/download/ingest.py",
+    "pipeline/download/hub.py",
+    "pipeline/download/local_files.py",
+)
 
 
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.name)

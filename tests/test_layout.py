@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.params import validate
+from pipeline.runtime.params_file import validate
 from train import preset
 
 REPO = Path(__file__).parents[1]
@@ -20,37 +22,31 @@ PACKAGES = ("pipeline", "model", "train")
 MODULES = sorted(path for package in PACKAGES for path in (REPO / package).rglob("*.py"))
 NAMES = [path.relative_to(REPO).as_posix() for path in MODULES]
 
-# How a stage is scheduled, stored, shown and ended: no byte of an out depends on these, so that
-# to mend them makes nothing anew (see the head of dvc.yaml).
-DECIDE_NO_BYTE = {
-    "pipeline/atomic.py",
-    "pipeline/cluster.py",
-    "pipeline/code.py",
-    "pipeline/errors.py",
-    "pipeline/machine.py",
-    "pipeline/params.py",
-    "pipeline/probe.py",
-    "pipeline/progress.py",
-    "pipeline/ship.py",
-    "pipeline/stage.py",
-    "pipeline/store.py",
-    "pipeline/tasks.py",
-    "train/claim.py",
-    "train/gpus.py",
-    "train/hardware.py",
-    "train/interrupt.py",
-    "train/meter.py",
-    "train/torchrun.py",
-}
-# What a stage imports and does not use: `model/gpt.py` offers more than each stage needs.
+# How a stage is scheduled, stored, shown and ended: no byte of an out depends on these rooms, so
+# they are deps of no stage.
+DECIDE_NO_BYTE = (
+    "pipeline/cluster/",
+    "pipeline/runtime/",
+    "pipeline/store/",
+    "pipeline/params.py",  # the values are part of each key
+    "train/launch/",
+    "train/monitor/",
+    "train/run_summary.py",
+    "train/distributed/devices.py",
+    "train/distributed/interrupt.py",
+    "train/distributed/rendezvous.py",
+    "train/distributed/torchrun.py",
+)
+# What a stage imports and its outs do not depend on: the train stage samples and asks evaluation
+# tasks to observe a run; `model/gpt.py` offers more than each stage needs.
 NOT_USED_BY = {
-    "train": frozenset({"train/reference.py"}),
-    "evaluate": frozenset({"model/hf.py"}),
-    "export": frozenset({"model/generation.py"}),
-    "report": frozenset({"model/generation.py", "model/hf.py"}),
+    "train": ("train/evals/", "model/generation.py"),
+    "evaluate": ("model/hf.py",),
+    "export": ("model/generation.py",),
+    "report": ("model/generation.py", "model/hf.py"),
 }
 # The train stage hands over to torchrun, which runs the second.
-STARTS = {"train": ["train/launch.py", "train/__main__.py"]}
+STARTS = {"train": ["train/launch/__main__.py", "train/__main__.py"]}
 
 
 def file_of(module: str) -> str | None:
@@ -62,10 +58,13 @@ def file_of(module: str) -> str | None:
     return None
 
 
-def imports(name: str, everywhere: bool = True) -> Iterator[str]:
-    """The dotted names that a file imports; those inside functions where ``everywhere``.
+def imports(name: str, everywhere: bool = True, typing: bool = False) -> Iterator[str]:
+    """The dotted names that a file imports.
 
-    What is imported for the type checker alone does not count.
+    Args:
+        name: The file.
+        everywhere: Also inside functions.
+        typing: Also for the type checker alone.
     """
 
     def visit(node: ast.AST) -> Iterator[str]:
@@ -77,7 +76,9 @@ def imports(name: str, everywhere: bool = True) -> Iterator[str]:
                 assert child.module is not None
                 yield child.module
                 yield from (f"{child.module}.{alias.name}" for alias in child.names)
-            elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            elif (
+                not typing and isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)
+            ):
                 continue
             elif everywhere or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
                 yield from visit(child)
@@ -89,13 +90,13 @@ def provider(module: str) -> str | None:
     """The file behind a dotted name; a name that a package passes on is its module's."""
     package, _, name = module.rpartition(".")
     if package in PACKAGES and file_of(module) is None:
-        for node in ast.parse((REPO / package / "__init__.py").read_text(encoding="utf-8")).body:
+        for node in ast.walk(ast.parse((REPO / package / "__init__.py").read_text("utf-8"))):
             if isinstance(node, ast.ImportFrom) and name in {alias.name for alias in node.names}:
                 return file_of(str(node.module))
     return file_of(module)
 
 
-def reached(*names: str, without: frozenset[str] = frozenset()) -> set[str]:
+def reached(*names: str, without: tuple[str, ...] = ()) -> set[str]:
     """The files and every file of the three packages that they import, however far.
 
     A package's `__init__.py` only passes names on: what it passes on is followed where it is used.
@@ -103,7 +104,7 @@ def reached(*names: str, without: frozenset[str] = frozenset()) -> set[str]:
     found, todo = set(), list(names)
     while todo:
         current = todo.pop()
-        if current in found or current in without or current.endswith("__init__.py"):
+        if current in found or current.startswith(without) or current.endswith("__init__.py"):
             continue
         found.add(current)
         todo += [file for module in imports(current) if (file := provider(module)) is not None]
@@ -126,8 +127,8 @@ def test_borders(name: str) -> None:
             assert name in commands
             assert "pipeline" not in roots(name, everywhere=False), "only inside functions"
             reaches = {m for m in imports(name) if m.startswith("pipeline")}
-            assert reaches <= {"pipeline", "pipeline.tokenizer"} | {
-                m for m in reaches if m.startswith("pipeline.tokenizer.")
+            assert reaches <= {"pipeline", "pipeline.format", "pipeline.format.tokenizer"} | {
+                m for m in reaches if m.startswith("pipeline.format.tokenizer.")
             }
         allowed = {*sys.stdlib_module_names, "torch", "safetensors", "model", "pipeline"}
         if name == "model/import_hf.py":  # where the user asks for a hub id
@@ -156,20 +157,65 @@ def test_a_stage_lists_the_modules_it_is_made_of(stage: str) -> None:
     described = dvc()[stage]
     match = re.match(r"exec python -m ([\w.]+)", described["cmd"])
     assert match, described["cmd"]
-    start = file_of(match[1])
+    start = file_of(f"{match[1]}.__main__") or file_of(match[1])
     assert start, f"{match[1]} is no module"
     starts = STARTS.get(stage, [start])
     assert start in starts
-    listed = {dep for dep in described["deps"] if dep.endswith(".py")}
-    needed = reached(*starts, without=NOT_USED_BY.get(stage, frozenset())) - DECIDE_NO_BYTE
-    assert listed == needed
+    deps = described["deps"]
+    ours = [dep for dep in deps if dep.startswith(tuple(f"{package}/" for package in PACKAGES))]
+    needed = {
+        name
+        for name in reached(*starts, without=NOT_USED_BY.get(stage, ()))
+        if not name.startswith(DECIDE_NO_BYTE) and not name.endswith("/__main__.py")
+    } | ({"train/__main__.py"} if stage == "train" else set())
+
+    def covers(dep: str, name: str) -> bool:
+        return dep == name or name.startswith(f"{dep}/")
+
+    assert {name for name in needed if not any(covers(dep, name) for dep in ours)} == set()
+    assert {dep for dep in ours if not any(covers(dep, name) for name in needed)} == set()
+
+
+def test_no_cycles() -> None:
+    """Imports inside functions and for the type checker count as well."""
+    graph = {name: {f for m in imports(name, typing=True) if (f := provider(m))} for name in NAMES}
+    packages = {name for name in NAMES if name.endswith("__init__.py")}  # they pass names on
+    sorter = graphlib.TopologicalSorter(
+        {name: uses - packages - {name} for name, uses in graph.items() if name not in packages}
+    )
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        raise AssertionError(" -> ".join(error.args[1])) from None
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train.preset",
+        "train.launch",
+        *(f"pipeline.{name}" for name in ("verify", "store", "convert")),
+    ],
+)
+def test_commands_that_compute_nothing_import_no_torch(command: str) -> None:
+    code = (
+        "import atexit, runpy, sys; atexit.register(lambda: print('torch' in sys.modules)); "
+        f"sys.argv = ['x', '--help']; runpy.run_module('{command}', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_the_plan_needs_no_trainer() -> None:
+    assert "train/trainer.py" not in reached("train/plan/__main__.py")
 
 
 @pytest.mark.parametrize("stage", stage_names())
 def test_a_stage_lists_the_ranks_with_the_tokenizer(stage: str) -> None:
     deps = dvc()[stage]["deps"]
-    if "pipeline/tokenizer.py" in deps:
-        assert "pipeline/gpt2.tiktoken" in deps
+    if "pipeline/format/tokenizer.py" in deps:
+        assert "pipeline/format/gpt2.tiktoken" in deps
 
 
 def test_no_stage_hangs_on_the_machine() -> None:

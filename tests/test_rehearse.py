@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.clone import ROOT
+from tests.support.repo import REPO
 
 pytestmark = pytest.mark.soak
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.soak
 def test_the_quick_rehearsal_finds_all_as_it_must_be(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.rehearse", "--quick", "--out", str(tmp_path)],
-        cwd=ROOT,
+        cwd=REPO,
         capture_output=True,
         text=True,
         timeout=550,

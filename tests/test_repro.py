@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser import CHROMIUM, browser
-from tests.clone import Clone, make_clone, ran
+from tests.support.browser import CHROMIUM, browser
+from tests.support.clone import Clone, make_clone, ran
 from train.preset import read_preset
 
 pytestmark = pytest.mark.slow
@@ -198,7 +198,7 @@ def test_tokenize_killed_keeps_its_finished_chunks(built: tuple[Clone, str], clo
 
 def test_changed_tokenizer_code_makes_the_chunks_anew(copy: Clone) -> None:
     before = copy.hashes("data/tokens")
-    with open(copy.folder / "pipeline/tokenizer.py", "a") as file:
+    with open(copy.folder / "pipeline/format/tokenizer.py", "a") as file:
         file.write("# a changed line\n")
     output = copy.run("dvc", "repro", "tokenize")
     assert ", 0 chunks done before" in output or "; 0 chunks done before" in output

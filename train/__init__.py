@@ -5,6 +5,6 @@ through commands: ``python -m train.launch``, ``torchrun -m train``, ``python -m
 Importing this package loads no torch.
 """
 
-from train.order import DataOrder
+from train.data.order import DataOrder
 
 __all__ = ["DataOrder"]

@@ -7,13 +7,13 @@ import os
 import socket
 import sys
 
-from pipeline import stage
-from pipeline.errors import UserError
-from train import gpus
-from train.distributed import World, process_group
+from pipeline.runtime import command
+from pipeline.runtime.errors import UserError
+from train.distributed import devices
+from train.distributed.rendezvous import process_group
+from train.distributed.world import World
 from train.loop import train
 from train.run import Run
-from train.trainer import compiles
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
         anew = run.machine.fresh and not world.restarted
         if not world.broadcast(not anew and _publish_finished(run, world)):
             if world.device.type == "cuda":
-                gpus.check(run.params.dtype, compiles(run, "cuda"))
+                devices.check(run.params.dtype, run.compiles("cuda"))
             train(run, world, anew=anew)
     if world.first:
         print(run.ending(), flush=True)
@@ -51,7 +51,7 @@ def _check_same(run: Run, world: World) -> None:
     if not world.any(bool(differs)):
         return
     if not differs:
-        sys.exit(stage.USER_ERROR)
+        sys.exit(command.USER_ERROR)
     raise UserError(
         f"rank {world.rank} on {socket.gethostname()}: {', '.join(differs)}: not as on rank 0; "
         "give all nodes the same project folder, and the same micro_batch (machine.yaml, "
@@ -67,4 +67,4 @@ def _publish_finished(run: Run, world: World) -> bool:
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    command.run(main)

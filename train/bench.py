@@ -32,19 +32,23 @@ from torch.profiler import DeviceType, ProfilerActivity, profile
 
 from model.command import Parser, count, positive
 from model.size import flops_per_token
-from pipeline import TokenStream, stage
-from pipeline.errors import Stopped, UserError
-from pipeline.machine import Machine
-from train import gpus
-from train.advice import Kernel, Measured, Watch, report, whole_batch
-from train.arithmetic import device_name, peak_memory, summed_loss
-from train.distributed import World, device_type, process_group, processes_here
-from train.interrupt import Interrupt, Interrupted
-from train.loader import Batches
+from pipeline import TokenStream
+from pipeline.runtime import command
+from pipeline.runtime.errors import Stopped, UserError
+from pipeline.runtime.machine import Machine
+from train.data.loader import Batches
+from train.data.split import share_batch
+from train.distributed import devices
+from train.distributed.devices import device_type, processes_here
+from train.distributed.interrupt import Interrupt, Interrupted
+from train.distributed.rendezvous import process_group
+from train.distributed.torchrun import run_torchrun
+from train.distributed.world import World
+from train.numerics import device_name, peak_memory, summed_loss
+from train.plan.bench_report import Kernel, Measured, Watch, report, whole_batch
 from train.preset import load
 from train.run import TOKENS, Run
-from train.torchrun import run_torchrun
-from train.trainer import Trainer, compiles, plan_split, share_batch
+from train.trainer import Trainer
 
 WARM_UP = 3  # steps before the first that counts
 TRIES = 5  # of each part; the first does not count
@@ -250,9 +254,9 @@ def main(argv: Sequence[str] = ()) -> None:
         val_data=data,
         code_key="",
     )
-    plan_split(trial, processes, kind)
+    trial.split(processes, kind)
     if kind == "cuda":
-        gpus.check(trial.params.dtype, compiles(trial, kind))
+        devices.check(trial.params.dtype, trial.compiles(kind))
     if "RANK" not in os.environ and processes > 1:
         run_torchrun(processes, module="train.bench", arguments=argv)
         return
@@ -279,4 +283,4 @@ def _parser() -> Parser:
 
 
 if __name__ == "__main__":
-    stage.run(lambda: main(sys.argv[1:]))
+    command.run(lambda: main(sys.argv[1:]))

@@ -17,25 +17,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from model import GPT
 from model.checkpoint import STATE, read_json
 from model.errors import FormatError
-from pipeline import TokenStream, atomic, stage, tokenizer
-from pipeline.errors import UserError
-from pipeline.machine import Machine
-from pipeline.params import Section, load_section
-from pipeline.shards import ShardError, open_shard
-from train import arithmetic, hellaswag, lambada, reference
-from train.benchmarks import located, read_tasks
-from train.distributed import World, device_type, process_group, processes_here
-from train.likelihood import BATCH_TOKENS, Row
-from train.loader import Tokens
+from pipeline import TokenStream
+from pipeline.format import tokenizer
+from pipeline.format.shards import ShardError, open_shard
+from pipeline.runtime import command
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.machine import Machine
+from pipeline.runtime.params_file import load_section
+from pipeline.store import atomic
+from train import numerics
+from train.data.loader import Tokens
+from train.distributed.devices import device_type, processes_here
+from train.distributed.rendezvous import process_group
+from train.distributed.torchrun import run_torchrun
+from train.distributed.world import World
+from train.evals import hellaswag, lambada, reference_curve
+from train.evals.likelihood import BATCH_TOKENS, Row
+from train.evals.task_files import located, read_tasks
+from train.params import EvaluateParams
 from train.run import CHECKPOINT, CURVES, TOKENS
-from train.samples import as_markdown, sample
-from train.torchrun import run_torchrun
 from train.validation import check_split, mean_loss
 
 METRICS = Path("metrics/eval.json")
@@ -46,42 +51,6 @@ VALIDATIONS = CURVES / "plots/metrics/val/loss.tsv"
 BLOCK = 2**24  # tokens counted at a time
 ENTROPY_BLOCKS = 64  # a billion tokens
 DIGITS = 6  # of each measure
-
-
-class EvaluateParams(Section):
-    """`evaluate`: how a trained model is measured and shown."""
-
-    val_tokens: int = Field(ge=1)
-    """Tokens measured: the first so many of the validation split."""
-
-    val_shards: str | None = Field(default=None, min_length=1)
-    """A token file in llm.c's format, such as the FineWeb validation tokens of published runs:
-    its first `val_tokens` are measured as well. Null: none."""
-
-    hellaswag: str | None = Field(default=None, min_length=1)
-    """Tasks of HellaSwag: `hub`, all 10,042 of them, downloaded; the path of a .jsonl file; or
-    null, not measured."""
-
-    lambada: str | None = Field(default=None, min_length=1)
-    """The same of LAMBADA: `hub`, all 5,153; a .jsonl file, each line with a `text`; or null."""
-
-    prompts: tuple[str, ...] = Field(default=("",), strict=False)  # YAML has lists only
-    """Text to continue; the empty text is the beginning of a document."""
-
-    samples: int = Field(default=2, ge=0)
-    """Samples a prompt (0 or more)."""
-
-    sample_tokens: int = Field(default=128, ge=1)
-    """New tokens a sample (at least 1)."""
-
-    temperature: float = Field(default=0.8, ge=0)
-    """0: always the likeliest token; 1: the model's own distribution; above: flatter."""
-
-    top_k: int | None = Field(default=50, ge=1)
-    """Sample among the so many likeliest tokens (at least 1); null: among all."""
-
-    seed: int = Field(default=1337, ge=0, lt=2**32)
-    """Of the samples (0 to 2^32 - 1)."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +144,7 @@ def measure(
     gpt: GPT,
     streams: Mapping[str, Tokens],
     n: int,
-    dtype: arithmetic.Dtype,
+    dtype: numerics.Dtype,
     tasks: Tasks,
     world: World,
     size: int | None = None,
@@ -191,7 +160,7 @@ def measure(
         world: The processes that share the work.
         size: Windows and rows computed at a time; None chooses.
     """
-    arithmetic.configure(world.device, deterministic=False)
+    numerics.configure(world.device, deterministic=False)
     metrics: dict[str, Any] = {"val_tokens": n}
     for name, stream in streams.items():
         metrics[name] = mean_loss(
@@ -225,17 +194,17 @@ def compare(
 
     Writes the published losses up to the run's end, for the plots; none where they say nothing.
     """
-    why = reference.why_not(state["model"], state["train"], train_data.manifest.source)
+    why = reference_curve.why_not(state["model"], state["train"], train_data.manifest.source)
     if why is not None:
-        atomic.write_bytes(PUBLISHED, reference.as_csv([]).encode())
+        atomic.write_bytes(PUBLISHED, reference_curve.as_csv([]).encode())
         return {"reference": f"does not apply: {why}"}
     step = int(state["step"])
-    validations = reference.read_validations(VALIDATIONS) | {step: metrics["val_loss"]}
+    validations = reference_curve.read_validations(VALIDATIONS) | {step: metrics["val_loss"]}
     external = metrics.get("val_shards_loss")
-    points = reference.points(validations, {} if external is None else {step: external})
-    steps = sorted({*(s for s in reference.CURVE if s <= step), step})
-    atomic.write_bytes(PUBLISHED, reference.as_csv(steps).encode())
-    found: dict[str, Any] = {"reference": reference.verdict(points)}
+    points = reference_curve.points(validations, {} if external is None else {step: external})
+    steps = sorted({*(s for s in reference_curve.CURVE if s <= step), step})
+    atomic.write_bytes(PUBLISHED, reference_curve.as_csv(steps).encode())
+    found: dict[str, Any] = {"reference": reference_curve.verdict(points)}
     if points:
         found["above_reference"] = points[-1].difference
     return found
@@ -307,5 +276,44 @@ def blocks(stream: TokenStream, start: int, stop: int) -> Any:
         yield stream[first : min(first + BLOCK, stop)]
 
 
+@torch.no_grad()
+def sample(gpt: GPT, params: EvaluateParams) -> list[tuple[str, str]]:
+    """(prompt, what the model added to it), as many as the parameters ask for."""
+    prompts = [prompt for prompt in params.prompts for _ in range(params.samples)]
+    rows = [[tokenizer.EOT, *tokenizer.encode(prompt)] for prompt in prompts]
+    if not rows:
+        return []
+    texts = gpt.generate(
+        rows,
+        params.sample_tokens,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        seed=params.seed,
+    )
+    return [
+        (prompt, tokenizer.decode([token for token in text[len(row) :] if token != tokenizer.EOT]))
+        for prompt, row, text in zip(prompts, rows, texts, strict=True)
+    ]
+
+
+def as_markdown(
+    texts: list[tuple[str, str]], metrics: Mapping[str, Any], params: EvaluateParams
+) -> str:
+    """The samples as a page to read."""
+    lines = [
+        "# Samples",
+        "",
+        f"Validation loss {metrics['val_loss']:.4f} nats a token. "
+        f"Temperature {params.temperature}, top-k {params.top_k}, "
+        f"up to {params.sample_tokens} tokens. "
+        "The prompt is in bold; without one, a document begins.",
+    ]
+    for number, (prompt, text) in enumerate(texts, 1):
+        lines += ["", f"## {number}", ""]
+        body = (f"**{prompt.strip()}**" if prompt.strip() else "") + text
+        lines += [f"> {line}".rstrip() for line in body.strip().splitlines()]
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
-    stage.run(main)
+    command.run(main)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import sys
 
 from model.size import flops_per_token
-from pipeline import stage
-from pipeline.errors import Stopped
-from train import checkpoint, hellaswag
-from train.describe import banner, start_record, summary
-from train.distributed import World
-from train.health import Health, NonFinite
-from train.interrupt import Interrupt, Interrupted
-from train.loader import Batches
-from train.meter import Meter
+from pipeline.runtime import command
+from pipeline.runtime.errors import Stopped
+from train.checkpoint import directory
+from train.data.loader import Batches
+from train.distributed.interrupt import Interrupt, Interrupted
+from train.distributed.world import World
+from train.evals import hellaswag
+from train.monitor.health import Health, NonFinite
+from train.monitor.meter import Meter
 from train.run import Run
+from train.run_summary import banner, start_record, summary
 from train.trainer import Trainer
 
 
@@ -32,7 +33,7 @@ def train(run: Run, world: World, *, anew: bool = False) -> None:
             good checkpoint is kept.
     """
     source = run.params.hellaswag
-    read = hellaswag.read("train.hellaswag", source) if source and world.first else None
+    read = hellaswag.read("train.evals.hellaswag", source) if source and world.first else None
     if anew and world.first:
         run.clear()
     tasks = world.broadcast(read)  # nobody looks into the run's folder before it is cleared
@@ -76,10 +77,10 @@ def train(run: Run, world: World, *, anew: bool = False) -> None:
                 print(said, file=sys.stderr, flush=True)
                 trainer.writer.wait()
             world.barrier()  # torchrun stops the others as soon as one has left
-            sys.exit(stage.FAULT)
+            sys.exit(command.FAULT)
     if world.first:
         run.finish(summary(trainer, meter.seconds))
-        run.publish(run.folder / checkpoint.folder_name(run.params.steps))
+        run.publish(run.folder / directory.folder_name(run.params.steps))
     world.barrier()
 
 

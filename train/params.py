@@ -1,17 +1,49 @@
-"""The sections `model` and `train` of `params.yaml`."""
+"""Sections `model`, `train` and `evaluate` of `params.yaml`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from model import GPTConfig
-from pipeline.errors import UserError
-from pipeline.params import Section
-from train.checkpoint import Keep
-from train.schedule import BatchSchedule, Schedule
-from train.start import Start
+from model.config import GPTConfig
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.params_file import Section
+from train.optim.schedule import BatchSchedule, Schedule
+
+
+@dataclass(frozen=True)
+class Start:
+    """A folder of weights, and how much of it is taken.
+
+    Attributes:
+        kind: "checkpoint" or "hf".
+        folder: Where it is.
+        whole: Whether a checkpoint's optimizer and step are taken as well.
+    """
+
+    kind: str
+    folder: Path
+    whole: bool
+
+    @classmethod
+    def parse(cls, init: str, init_with: str) -> Start | None:
+        """What `train.init` and `train.init_with` say; None for `scratch`.
+
+        Raises:
+            ValueError: They say nothing that can be done.
+        """
+        kind, _, folder = init.partition(" ")
+        whole = init_with == "all"
+        if kind not in ("scratch", "checkpoint", "hf") or bool(folder.strip()) != (
+            kind != "scratch"
+        ):
+            raise ValueError(f"init {init!r}: write scratch, checkpoint DIR, or hf DIR")
+        if whole and kind != "checkpoint":
+            raise ValueError(f"init_with all needs a checkpoint to start from; init is {init}")
+        return None if kind == "scratch" else cls(kind, Path(folder.strip()).expanduser(), whole)
 
 
 class ModelParams(Section):
@@ -219,10 +251,6 @@ class TrainParams(Section):
         """What the run starts from; None: from nothing."""
         return Start.parse(self.init, self.init_with)
 
-    def keep(self) -> Keep:
-        """Which checkpoints stay in the store."""
-        return Keep(last=self.keep_checkpoints, every=self.keep_every)
-
     def kept(self) -> int:
         """Checkpoints that a finished run holds at most: the newest, the best, and each n-th."""
         return self.keep_checkpoints + 1 + (self.steps // self.keep_every if self.keep_every else 0)
@@ -258,3 +286,39 @@ class TrainParams(Section):
             doublings=self.batch_doublings,
             ramp_steps=self.batch_ramp_steps,
         )
+
+
+class EvaluateParams(Section):
+    """`evaluate`: how a trained model is measured and shown."""
+
+    val_tokens: int = Field(ge=1)
+    """Tokens measured: the first so many of the validation split."""
+
+    val_shards: str | None = Field(default=None, min_length=1)
+    """A token file in llm.c's format, such as the FineWeb validation tokens of published runs:
+    its first `val_tokens` are measured as well. Null: none."""
+
+    hellaswag: str | None = Field(default=None, min_length=1)
+    """Tasks of HellaSwag: `hub`, all 10,042 of them, downloaded; the path of a .jsonl file; or
+    null, not measured."""
+
+    lambada: str | None = Field(default=None, min_length=1)
+    """The same of LAMBADA: `hub`, all 5,153; a .jsonl file, each line with a `text`; or null."""
+
+    prompts: tuple[str, ...] = Field(default=("",), strict=False)  # YAML has lists only
+    """Text to continue; the empty text is the beginning of a document."""
+
+    samples: int = Field(default=2, ge=0)
+    """Samples a prompt (0 or more)."""
+
+    sample_tokens: int = Field(default=128, ge=1)
+    """New tokens a sample (at least 1)."""
+
+    temperature: float = Field(default=0.8, ge=0)
+    """0: always the likeliest token; 1: the model's own distribution; above: flatter."""
+
+    top_k: int | None = Field(default=50, ge=1)
+    """Sample among the so many likeliest tokens (at least 1); null: among all."""
+
+    seed: int = Field(default=1337, ge=0, lt=2**32)
+    """Of the samples (0 to 2^32 - 1)."""

@@ -29,13 +29,14 @@ from model.errors import FormatError
 from model.generate import load
 from model.generation import stream
 from model.size import parameter_count
-from pipeline import stage, tokenizer
-from pipeline.errors import UserError
-from pipeline.machine import Machine
-from pipeline.params import Section, validate
-from train import html
-from train.distributed import device_type
-from train.inside import shown, top
+from pipeline.format import tokenizer
+from pipeline.runtime import command
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.machine import Machine
+from pipeline.runtime.params_file import Section, validate
+from train.distributed.devices import device_type
+from train.report import html
+from train.report.model_probe import shown, top
 
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")
@@ -272,4 +273,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    stage.run(lambda: main(sys.argv[1:]))
+    command.run(lambda: main(sys.argv[1:]))

@@ -16,20 +16,12 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pipeline import atomic, stage
-from pipeline.errors import UserError
-from pipeline.params import (
-    PARAMS,
-    Section,
-    SourceParams,
-    TokenizeParams,
-    VerifyParams,
-    nearest,
-    read_yaml,
-    validate,
-)
-from train.evaluate import EvaluateParams
-from train.params import ModelParams, TrainParams
+from pipeline.params import SourceParams, TokenizeParams, VerifyParams
+from pipeline.runtime import command
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.params_file import PARAMS, Section, nearest, read_yaml, validate
+from pipeline.store import atomic
+from train.params import EvaluateParams, ModelParams, TrainParams
 
 SECTIONS: dict[str, type[Section]] = {
     "source": SourceParams,
@@ -163,4 +155,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    stage.run(lambda: main(sys.argv[1:]))
+    command.run(lambda: main(sys.argv[1:]))

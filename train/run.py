@@ -27,17 +27,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline import TokenStream, atomic
-from pipeline.code import code_key
-from pipeline.errors import UserError
-from pipeline.machine import Machine
-from pipeline.params import load_section
-from pipeline.store import Store, publish
-from train import checkpoint, reference
-from train.history import History
-from train.order import DataOrder
+from pipeline import TokenStream
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.machine import Machine
+from pipeline.runtime.params_file import load_section
+from pipeline.store import atomic
+from pipeline.store.code_key import code_key
+from pipeline.store.store import Store, publish
+from train.checkpoint import directory, init_from
+from train.data.order import DataOrder
+from train.data.split import Split, share_batch
+from train.evals import reference_curve
+from train.monitor.history import History
+from train.optim.schedule import BatchSchedule
 from train.params import ModelParams, TrainParams
-from train.schedule import BatchSchedule
 from train.validation import check_split
 
 TOKENS = Path("data/tokens")
@@ -110,7 +113,7 @@ class Run:
             "train": self.params.model_dump(mode="json"),
             "dataset_key": self.dataset_key,
             "code_key": self.code_key,
-            "starts_from": start.key() if start else None,
+            "starts_from": init_from.content_key(start) if start else None,
         }
 
     @cached_property
@@ -150,6 +153,18 @@ class Run:
             seed=self.params.seed,
             order=self.params.order,
         )
+
+    def split(self, world_size: int, device: str) -> Split:
+        """How the batch is shared by so many processes.
+
+        Raises:
+            UserError: It cannot be shared evenly.
+        """
+        return share_batch(self.model, self.params, world_size, self.machine.micro_batch, device)
+
+    def compiles(self, device: str) -> bool:
+        """Whether the model is compiled: as the machine's settings say, else on a GPU."""
+        return device == "cuda" if self.machine.compile is None else self.machine.compile
 
     @property
     def history(self) -> History:
@@ -200,12 +215,12 @@ class Run:
         with open(self.folder / "starts.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record, sort_keys=True) + "\n")
 
-    def beside_published(self, step: int, loss: float) -> reference.Point | None:
+    def beside_published(self, step: int, loss: float) -> reference_curve.Point | None:
         """A validation beside the published curve; None where there is nothing to compare."""
         model, train = self.model.config().to_dict(), self.params.model_dump(mode="json")
-        if reference.why_not(model, train, self.train_data.manifest.source):
+        if reference_curve.why_not(model, train, self.train_data.manifest.source):
             return None
-        return reference.Point.at(step, loss)
+        return reference_curve.Point.at(step, loss)
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Marks the run as finished."""
@@ -215,7 +230,7 @@ class Run:
         """The last checkpoint of a finished run, its bytes verified; None for any other run."""
         if not (self.folder / "final.json").exists():
             return None
-        found = checkpoint.latest(self.folder)
+        found = directory.latest(self.folder)
         if found is None or found[1]["step"] != self.params.steps:
             return None
         return found[0]
@@ -224,15 +239,15 @@ class Run:
         """Puts the finished run where DVC expects it: checkpoint, metrics, curves, and log."""
         self.history.draw()
         CHECKPOINT.parent.mkdir(parents=True, exist_ok=True)
-        publish({name: last / name for name in checkpoint.FILES}, CHECKPOINT)
+        publish({name: last / name for name in directory.FILES}, CHECKPOINT)
         atomic.write_bytes(LOG, self.history.path.read_bytes())
         atomic.write_bytes(METRICS, (self.folder / "final.json").read_bytes())
 
     def ending(self) -> str:
         """What a finished run came to, in a line."""
         m = json.loads((self.folder / "final.json").read_bytes())
-        best = checkpoint.best(self.folder)
-        other = best is not None and checkpoint.step_of(best) != m["step"]
+        best = directory.best(self.folder)
+        other = best is not None and directory.step_of(best) != m["step"]
         return (
             f"trained {m['step']:,} steps, {m['tokens']:,} tokens: val loss {m['val_loss']:.4f} "
             f"(best {m['best_val_loss']:.4f}), {m['tokens_per_second']:,.0f} tokens/s; "

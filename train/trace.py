@@ -19,12 +19,13 @@ import numpy as np
 
 from model.checkpoint import STATE, read_json
 from model.errors import FormatError
-from pipeline import TokenStream, stage
-from pipeline.errors import UserError
-from pipeline.params import load_section, validate
-from train.documents import FIELDS, Documents, Piece, RawRows, decoded
-from train.loader import Split
-from train.order import DataOrder
+from pipeline import TokenStream
+from pipeline.provenance import FIELDS, Documents, Piece, RawRows, decoded
+from pipeline.runtime import command
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.params_file import load_section, validate
+from train.data.order import DataOrder
+from train.data.split import Split
 from train.params import ModelParams, TrainParams
 from train.run import CHECKPOINT, TOKENS
 
@@ -257,4 +258,4 @@ def _as_text(piece: Piece, found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    stage.run(lambda: main(sys.argv[1:]))
+    command.run(lambda: main(sys.argv[1:]))

@@ -11,70 +11,29 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT
-from model.size import flops_per_token
-from pipeline.errors import UserError
-from train import arithmetic, checkpoint, hardware, hellaswag
-from train.arithmetic import summed_loss
-from train.describe import arithmetic_of, state
-from train.distributed import World
-from train.interrupt import Interrupt
-from train.loader import Batches, Split, divisors
-from train.optimizer import (
+from pipeline.runtime.errors import UserError
+from train import numerics
+from train.checkpoint import directory, init_from
+from train.checkpoint.directory import Keep
+from train.checkpoint.writer import Writer
+from train.data.loader import Batches
+from train.data.split import divisors
+from train.distributed.interrupt import Interrupt
+from train.distributed.world import World
+from train.evals import hellaswag
+from train.monitor import peak_flops
+from train.numerics import summed_loss
+from train.optim.param_groups import (
     decay_groups,
     flat_state,
     load_flat_state,
     make_optimizer,
     set_learning_rate,
 )
-from train.params import ModelParams, TrainParams
 from train.run import Run
 from train.validation import mean_loss
-from train.writer import Writer
-
-# Tokens of a micro-batch where the machine's settings name none: enough to fill the processor, and
-# little enough for any memory.
-MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-
-# A step is interrupted only between micro-batches: on a CPU they must not take long, some seconds
-# of one core. A GPT-2 of 124M has one sequence of 1,024 at a time.
-MICRO_BATCH_FLOPS = {"cpu": 5e11, "cuda": math.inf}
 
 SAMPLE_PROMPT = 16  # tokens of validation text that a sample goes on from
-
-
-def plan_split(run: Run, world_size: int, device: str) -> Split:
-    """How a run's batch is shared by this machine's processes.
-
-    Raises:
-        UserError: It cannot be shared evenly.
-    """
-    return share_batch(run.model, run.params, world_size, run.machine.micro_batch, device)
-
-
-def share_batch(
-    model: ModelParams, params: TrainParams, world_size: int, micro_batch: int | None, device: str
-) -> Split:
-    """How parameters' batch is shared by any processes; micro-batches of None are chosen.
-
-    Raises:
-        UserError: It cannot be shared evenly.
-    """
-    flops = flops_per_token(model.config(), model.block_size)
-    tokens = min(MICRO_BATCH_TOKENS[device], MICRO_BATCH_FLOPS[device] / flops)
-    doublings = params.batch_doublings
-    return Split.plan(
-        params.batches(model.block_size).smallest,
-        model.block_size,
-        world_size,
-        micro_batch,
-        int(tokens // model.block_size),
-        "train.batch_tokens" + (f" / 2^{doublings} (batch_doublings)" if doublings else ""),
-    )
-
-
-def compiles(run: Run, device: str) -> bool:
-    """Whether a run's model is compiled: as the machine's settings say, else on a GPU."""
-    return device == "cuda" if run.machine.compile is None else run.machine.compile
 
 
 class Trainer:
@@ -96,9 +55,9 @@ class Trainer:
     def __init__(self, run: Run, world: World, tasks: list[hellaswag.Task] | None = None) -> None:
         self.run, self.world, self.params = run, world, run.params
         self.tasks = tasks
-        self.split = plan_split(run, world.size, world.device.type)
+        self.split = run.split(world.size, world.device.type)
         self.schedule = run.params.lr_schedule()
-        arithmetic.configure(world.device, deterministic=run.params.deterministic)
+        numerics.configure(world.device, deterministic=run.params.deterministic)
 
         self.gpt = GPT.initialised(run.model.config(), seed=run.params.seed, device=world.device)
         self.gpt.checkpoint_activations = run.machine.checkpoint_activations
@@ -113,8 +72,10 @@ class Trainer:
             betas=(run.params.beta1, run.params.beta2),
             eps=run.params.eps,
         )
-        self.compiled = compiles(run, world.device.type)
-        self.writer = Writer(run.folder, run.params.keep())
+        self.compiled = run.compiles(world.device.type)
+        self.writer = Writer(
+            run.folder, Keep(last=run.params.keep_checkpoints, every=run.params.keep_every)
+        )
         self.measured: float | None = None  # validation loss of the weights as they are now
         self.forward: Any = self.gpt
         if self.compiled:
@@ -132,7 +93,7 @@ class Trainer:
         Raises:
             UserError: That is of other data, or of another model.
         """
-        found = checkpoint.latest(self.run.folder) if self.world.first else None
+        found = directory.latest(self.run.folder) if self.world.first else None
         folder, state = self.world.broadcast(found) or (None, None)
         if folder is None or state is None:
             return self._begin()
@@ -142,11 +103,11 @@ class Trainer:
                 f"data/tokens holds ({self.run.dataset_key[:12]}); bring that back, or start anew "
                 "with GPT2_FRESH=1"
             )
-        differs = {k: v for k, v in arithmetic_of(self).items() if state["arithmetic"].get(k) != v}
+        differs = {k: v for k, v in self.arithmetic().items() if state["arithmetic"].get(k) != v}
         if differs and self.world.first:
             said = ", ".join(f"{k} {state['arithmetic'].get(k)} -> {v}" for k, v in differs.items())
             print(f"warning: resumes with other arithmetic ({said}): same data, other rounding")
-        weights, moments = checkpoint.load_tensors(folder)
+        weights, moments = directory.load_tensors(folder)
         self.gpt.load_state_dict(weights)
         if moments:  # none where all steps so far were skipped
             load_flat_state(self.optimizer, self.named, moments)
@@ -157,7 +118,7 @@ class Trainer:
         start = self.params.start()
         if start is None:
             return 0
-        weights, moments, step, samples = start.load(self.gpt.config)
+        weights, moments, step, samples = init_from.load(start, self.gpt.config)
         if samples != (here := self.run.samples(step)):
             raise UserError(
                 f"params.yaml: train.init_with: all: {start.folder} has seen {samples} samples in "
@@ -198,7 +159,7 @@ class Trainer:
         try:
             self._rehearse()
         except RuntimeError as error:
-            if not arithmetic.is_out_of_memory(error):
+            if not numerics.is_out_of_memory(error):
                 raise
             raise UserError(self._too_big()) from None
 
@@ -228,12 +189,12 @@ class Trainer:
         )
         return (
             f"micro_batch (machine.yaml, GPT2_MICRO_BATCH): {rows} sequences of {T} tokens at a "
-            f"time need more memory than {arithmetic.device_name(self.world.device)} has; {mend}"
+            f"time need more memory than {numerics.device_name(self.world.device)} has; {mend}"
         )
 
     def peak(self) -> float | None:
         """What all devices together could compute, FLOP/s; None where that is not known."""
-        own = hardware.peak(self.world.device, self.params.dtype)
+        own = peak_flops.peak(self.world.device, self.params.dtype)
         total = torch.tensor(own or math.nan, dtype=torch.float64, device=self.world.device)
         together = self.world.sum(total).item()
         return None if math.isnan(together) else together
@@ -332,5 +293,38 @@ class Trainer:
             self.writer.save(
                 model=self.gpt.state_dict(),
                 optimizer=flat_state(self.optimizer, self.named),
-                state={**state(self, step), "val_loss": self.measured},
+                state={**self.state(step), "val_loss": self.measured},
             )
+
+    def state(self, step: int) -> dict[str, Any]:
+        """`state.json` of a checkpoint: all that it is, and nothing of when or by whom it was made.
+
+        Args:
+            step: Complete steps.
+        """
+        run = self.run
+        return {
+            "step": step,
+            "samples": run.samples(step),
+            "tokens": run.tokens(step),
+            "model": self.gpt.config.to_dict(),
+            "train": run.params.model_dump(mode="json"),
+            "run_key": run.key,
+            "dataset_key": run.dataset_key,
+            "code_key": run.code_key,
+            "adopted": run.record()["adopted"],
+            "arithmetic": self.arithmetic(),
+            "versions": numerics.versions(),
+        }
+
+    def arithmetic(self) -> dict[str, Any]:
+        """What the last bits depend on, and neither the samples nor the parameters say."""
+        return {
+            "world_size": self.world.size,
+            "micro_batch": self.split.micro_batch,
+            "device": self.world.device.type,
+            "threads": torch.get_num_threads(),
+            "loss_chunk": self.gpt.loss_chunk,
+            "compile": self.compiled,
+            "overlap": self.compiled and self.run.machine.overlap,
+        }

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
-from train.arithmetic import Dtype, summed_loss
-from train.distributed import World
-from train.loader import Tokens
+from pipeline.runtime.errors import UserError
+from train.data.loader import Tokens
+from train.distributed.world import World
+from train.numerics import Dtype, summed_loss
 
 IGNORED = -100
 

@@ -20,18 +20,18 @@ from typing import Any
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 
-from pipeline import ship
-from pipeline.chunks import plan_chunks
-from pipeline.encode import chunk_key, encode_chunk, write_piece
-from pipeline.machine import Machine
-from pipeline.manifest import RawManifest
+from pipeline.download.sample import write_sample
+from pipeline.format.manifest import RawManifest
+from pipeline.format.parquet import read_batches
 from pipeline.params import TokenizeParams
-from pipeline.parquet import read_batches
-from pipeline.progress import Progress
-from pipeline.sources import write_sample
-from pipeline.store import Store
-from pipeline.tokenize import tokenize
-from tests.pipeline.mini import write_raw
+from pipeline.runtime.machine import Machine
+from pipeline.runtime.progress import Progress
+from pipeline.store.store import Store
+from pipeline.tokenize import ship_chunks
+from pipeline.tokenize.chunk_plan import plan_chunks
+from pipeline.tokenize.encode_chunk import chunk_key, encode_chunk, write_piece
+from pipeline.tokenize.stage import tokenize
+from tests.support.small_data import write_raw
 
 MB = 1e6
 
@@ -139,10 +139,12 @@ def rates(megabytes: int) -> None:
 
         text = sum(texts.nbytes for _, texts in batches()) / MB
         decoded = timed(lambda: sum(1 for _ in batches()))
-        packed = list(ship.pack(batches(), ship.BLOCK_BYTES))
+        packed = list(ship_chunks.pack(batches(), ship_chunks.BLOCK_BYTES))
         size = sum(map(len, packed)) / MB
-        packing = timed(lambda: sum(1 for _ in ship.pack(batches(), ship.BLOCK_BYTES)))
-        unpacking = timed(lambda: sum(1 for _ in ship.unpack(iter(packed), 0)))
+        packing = timed(
+            lambda: sum(1 for _ in ship_chunks.pack(batches(), ship_chunks.BLOCK_BYTES))
+        )
+        unpacking = timed(lambda: sum(1 for _ in ship_chunks.unpack(iter(packed), 0)))
         print(f"{text:.0f} MB of text, {size:.0f} MB packed ({text / size:.2f} to 1)")
         print(f"read parquet:           {text / decoded:7.0f} MB/s of text")
         print(f"read parquet and pack:  {text / packing:7.0f} MB/s of text")
@@ -172,10 +174,10 @@ def encoding(paths: list[Path], folder: Path) -> None:
         blocks = [
             (path.name, block)
             for path in sorted(scratch.iterdir())
-            for block in ship.file_blocks(path, ship.BLOCK_BYTES)
+            for block in ship_chunks.file_blocks(path, ship_chunks.BLOCK_BYTES)
         ]
         begin = time.perf_counter()
-        ship.receive(iter(blocks), key, taken)
+        ship_chunks.receive(iter(blocks), key, taken)
         receiving += time.perf_counter() - begin
     print(f"encode (a task):        {text / MB / seconds:7.1f} MB/s of text")
     print(f"take in (the driver):   {text / MB / receiving:7.0f} MB/s of text")

@@ -28,8 +28,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pipeline import Manifest, atomic
-from pipeline.params import read_yaml
+from pipeline import Manifest
+from pipeline.runtime.params_file import read_yaml
+from pipeline.store import atomic
 
 REPO = Path(__file__).parents[2]
 MODEL: dict[str, Any] = {"size": None, "n_layer": 4, "n_head": 4, "n_embd": 64, "block_size": 256}

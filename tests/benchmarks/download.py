@@ -25,8 +25,8 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-from tests.hub import FINEWEB, Hub
-from tests.pipeline.fetching import Project, sample_files
+from tests.support.downloads import Project, sample_files
+from tests.support.hub import FINEWEB, Hub
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from model import GPT
-from train import hellaswag
-from train.benchmarks import read_tasks
-from train.likelihood import scores
+from train.evals import hellaswag
+from train.evals.likelihood import scores
+from train.evals.task_files import read_tasks
 
 TASK = """\
 task: hellaswag_here

@@ -15,12 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline import TokenStream, atomic
-from pipeline.manifest import Manifest, RawManifest, Shard, Source, Tokenizer, Totals
-from pipeline.shards import HEADER_BYTES, MAGIC, VERSION
+from pipeline import TokenStream
+from pipeline.format.manifest import Manifest, RawManifest, Shard, Source, Tokenizer, Totals
+from pipeline.format.shards import HEADER_BYTES, MAGIC, VERSION
+from pipeline.store import atomic
 from train import DataOrder
-from train.loader import Batches, Split
-from train.schedule import BatchSchedule
+from train.data.loader import Batches
+from train.data.split import Split
+from train.optim.schedule import BatchSchedule
 
 BATCH_TOKENS = 524_288
 MICRO_BATCH_TOKENS = 16_384

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from model import GPT
-from tests.train.conftest import make_project
-from train.arithmetic import summed_loss
-from train.distributed import process_group
+from tests.support.training import make_project
+from train.distributed.rendezvous import process_group
 from train.loop import train
-from train.optimizer import adamw, decay_groups
+from train.numerics import summed_loss
+from train.optim.param_groups import adamw, decay_groups
 from train.preset import read_preset
 from train.run import Run
 from train.trainer import Trainer

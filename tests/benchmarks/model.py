@@ -46,11 +46,11 @@ from torch import Tensor, nn
 from model import GPT, GPTConfig
 from model.init import STD
 from model.size import flops_per_token
-from pipeline.params import read_yaml, validate
-from train.optimizer import adamw, decay_groups
+from pipeline.runtime.params_file import read_yaml, validate
+from train.data.split import MICRO_BATCH_TOKENS
+from train.optim.param_groups import adamw, decay_groups
 from train.params import ModelParams, TrainParams
 from train.preset import read_preset
-from train.trainer import MICRO_BATCH_TOKENS
 
 VARIANTS = [
     f"{model} {mode}"

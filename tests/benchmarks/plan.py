@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model import GPT, GPTConfig
-from train import memory
-from train.arithmetic import Dtype, summed_loss
-from train.estimate import Options, Plan, make_plan
+from train.numerics import Dtype, summed_loss
+from train.plan import memory
+from train.plan.estimate import Options, Plan, make_plan
 from train.preset import load
 
 

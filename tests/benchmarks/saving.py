@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from tests.train.conftest import make_project
-from train.distributed import process_group
-from train.interrupt import Interrupt
-from train.loader import Batches
+from tests.support.training import make_project
+from train.data.loader import Batches
+from train.distributed.interrupt import Interrupt
+from train.distributed.rendezvous import process_group
 from train.run import Run
 from train.trainer import Trainer
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from train.estimate import Options, Plan, make_plan
 from train.params import ModelParams
+from train.plan.estimate import Options, Plan, make_plan
 from train.preset import Parameters, load
 
 MODELS = {

@@ -82,8 +82,8 @@ if __name__ == "__main__":
 
 def make_corpus(source: Path, folder: Path, megabytes: int, file_mb: int = 20) -> None:
     """A `data/raw` of so much text: the source's documents, again and again under new salts."""
-    from pipeline import atomic
-    from pipeline.manifest import NAME, RawManifest, Source, SourceFile
+    from pipeline.format.manifest import NAME, RawManifest, Source, SourceFile
+    from pipeline.store import atomic
 
     folder.mkdir(parents=True)
     texts = pa.concat_arrays(
@@ -124,8 +124,8 @@ def part_of(corpus: Path, folder: Path, megabytes: int) -> Path:
         if not (folder / path.name).exists():
             os.link(path, folder / path.name)
         done += text_bytes(path)
-    from pipeline import atomic
-    from pipeline.manifest import NAME, RawManifest
+    from pipeline.format.manifest import NAME, RawManifest
+    from pipeline.store import atomic
 
     whole = RawManifest.load(corpus)
     files = [file for file in whole.files if (folder / file.path).exists()]
@@ -147,10 +147,11 @@ def measure_stage(corpus: Path, small: Path, scratch: Path, workers: int, engine
     began = time.time()
     import ray
 
-    from pipeline import tokenize, verify
-    from pipeline.cluster import cluster
-    from pipeline.machine import Machine
+    from pipeline.cluster.join import cluster
     from pipeline.params import TokenizeParams, VerifyParams
+    from pipeline.runtime.machine import Machine
+    from pipeline.tokenize import stage as tokenize
+    from pipeline.verify import stage as verify
 
     machine = Machine(workers=workers, work_dir=scratch / "work", engine=engine)
     params = TokenizeParams(shard_tokens=SHARD_TOKENS, val_per_10k=20)
@@ -185,10 +186,10 @@ def measure_stage(corpus: Path, small: Path, scratch: Path, workers: int, engine
 
 def _timed_chunk(*task: Any) -> Any:
     """A chunk, its seconds noted beside the store: the rest of a worker's time is Ray's."""
-    from pipeline import encode
+    from pipeline.tokenize import encode_chunk
 
     began = time.perf_counter()
-    record = encode.encode_chunk(*task)
+    record = encode_chunk.encode_chunk(*task)
     with open(task[5].root / BUSY, "a") as file:
         file.write(f"{time.perf_counter() - began}\n")
     return record
@@ -196,10 +197,11 @@ def _timed_chunk(*task: Any) -> Any:
 
 def _start_worker() -> None:
     """In a worker: what it does once in its life, and so long that each worker has to do it."""
-    from pipeline import checks, encode, engines
+    from pipeline.tokenize import encode_chunk, engines
+    from pipeline.verify import checks
 
     assert checks
-    assert encode
+    assert encode_chunk
     engines.fast()
     time.sleep(2)
 
@@ -211,11 +213,11 @@ _fast: Any = None
 def _start(kind: str, file: str) -> None:
     global _encode, _fast
     if kind == "gigatoken":
-        from pipeline import engines
+        from pipeline.tokenize import engines
 
         _fast = engines.fast()
     elif kind == "tiktoken":
-        from pipeline import tokenizer
+        from pipeline.format import tokenizer
 
         encoding = tokenizer.encoding()
         _encode = lambda texts: [encoding.encode_ordinary(text) for text in texts]  # noqa: E731
@@ -289,7 +291,7 @@ def tokenizer_json(folder: Path) -> str:
     import tokenizers
 
     from model.tokenizer_files import write_tokenizer
-    from pipeline import tokenizer
+    from pipeline.format import tokenizer
 
     write_tokenizer(folder, tokenizer.ranks(), 1024)
     names = str(folder / "vocab.json"), str(folder / "merges.txt")
@@ -346,26 +348,28 @@ class Clock:
 
 def phases(corpus: Path, scratch: Path) -> dict[str, float]:
     """Seconds by phase of all chunks, one after another in this process."""
-    from pipeline import atomic, batch, encode, engines, shards
-    from pipeline.chunks import plan_chunks
-    from pipeline.manifest import RawManifest
+    from pipeline.format import shards
+    from pipeline.format.manifest import RawManifest
     from pipeline.params import TokenizeParams
-    from pipeline.store import Store
+    from pipeline.store import atomic
+    from pipeline.store.store import Store
+    from pipeline.tokenize import encode_batch, encode_chunk, engines
+    from pipeline.tokenize.chunk_plan import plan_chunks
 
     params = TokenizeParams(shard_tokens=SHARD_TOKENS, val_per_10k=20)
     files = RawManifest.load(corpus).files
     chunks = plan_chunks(corpus, files, "text", SHARD_TOKENS)
     engine = engines.fast()
     clock = Clock()
-    clock.wrap(encode, "read_batches", "parquet")
-    clock.wrap(batch, "_with_text", "guard")
-    clock.wrap(batch, "left_to_reference", "guard")
+    clock.wrap(encode_chunk, "read_batches", "parquet")
+    clock.wrap(encode_batch, "_with_text", "guard")
+    clock.wrap(encode_batch, "left_to_reference", "guard")
     clock.wrap(engines.Fast, "encode", "encode, gigatoken")
-    clock.wrap(batch, "reference", "encode and check, tiktoken")
-    clock.wrap(batch, "_hashes", "hashes of documents")
-    clock.wrap(encode, "content_sum", "hashes of documents")
-    clock.wrap(encode, "encode_batch", "EOT, uint16, split")
-    clock.wrap(encode._Split, "add", "EOT, uint16, split")
+    clock.wrap(encode_batch, "reference", "encode and check, tiktoken")
+    clock.wrap(encode_batch, "_hashes", "hashes of documents")
+    clock.wrap(encode_chunk, "content_sum", "hashes of documents")
+    clock.wrap(encode_chunk, "encode_batch", "EOT, uint16, split")
+    clock.wrap(encode_chunk._Split, "add", "EOT, uint16, split")
     clock.wrap(shards.ShardWriter, "append", "write")
     clock.wrap(shards.ShardWriter, "close", "write")
     clock.wrap(atomic, "sha256_file", "sha256")
@@ -374,11 +378,11 @@ def phases(corpus: Path, scratch: Path) -> dict[str, float]:
     clock.wrap(atomic, "fsync_folder", "fsync")
     store = Store(scratch / "work")
     for index, chunk in enumerate(chunks[:2]):  # the first words, and the tokenizer's own start
-        encode.encode_chunk(chunk, f"first {index}", corpus, "text", params, store)
+        encode_chunk.encode_chunk(chunk, f"first {index}", corpus, "text", params, store)
     clock.seconds.clear()
     for index, chunk in enumerate(chunks):
         with clock.phase("else"):
-            encode.encode_chunk(chunk, str(index), corpus, "text", params, store)
+            encode_chunk.encode_chunk(chunk, str(index), corpus, "text", params, store)
     assert engine is not None
     return clock.seconds
 

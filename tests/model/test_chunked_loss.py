@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from model import GPT, GPTConfig
 from model.errors import ConfigError
 from model.loss import Cut, cross_entropy, linear_cross_entropy
-from tests.model.metering import Meter
+from tests.support.metering import Meter
 
 V, P, C = 300, 384, 16
 

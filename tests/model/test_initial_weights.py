@@ -7,7 +7,7 @@ import torch
 
 from model import GPT, GPTConfig
 from model.init import initial_std, initialise
-from tests.model.metering import Meter
+from tests.support.metering import Meter
 
 CONFIG = GPTConfig(n_layer=3, n_head=2, n_embd=64, block_size=64, vocab_size=1000)
 

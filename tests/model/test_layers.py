@@ -5,12 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from model import GPT, GPTConfig
-from model.attention import (
-    document_mask,
-    document_positions,
-    explicit_attention,
-    fused_attention,
-)
+from model.attention import document_mask, document_positions, explicit_attention, fused_attention
 from model.layers import GELU, Embedding, LayerNorm, Linear
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=300)

@@ -3,16 +3,15 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from model import GPT, GPTConfig, checkpoint, command, export, generate, import_hf
 from model.generate import as_text
-from tests.hub import Hub
+from tests.support.hub import Hub
+from tests.support.repo import REPO
 
-ROOT = Path(__file__).parents[2]
 CONFIG = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16)
 
 
@@ -52,7 +51,7 @@ def test_generate_in_a_process_of_its_own(saved):
     def shell(*flags):
         return subprocess.run(
             [sys.executable, "-m", "model.generate", "--checkpoint", saved, *flags],
-            cwd=ROOT,
+            cwd=REPO,
             env={**os.environ, "PYTHONIOENCODING": "utf-8"},
             capture_output=True,
             check=False,
@@ -64,7 +63,7 @@ def test_generate_in_a_process_of_its_own(saved):
     assert len(done.stdout) > 40
     wrong = shell("--temperature", "-1")
     command = f'"{sys.executable}" -m model.generate --checkpoint "{saved}" --seed 1 | head -c 1'
-    cut = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, check=False)
+    cut = subprocess.run(command, shell=True, cwd=REPO, capture_output=True, check=False)
     assert (len(cut.stdout), cut.stderr) == (1, b"")
     assert fails((wrong.returncode, "", wrong.stderr.decode()), "temperature")
 
@@ -145,7 +144,7 @@ def test_import_takes_a_name_on_the_hub(tmp_path):
         running = {
             name: subprocess.Popen(
                 [sys.executable, "-m", "model.import_hf", name, "--out", tmp_path / str(i)],
-                cwd=ROOT,
+                cwd=REPO,
                 env={**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -187,6 +186,6 @@ def test_importing_the_model_loads_neither_pipeline_nor_transformers():
         "print({m.partition('.')[0] for m in sys.modules} & bad)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "set()"

@@ -226,7 +226,7 @@ def test_merges_are_recovered_in_order():
 
 def test_tokenizer_files_give_the_same_tokens(tmp_path):
     transformers = pytest.importorskip("transformers", reason="reads the files as others do")
-    from pipeline import tokenizer
+    from pipeline.format import tokenizer
 
     write_tokenizer(tmp_path, tokenizer.ranks(), 1024)
     merges = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()

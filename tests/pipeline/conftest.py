@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
-from pipeline.cluster import cluster
-from pipeline.machine import Machine
-from tests.pipeline.mini import Project, some_texts, write_raw
+from pipeline.cluster.join import cluster
+from pipeline.runtime.machine import Machine
+from tests.support.small_data import MakeProject, Project, some_texts, write_raw
 
 
 @pytest.fixture(scope="session")
@@ -28,8 +28,8 @@ def one_ray(ray_cpus: int, monkeypatch: pytest.MonkeyPatch) -> int:
     def running(machine: Machine, *_: object, **__: object) -> AbstractContextManager[int]:
         return contextlib.nullcontext(ray_cpus)
 
-    monkeypatch.setattr("pipeline.tokenize.cluster", running)
-    monkeypatch.setattr("pipeline.verify.cluster", running)
+    monkeypatch.setattr("pipeline.tokenize.stage.cluster", running)
+    monkeypatch.setattr("pipeline.verify.stage.cluster", running)
     return ray_cpus
 
 
@@ -46,9 +46,6 @@ def project(tmp_path: Path, small_raw: Path) -> Project:
     root = tmp_path / "project"
     root.mkdir()
     return Project(root, small_raw)
-
-
-MakeProject = Callable[[str], Project]
 
 
 @pytest.fixture

@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import TokenStream, convert, tokenizer
-from pipeline.errors import UserError
-from pipeline.machine import Machine
-from pipeline.manifest import Manifest
+from pipeline import TokenStream, convert
+from pipeline.format import tokenizer
+from pipeline.format.manifest import Manifest
+from pipeline.format.tokenizer import EOT
 from pipeline.params import TokenizeParams
-from pipeline.store import publish
-from pipeline.tokenizer import EOT
-from tests.pipeline.foreign import read_llm_c, read_megatron
-from tests.pipeline.mini import Project, hashes, some_texts, tokenize_here, write_raw
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.machine import Machine
+from pipeline.store.store import publish
+from tests.support.foreign_tokens import read_llm_c, read_megatron
+from tests.support.small_data import Project, hashes, some_texts, tokenize_here, write_raw
 
 SIZES = TokenizeParams(shard_tokens=2000, val_per_10k=1500)
 

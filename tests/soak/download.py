@@ -12,8 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.hub import Hub
-from tests.pipeline.fetching import Project, interrupted, sample_files
+from tests.support.downloads import Project, interrupted, sample_files
+from tests.support.hub import Hub
 
 MOST = 1.2
 

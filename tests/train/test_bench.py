@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from model.size import flops_per_token
-from pipeline.errors import UserError
-from pipeline.machine import Machine
-from tests.train.conftest import Project, kill_group
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.machine import Machine
+from tests.support.training import Project, kill_group
 from train import bench
-from train.accelerators import accelerator
-from train.advice import CLOCKS, Kernel, Measured, advice, medians, plan_of, report
+from train.plan.accelerators import accelerator
+from train.plan.bench_report import CLOCKS, Kernel, Measured, advice, medians, plan_of, report
 from train.preset import load
 
 

@@ -14,13 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import TokenStream, atomic
-from pipeline.errors import UserError
-from pipeline.tokenizer import EOT, encode
-from tests.hub import Hub
-from tests.train.conftest import Project, some_tokens, write_tokens
+from pipeline import TokenStream
+from pipeline.format.tokenizer import EOT, encode
+from pipeline.runtime.errors import UserError
+from pipeline.store import atomic
+from tests.support.hub import Hub
+from tests.support.training import Project, some_tokens, write_tokens
 from tests.train.test_loop import train_here
-from train import evaluate, hellaswag
+from train import evaluate
+from train.evals import hellaswag
 
 
 def test_a_trained_model_is_measured_and_sampled(

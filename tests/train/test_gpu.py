@@ -15,17 +15,19 @@ import pytest
 import torch
 
 from pipeline import TokenStream
-from tests.train.conftest import Project, kill_group, wait_for, write_tokens
+from tests.support.training import Project, kill_group, wait_for, write_tokens
 from tests.train.test_loop import records
-from train import DataOrder, bench, checkpoint
-from train.checkpoint import Keep
-from train.distributed import process_group
-from train.interrupt import Interrupt
-from train.loader import Batches, Split
+from train import DataOrder, bench
+from train.checkpoint import directory
+from train.checkpoint.directory import Keep
+from train.checkpoint.writer import Writer
+from train.data.loader import Batches
+from train.data.split import Split
+from train.distributed.interrupt import Interrupt
+from train.distributed.rendezvous import process_group
 from train.loop import train
 from train.run import Run
 from train.trainer import Trainer
-from train.writer import Writer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -124,7 +126,7 @@ def test_a_checkpoint_holds_the_weights_of_its_step(tmp_path: Path) -> None:
             writer.save(model={"w": weights}, optimizer={"w.step": step}, state={"step": number})
             weights += 1000  # the next step, queued before anything is written
     for number in (1, 2, 3):
-        saved, _ = checkpoint.load_tensors(tmp_path / checkpoint.folder_name(number))
+        saved, _ = directory.load_tensors(tmp_path / directory.folder_name(number))
         assert torch.equal(saved["w"], torch.full((4_000_000,), 1 + 1001.0 * (number - 1)))
 
 
@@ -147,7 +149,7 @@ def test_a_run_has_the_losses_of_one_on_the_cpu(
 def wait_for_checkpoint(project: Project, work: str, step: int) -> None:
     def saved() -> bool:
         found = (project.folder / work).glob("runs/*/step-*")
-        return any(checkpoint.step_of(path) >= step for path in found)
+        return any(directory.step_of(path) >= step for path in found)
 
     wait_for(saved, seconds=240)
 

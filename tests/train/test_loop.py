@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 
 from model import GPT
 from model.size import flops_per_token, parameter_count
-from pipeline.errors import Stopped, UserError
-from tests.train.conftest import Project
-from train import checkpoint
-from train.distributed import process_group
+from pipeline.runtime.errors import Stopped, UserError
+from tests.support.training import Project
+from train.checkpoint import directory
+from train.distributed.rendezvous import process_group
 from train.loop import train
 from train.run import Run
-from train.trainer import Trainer, plan_split
+from train.trainer import Trainer
 
 
 def train_here() -> Run:
@@ -80,7 +80,7 @@ def test_a_run_leaves_what_it_promises(
     assert live["val"]["loss"] == metrics["val_loss"]
     assert (project.folder / "metrics/live/plots/metrics/train/loss.tsv").exists()
 
-    state = checkpoint.verify(project.folder / "artifacts/checkpoint")
+    state = directory.verify(project.folder / "artifacts/checkpoint")
     assert state["samples"] == 12 * 8
     assert state["dataset_key"] == "k" * 64
     assert state["run_key"] == run.key
@@ -155,7 +155,7 @@ def test_a_growing_batch_reads_on_where_the_smaller_one_ended(
     assert "(from 32, doubled 2 x in 6)" in capsys.readouterr().out
     tokens = records(run, "tokens")
     assert tokens == {1: 32, 2: 64, 4: 160, 6: 288, 8: 544, 10: 800, 12: 1056}
-    state = checkpoint.verify(project.folder / "artifacts/checkpoint")
+    state = directory.verify(project.folder / "artifacts/checkpoint")
     assert (state["samples"], state["tokens"]) == (66, 1056)
     losses = list(records(run, "train/loss").values())
     assert losses[0] == pytest.approx(10.83, abs=0.05)  # a mean also while the batch is small
@@ -173,14 +173,14 @@ def test_a_batch_that_cannot_grow_is_refused(
         Run.open()
     project.write(train={"batch_doublings": 3, "batch_ramp_steps": 5})
     with pytest.raises(UserError, match=r"batch_tokens / 2\^3 \(batch_doublings\): 16 are 1 seq"):
-        plan_split(Run.open(), 2, "cpu")
+        Run.open().split(2, "cpu")
 
 
 def test_on_a_cpu_a_micro_batch_is_small_enough_to_be_interrupted(project: Project) -> None:
     sizes = {"size": "gpt2", "n_layer": None, "n_head": None, "n_embd": None}
     project.write(model={**sizes, "block_size": 1024}, train={"batch_tokens": 32 * 1024})
-    assert plan_split(Run.open(), 2, "cpu").micro_batch == 1
-    assert plan_split(Run.open(), 2, "cuda").micro_batch == 16
+    assert Run.open().split(2, "cpu").micro_batch == 1
+    assert Run.open().split(2, "cuda").micro_batch == 16
 
 
 def test_too_little_memory_shows_before_the_first_step_and_says_what_to_change(
@@ -264,7 +264,7 @@ def test_stopped_in_a_validation_and_resumed_ends_with_the_same_bits(
     monkeypatch.setenv("GPT2_WORK_DIR", "stopped")
     stop_in(monkeypatch, "validate", step // 6)
     stopped = Run.open()
-    assert checkpoint.steps(stopped.folder)[-1].name == f"step-{step:08d}"
+    assert directory.steps(stopped.folder)[-1].name == f"step-{step:08d}"
     assert step not in records(stopped, "val/loss")
     resumed = train_here()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
@@ -322,7 +322,7 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved_or_repeated(
     assert stopped.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {said}: ")
-    assert [p.name for p in checkpoint.steps(project.run_folder)] == ["step-00000004"]
+    assert [p.name for p in directory.steps(project.run_folder)] == ["step-00000004"]
     assert not (project.folder / "artifacts").exists()
     with pytest.raises(UserError, match=rf"failed before: {said}.*GPT2_FRESH"):
         train_here()
@@ -336,7 +336,7 @@ def test_data_of_another_content_is_another_run(project: Project) -> None:
 
 def test_a_checkpoint_of_other_data_is_refused(project: Project) -> None:
     run = train_here()
-    for folder in checkpoint.steps(run.folder):
+    for folder in directory.steps(run.folder):
         state = json.loads((folder / "state.json").read_text())
         (folder / "state.json").write_text(json.dumps({**state, "dataset_key": "x" * 64}))
     with pytest.raises(UserError, match=r"other data \(xxxxxxxxxxxx\)"):

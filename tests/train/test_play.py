@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from pipeline import tokenizer
-from pipeline.errors import UserError
-from tests.browser import CHROMIUM, Page, browser
+from pipeline.format import tokenizer
+from pipeline.runtime.errors import UserError
+from tests.support.browser import CHROMIUM, Page, browser
 from train.play import MOST_TOKENS, MOST_WAITING, Playground, Wish, main, read_model, served, steps
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=64)

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from tests.train.conftest import Project, kill_group, wait_for
-from train import checkpoint
+from tests.support.training import Project, kill_group, wait_for
+from train.checkpoint import directory
 from train.run import Run
 
 LONG = {"steps": 36, "checkpoint_every": 3, "val_every": 12, "log_every": 1}
@@ -34,7 +34,7 @@ def wait_for_step(
 
     def saved() -> bool:
         found = (project.folder / work).glob("runs/*/step-*")
-        return any(checkpoint.step_of(path) >= step for path in found)
+        return any(directory.step_of(path) >= step for path in found)
 
     wait_for(lambda: saved() or process.poll() is not None)
     assert process.poll() is None, process.communicate()
@@ -170,7 +170,9 @@ def test_a_hung_rank_ends_the_run_by_name(project: Project) -> None:
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(project: Project) -> None:
     """Rank 1's third micro-batch, after the three of the rehearsal: in step 2 of two each."""
     project.write(train={"non_finite": "skip", "checkpoint_every": 1, "keep_checkpoints": 12})
-    ranks = project.start_ranks(2, module="tests.train.faulty", GPT2_MICRO_BATCH=2, FAULT="1,6")
+    ranks = project.start_ranks(
+        2, module="tests.support.faulty_train", GPT2_MICRO_BATCH=2, FAULT="1,6"
+    )
     try:
         (out, err), _ = [rank.communicate(timeout=60) for rank in ranks]
         assert [rank.returncode for rank in ranks] == [0, 0], err
@@ -181,7 +183,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(project: Projec
     assert "python -m train.trace --step 2" in out
     log = [json.loads(line) for line in (project.run_folder / "log.jsonl").open()]
     assert [(r["step"], r["skipped"]) for r in log if "skipped" in r] == [(2, 1)]
-    saved = [path / "model.safetensors" for path in checkpoint.steps(project.run_folder)]
+    saved = [path / "model.safetensors" for path in directory.steps(project.run_folder)]
     one, two, three = (path.read_bytes() for path in saved[:3])
     assert one == two != three
 
@@ -192,7 +194,7 @@ def test_what_is_not_finite_is_said_and_kept_though_torchrun_ends_all_when_one_h
     """While the checkpoint of step 1 is still being written."""
     project.write(train={"checkpoint_every": 1})
     ranks = project.start_ranks(
-        2, module="tests.train.faulty", GPT2_MICRO_BATCH=2, FAULT="1,6", SLOW=3
+        2, module="tests.support.faulty_train", GPT2_MICRO_BATCH=2, FAULT="1,6", SLOW=3
     )
     try:
         wait_for(lambda: any(rank.poll() is not None for rank in ranks), 60)
@@ -218,7 +220,7 @@ def test_ranks_that_would_train_something_else_are_refused(project: Project) -> 
     assert errors[0] == ""
     assert errors[1].startswith("error: rank 1 on ")
     assert ": micro_batch: not as on rank 0" in errors[1]
-    assert not (project.folder / ".work/runs").exists() or not checkpoint.steps(project.run_folder)
+    assert not (project.folder / ".work/runs").exists() or not directory.steps(project.run_folder)
 
 
 def test_started_again_by_torchrun_a_run_is_not_begun_anew(project: Project) -> None:
@@ -266,8 +268,8 @@ def test_a_terminal_that_is_gone_costs_no_step(project: Project) -> None:
         assert process.wait(40) == 3
     finally:
         kill_group(process)
-    (saved,) = checkpoint.steps(project.run_folder)
-    assert checkpoint.step_of(saved) >= 3
+    (saved,) = directory.steps(project.run_folder)
+    assert directory.step_of(saved) >= 3
 
 
 @pytest.mark.slow
@@ -295,15 +297,15 @@ def test_killed_five_times_stopped_and_resumed_from_each_checkpoint(
     assert project.weights() == weights
 
     (run,) = (project.folder / "stopped/runs").iterdir()
-    kept = checkpoint.steps(run)
+    kept = directory.steps(run)
     assert len(kept) >= 2
     for folder in kept[:-1]:
-        for later in checkpoint.steps(run):
+        for later in directory.steps(run):
             if later > folder:
                 shutil.rmtree(later)
         (run / "final.json").unlink()
         done = project.train(processes, GPT2_WORK_DIR="stopped", GPT2_MICRO_BATCH=2)
-        assert resumed_at(done.stdout) == checkpoint.step_of(folder)
+        assert resumed_at(done.stdout) == directory.step_of(folder)
         assert project.weights() == weights
 
 
@@ -363,7 +365,7 @@ def test_ranks_and_micro_steps_make_no_difference_to_a_gradient(
         name = f"{ranks}x{16 // ranks // micro_batch}"
         project.train_ranks(
             ranks,
-            module="tests.train.one_gradient",
+            module="tests.support.one_gradient",
             GPT2_MICRO_BATCH=micro_batch,
             GRADIENTS=name,
         )

@@ -15,16 +15,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import TokenStream, atomic
-from pipeline.errors import UserError
-from pipeline.machine import Machine
+from pipeline import TokenStream
+from pipeline.format.tokenizer import EOT, decode_bytes, encode
 from pipeline.params import TokenizeParams
-from pipeline.tokenizer import EOT, decode_bytes, encode
-from tests.pipeline.mini import some_texts, tokenize_here, write_raw
-from tests.train.conftest import MODEL, TRAIN
+from pipeline.provenance import Documents, RawRows, decoded
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.machine import Machine
+from pipeline.store import atomic
+from tests.support.small_data import some_texts, tokenize_here, write_raw
+from tests.support.training import MODEL, TRAIN
 from train import trace
-from train.documents import Documents, RawRows, decoded
-from train.loader import Batches, Split
+from train.data.loader import Batches
+from train.data.split import Split
 from train.params import TrainParams
 from train.trace import Share, Trace, describe, marked
 
@@ -212,7 +214,7 @@ def test_a_shard_of_several_chunks_knows_their_files(
     root: Path, texts: list[list[str | None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of validation documents, whose shards are merged; rows are found in any row group."""
-    monkeypatch.setattr("train.documents.BATCH_ROWS", 3)  # the files have groups of 7 rows
+    monkeypatch.setattr("pipeline.provenance.BATCH_ROWS", 3)  # the files have groups of 7 rows
     stream = TokenStream(root / "data/tokens", "val")
     assert any(len({part.path for part in shard.parts}) > 1 for shard in stream.shards)
     rows, documents = RawRows(root / "data/raw", stream.manifest.source), Documents(stream)

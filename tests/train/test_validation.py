@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
 from train.validation import IGNORED, check_split, fixed_batches, mean_loss
 
 STREAM = np.arange(5000).astype(np.uint16)

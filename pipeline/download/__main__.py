@@ -1,0 +1,26 @@
+"""`python -m pipeline.download`: bring the source's text to `data/raw`, as parquet."""
+
+from pipeline.download.stage import OUT, download
+from pipeline.params import SourceParams
+from pipeline.runtime import command
+from pipeline.runtime.machine import Machine
+from pipeline.runtime.params_file import load_section
+from pipeline.store.store import Store
+
+
+def main() -> None:
+    """Read the parameters, download, print one summary."""
+    params = load_section("source", SourceParams)
+    machine = Machine.load()
+    manifest = download(params, Store.open(machine), OUT, machine)
+    files = manifest.files
+    tokens = sum(file.tokens or 0 for file in files)
+    print(
+        f"download: {manifest.source.repo} at {manifest.source.revision}: {len(files)} files, "
+        + (f"{tokens:,} tokens, " if tokens else f"{sum(f.rows for f in files):,} documents, ")
+        + f"{sum(f.bytes for f in files) / 1e6:.1f} MB in {OUT}"
+    )
+
+
+if __name__ == "__main__":
+    command.run(main)

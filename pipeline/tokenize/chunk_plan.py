@@ -1,0 +1,72 @@
+"""The plan: source files cut into chunks of whole rows, from parquet footers alone.
+
+One chunk becomes one train shard. The cut depends on the footers and on ``shard_tokens`` only, so
+workers, their order, retries and nodes cannot change it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from pipeline.format.manifest import SourceFile
+from pipeline.format.parquet import row_groups
+
+# English web text comes to about 4.5 bytes a GPT-2 token; it only sets the size of a chunk.
+_BYTES_PER_100_TOKENS = 450
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows ``start`` to ``stop`` of one source file."""
+
+    file_index: int
+    file: SourceFile
+    start: int
+    stop: int
+    estimated_tokens: int
+
+    @property
+    def label(self) -> str:
+        """What it is called in messages and on Ray's dashboard."""
+        return f"{self.file.path}[{self.start}:{self.stop}]"
+
+
+def cut_rows(groups: Sequence[tuple[int, int]], target_bytes: int) -> list[tuple[int, int]]:
+    """Cut a file's rows into runs of about ``target_bytes`` of text each.
+
+    Args:
+        groups: rows and bytes of each row group; rows within a group count as equally long.
+        target_bytes: bytes a run, at least 1.
+
+    Returns:
+        Consecutive (start, stop) rows that cover the file; none is empty.
+    """
+    total = sum(size for _, size in groups)
+    count = max(1, (2 * total + target_bytes) // (2 * target_bytes))  # rounded to the nearest
+    borders, row, size, nth = [0], 0, 0, 1
+    for group_rows, group_size in groups:
+        while nth < count and (target := nth * total // count) <= size + group_size:
+            borders.append(row + (target - size) * group_rows // max(1, group_size))
+            nth += 1
+        row, size = row + group_rows, size + group_size
+    borders.append(row)
+    return [(a, b) for a, b in pairwise(borders) if a < b]
+
+
+def plan_chunks(
+    folder: Path, files: Sequence[SourceFile], column: str, shard_tokens: int
+) -> list[Chunk]:
+    """Cut every file into chunks of about ``shard_tokens`` tokens, in the order of the files.
+
+    Raises:
+        UserError: a file is missing or unreadable, or lacks the text column.
+    """
+    chunks = []
+    for file_index, file in enumerate(files):
+        groups = row_groups(folder / file.path, column)
+        rows, size = sum(rows for rows, _ in groups), sum(size for _, size in groups)
+        for start, stop in cut_rows(groups, shard_tokens * _BYTES_PER_100_TOKENS // 100):
+            tokens = size * (stop - start) // rows * 100 // _BYTES_PER_100_TOKENS
+            chunks.append(Chunk(file_index, file, start, stop, tokens))
+    return chunks

@@ -1,0 +1,48 @@
+"""`python -m pipeline.verify`: check every byte of the tokens, and report on the data."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from pipeline.format.manifest import NAME
+from pipeline.params import VerifyParams
+from pipeline.runtime import command
+from pipeline.runtime.machine import Machine
+from pipeline.runtime.params_file import load_section
+from pipeline.store import atomic
+from pipeline.store.store import Store
+from pipeline.verify.data_report import engine_metrics
+from pipeline.verify.show import show_documents
+from pipeline.verify.stage import METRICS, RAW, TOKENS, VERIFIED, DataFault, verify
+
+
+def main(argv: Sequence[str] = ()) -> None:
+    """Read the parameters, verify, write the metrics, print one summary; or show documents."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.verify", description=__doc__)
+    parser.add_argument(
+        "--show", type=int, metavar="K", help="print K decoded documents, and verify nothing"
+    )
+    args = parser.parse_args(list(argv))
+    if args.show is not None:
+        for document in show_documents(TOKENS, max(args.show, 0)):
+            print(document, end="\n\n")
+        return
+    params, machine = load_section("verify", VerifyParams), Machine.load()
+    try:
+        manifest, report = verify(RAW, TOKENS, params, machine)
+    except DataFault as fault:
+        print(f"verify: the data is damaged; `dvc repro` makes these anew:\n{fault}", flush=True)
+        raise SystemExit(command.FAULT) from None
+    chunks = Store.open(machine).root / "chunks"
+    engines = engine_metrics([chunks / chunk.chunk_key for chunk in manifest.chunks])
+    metrics = report.metrics(manifest, engines)
+    for name, table in report.tables().items():
+        atomic.write_bytes(METRICS.with_name(f"{name}.csv"), table.encode())
+    atomic.write_json(METRICS, metrics)
+    atomic.write_json(VERIFIED, {"manifest_sha256": atomic.sha256_file(TOKENS / NAME)})
+    shown = (f"{key} {v:,}" if isinstance(v, int) else f"{key} {v}" for key, v in metrics.items())
+    print("verify: " + ", ".join(shown))
+
+
+if __name__ == "__main__":
+    command.run(lambda: main(sys.argv[1:]))

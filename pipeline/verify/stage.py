@@ -1,0 +1,218 @@
+"""Stage `verify`: every byte of the data against its manifest, and what the data are like."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster.join import cluster, run_tasks
+from pipeline.format.manifest import NAME, Manifest, RawManifest, Shard
+from pipeline.format.shards import HEADER_BYTES, TOKEN_DTYPE
+from pipeline.params import VerifyParams
+from pipeline.runtime.machine import Machine
+from pipeline.runtime.progress import Progress
+from pipeline.store.store import Store, merged_key, unlink_bad
+from pipeline.tokenize.encode_chunk import Record, dataset_key
+from pipeline.verify import checks
+from pipeline.verify.checks import Fault, Findings
+from pipeline.verify.data_report import DataReport
+
+RAW = Path("data/raw")
+TOKENS = Path("data/tokens")
+VERIFIED = Path("data/verified.json")
+METRICS = Path("metrics/data.json")
+
+
+class DataFault(Exception):
+    """The data on disk is not what its manifests say."""
+
+
+def verify(
+    raw: Path, tokens: Path, params: VerifyParams, machine: Machine
+) -> tuple[Manifest, DataReport]:
+    """Check `data/raw` and `data/tokens` against their manifests; learn what the data are like.
+
+    Damaged files are named, and removed from the workspace and the store, so that the next
+    `dvc repro` makes exactly them anew.
+
+    Raises:
+        UserError: there is no manifest to check against.
+        DataFault: naming each file that differs.
+    """
+    raw_manifest, manifest = RawManifest.load(raw), Manifest.load(tokens)
+    faults, records = _check_folder(raw, tokens, raw_manifest, manifest)
+    tasks = _tasks(raw.absolute(), tokens.absolute(), raw_manifest, manifest, records, params)
+    report = DataReport()
+    total = sum(task.size for task in tasks)
+    files = [raw / file.path for file in raw_manifest.files]
+    files += [tokens / shard.name for shard in manifest.shards]
+    with cluster(machine, files), Progress("verify", total, "bytes") as progress:
+        work = [(task.check, *task.arguments) for task in tasks]
+        labels = [task.label for task in tasks]
+        for nth, found in run_tasks(_run, work, None, "verify", labels=labels, progress=progress):
+            faults += found.faults
+            if found.shard is not None:
+                report.add_shard(found.shard)
+            if found.source is not None:
+                report.add_source(found.source)
+            progress.advance(tasks[nth].size, f"{len(faults)} faults" if faults else "no fault")
+    if faults:
+        _remove_bad(faults, raw, tokens, manifest, Store.open(machine))
+        said = "\n".join(sorted(map(str, faults)))
+        for folder in (raw, tokens):  # as the caller calls them; tasks have the absolute paths
+            said = said.replace(str(folder.absolute()), str(folder))
+        raise DataFault(said)
+    print(f"verify: {len(tasks)} checks over {total / 1e6:.1f} MB, no fault", flush=True)
+    return manifest, report
+
+
+@dataclass(frozen=True)
+class _Task:
+    check: Callable[..., Findings]
+    arguments: tuple[Any, ...]
+    size: int
+    """Bytes that it reads, about."""
+    label: str
+    """What it is called in messages and on Ray's dashboard."""
+
+
+def _run(check: Callable[..., Findings], *arguments: Any) -> Findings:
+    return check(*arguments)
+
+
+def _tasks(
+    raw: Path,
+    tokens: Path,
+    raw_manifest: RawManifest,
+    manifest: Manifest,
+    records: dict[str, Record],
+    params: VerifyParams,
+) -> list[_Task]:
+    """A task a source file, a shard, and a chunk with text to encode; the largest first."""
+    has_text = raw_manifest.source.kind != "tokens"
+    file_indices = {file.path: index for index, file in enumerate(manifest.source.files)}
+    of_file: dict[str, list[checks.Place]] = {file.path: [] for file in raw_manifest.files}
+    of_chunk: dict[str, list[checks.Place]] = {}
+    tasks, twins = [], set()
+    for shard in manifest.shards:
+        for place in checks.places_of(shard):
+            if place.part.path in of_file:
+                of_file[place.part.path].append(place)
+                of_chunk.setdefault(place.part.chunk_key, []).append(place)
+        keys = [part.chunk_key for part in shard.parts]
+        contents = {
+            key: records[key]["splits"][shard.split]["content"] for key in keys if key in records
+        }
+        indices = {part.path: file_indices.get(part.path, 0) for part in shard.parts}
+        twin = None if has_text else _twin(raw, tokens, shard)
+        if twin is not None:
+            twins.add(twin)
+        shard_arguments = (tokens, shard, manifest.tokenizer, indices, contents, twin)
+        tasks.append(_Task(checks.check_shard, shard_arguments, _shard_bytes(shard), shard.name))
+    for file in raw_manifest.files:
+        if raw / file.path not in twins:
+            arguments = (raw, file, tokens, of_file[file.path], has_text)
+            tasks.append(_Task(checks.check_source, arguments, file.bytes, file.path))
+    if has_text and params.retokenize:
+        column, val_per_10k = raw_manifest.text_column, manifest.params.get("val_per_10k", 0)
+        for places in of_chunk.values():
+            text_arguments = (raw, column, tokens, places, params.retokenize, val_per_10k)
+            path, (start, stop) = places[0].part.path, places[0].part.rows
+            label = f"{path}[{start}:{stop}]"
+            tasks.append(_Task(checks.check_texts, text_arguments, 0, label))
+    return sorted(tasks, key=lambda task: -task.size)
+
+
+def _twin(raw: Path, tokens: Path, shard: Shard) -> Path | None:
+    """The file of `data/raw` that a shard is a link to, if it is one."""
+    path = raw / shard.parts[0].path
+    try:
+        return path if len(shard.parts) == 1 and path.samefile(tokens / shard.name) else None
+    except OSError:
+        return None
+
+
+def _shard_bytes(shard: Shard) -> int:
+    size: int = HEADER_BYTES + shard.tokens * TOKEN_DTYPE.itemsize
+    return size
+
+
+def _check_folder(
+    raw: Path, tokens: Path, raw_manifest: RawManifest, manifest: Manifest
+) -> tuple[list[Fault], dict[str, Record]]:
+    """What is checked without reading a shard: names, totals, records, and where it came from.
+
+    Returns:
+        The faults, and the records that are whole, by their chunk's key.
+    """
+    faults = []
+    if manifest.source != raw_manifest:
+        faults.append(Fault(tokens / NAME, f"was made from another {raw / NAME}"))
+    known = {NAME, *(name for shard in manifest.shards for name in (shard.name, shard.docs_name))}
+    known |= {chunk.name for chunk in manifest.chunks}
+    for path in sorted(tokens.rglob("*")):
+        if path.is_file() and path.relative_to(tokens).as_posix() not in known:
+            faults.append(Fault(path, "the manifest does not name it"))
+    for split, totals in manifest.totals.items():
+        of_split = [shard for shard in manifest.shards if shard.split == split]
+        for key in ("tokens", "docs", "text_bytes"):
+            if sum(getattr(shard, key) for shard in of_split) != getattr(totals, key):
+                faults.append(Fault(tokens / NAME, f"totals.{split}.{key} is not the shards' sum"))
+    records: dict[str, Record] = {}
+    for chunk in manifest.chunks:
+        if isinstance(found := checks.read_record_of(tokens / chunk.name, chunk), Fault):
+            faults.append(found)
+        else:
+            records[chunk.chunk_key] = found
+    return [*faults, *_check_records(tokens, manifest, records)], records
+
+
+def _check_records(tokens: Path, manifest: Manifest, records: dict[str, Record]) -> list[Fault]:
+    """The chunks' records against the manifest's parts, and all of them against its key."""
+    parts: dict[str, list[tuple[str, int, int]]] = {}
+    faults, files = [], {file.path for file in manifest.source.files}
+    for shard in manifest.shards:
+        for part in shard.parts:
+            parts.setdefault(part.chunk_key, []).append((shard.split, part.tokens, part.docs))
+        if other := {part.path for part in shard.parts} - files:
+            faults.append(Fault(tokens / NAME, f"{min(other)} is no file of its source"))
+    keys = [chunk.chunk_key for chunk in manifest.chunks]
+    if len(set(keys)) < len(keys) or parts.keys() - set(keys):
+        faults.append(Fault(tokens / NAME, "its chunks are not those of its shards"))
+    for chunk in manifest.chunks:
+        if (record := records.get(chunk.chunk_key)) is None:
+            continue
+        said = sorted((split, f["tokens"], f["docs"]) for split, f in record["splits"].items())
+        if said != sorted(parts.get(chunk.chunk_key, [])):
+            faults.append(Fault(tokens / chunk.name, "does not agree with the manifest"))
+    if len(records) == len(keys) and dataset_key(list(records.values())) != manifest.dataset_key:
+        faults.append(Fault(tokens / NAME, "its dataset_key is not that of the chunks' records"))
+    return faults
+
+
+def _remove_bad(
+    faults: Sequence[Fault], raw: Path, tokens: Path, manifest: Manifest, store: Store
+) -> None:
+    """Remove the damaged files and the pieces of the store that share their bytes."""
+    bad = {fault.path.absolute() for fault in faults}
+    for path in bad:
+        if path.is_file():
+            unlink_bad(path)
+    for file in manifest.source.files:
+        if (raw / file.path).absolute() in bad:
+            _discard(store, "files", file.sha256)
+    for chunk in manifest.chunks:
+        if (tokens / chunk.name).absolute() in bad:
+            _discard(store, "chunks", chunk.chunk_key)
+    for shard in manifest.shards:
+        if bad & {(tokens / name).absolute() for name in (shard.name, shard.docs_name)}:
+            keys = [part.chunk_key for part in shard.parts]
+            if shard.split == "val":
+                _discard(store, "merged", merged_key(keys))
+            else:
+                _discard(store, "chunks", keys[0])
+
+
+def _discard(store: Store, kind: str, key: str) -> None:
+    with store.lock(kind, key):
+        store.discard(kind, key)

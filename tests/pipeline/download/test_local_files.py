@@ -1,0 +1,334 @@
+"""Of kind files: local paths, globs and URLs, other formats, and files that are written anew."""
+
+from __future__ import annotations
+
+import gzip
+import http.server
+import json
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.download import row_groups, to_parquet
+from pipeline.download.local_files import PathFile, resolve
+from pipeline.download.stage import download, first_of
+from pipeline.format.manifest import RawManifest
+from pipeline.format.parquet import FINEWEB_SCHEMA
+from pipeline.params import SourceParams
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.machine import Machine
+from pipeline.store import atomic
+from pipeline.store.store import Store
+from tests.support.small_data import hashes, no_cluster, run_here
+
+Fetch = Callable[..., RawManifest]
+
+
+@pytest.fixture
+def fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fetch:
+    """Run the stage on paths, its tasks in this process; the manifest of `tmp_path / "raw"`."""
+
+    monkeypatch.setattr("pipeline.download.stage.cluster", no_cluster)
+    monkeypatch.setattr("pipeline.download.stage.run_tasks", run_here)
+    store = Store(tmp_path / "work")
+    store.root.mkdir()
+
+    def run(*paths: object, **source: Any) -> RawManifest:
+        params = SourceParams(kind="files", paths=[str(path) for path in paths], **source)
+        return download(params, store, tmp_path / "raw", Machine(patience=5))
+
+    return run
+
+
+def no_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("nothing is to be done")
+
+    monkeypatch.setattr("pipeline.download.stage.run_tasks", refuse)
+
+
+def write_parquet(path: Path, texts: Sequence[str | None], column: str = "text") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({column: pa.array(texts, pa.string()), "n": range(len(texts))}), path)
+    return path
+
+
+def texts_of(path: Path, column: str = "text") -> list[Any]:
+    texts: list[Any] = pq.read_table(path).column(column).to_pylist()
+    return texts
+
+
+def test_parquet_is_taken_as_it_is_and_once(
+    fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = [write_parquet(tmp_path / f"in/{d}/part.parquet", [d, "x"]) for d in ("a", "b")]
+    manifest = fetch(tmp_path / "in")
+    assert [file.path for file in manifest.files] == ["a/part.parquet", "b/part.parquet"]
+    assert [file.sha256 for file in manifest.files] == [atomic.sha256_file(path) for path in here]
+    assert [(file.rows, file.origin) for file in manifest.files] == [(2, None)] * 2
+    assert str(tmp_path) not in (tmp_path / "raw/manifest.json").read_text()
+    # Copied: what DVC does to the mode of data/raw must not reach the user's own file.
+    assert not (tmp_path / "raw/a/part.parquet").samefile(here[0])
+    # By a glob, again: the same, without reading a byte of them.
+    no_tasks(monkeypatch)
+    assert fetch(tmp_path / "in/*/*.parquet") == manifest
+    # A file alone has no folder.
+    assert [file.path for file in fetch(here[1]).files] == ["part.parquet"]
+    assert sorted(hashes(tmp_path / "raw")) == ["manifest.json", "part.parquet"]
+
+
+def test_a_changed_file_is_seen(fetch: Fetch, tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", ["one"])
+    old = fetch(path)
+    write_parquet(path, ["two", "three"])
+    new = fetch(path)
+    assert new.files[0].rows == 2
+    assert new.source.revision != old.source.revision
+    assert texts_of(tmp_path / "raw/a.parquet") == ["two", "three"]
+
+
+ROWS: list[dict[str, Any]] = [
+    {"text": "one\nline", "id": "<a>", "token_count": 3, "language_score": 0.5, "more": {"a": 1}},
+    {"text": "zwei", "token_count": "7", "language_score": "no number", "more": "now a string"},
+    {"text": None, "url": 5},
+]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+def as_arrow(stream: bool) -> bytes:
+    sink = pa.BufferOutputStream()
+    table = pa.table({"text": ["one\nline", "zwei", None], "id": ["<a>", None, None]})
+    new = pa.ipc.new_stream if stream else pa.ipc.new_file
+    with new(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def as_zst(data: bytes) -> bytes:
+    zstandard = pytest.importorskip("zstandard")
+    return bytes(zstandard.compress(data))
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl", LINES),
+        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.jsonl.zst", as_zst(LINES)),
+        ("a [1].arrow", as_arrow(stream=True)),
+        ("a.arrow", as_arrow(stream=False)),
+    ],
+)
+def test_other_formats_become_parquet(fetch: Fetch, tmp_path: Path, name: str, data: bytes) -> None:
+    path = tmp_path / "in" / name
+    path.parent.mkdir()
+    path.write_bytes(data)
+    manifest = fetch(path.parent)
+    assert [file.path for file in manifest.files] == [f"{name}.parquet"]
+    assert manifest.files[0].origin == atomic.sha256_file(path)
+    table = pq.read_table(tmp_path / "raw" / f"{name}.parquet")
+    assert table.schema.equals(FINEWEB_SCHEMA)
+    rows = table.to_pylist()
+    assert [row["text"] for row in rows] == ["one\nline", "zwei", None]
+    assert [row["id"] for row in rows] == ["<a>", None, None]
+    if "json" in name:
+        assert [row["token_count"] for row in rows] == [3, 7, None]
+        assert [row["language_score"] for row in rows] == [0.5, None, None]
+        assert rows[2]["url"] == "5"
+
+
+def test_csv_keeps_what_pandas_would_read_as_numbers(fetch: Fetch, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('body,token_count\n007,5\nNA,\n"two\nlines",3\n')
+    manifest = fetch(path, text_column="body")
+    table = pq.read_table(tmp_path / "raw/a.csv.parquet")
+    assert manifest.text_column == "body"
+    assert table.column_names == ["body", *FINEWEB_SCHEMA.names[1:]]
+    assert table.column("body").to_pylist() == ["007", "NA", "two\nlines"]
+    assert table.column("token_count").to_pylist() == [5, None, 3]
+
+
+def test_a_line_of_a_txt_is_a_document_and_formats_mix(fetch: Fetch, tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("one\ntwo\n")
+    write_parquet(tmp_path / "a.parquet", ["three"])
+    manifest = fetch(tmp_path / "b.txt", tmp_path / "a.parquet")
+    assert [file.path for file in manifest.files] == ["a.parquet", "b.txt.parquet"]
+    assert texts_of(tmp_path / "raw/b.txt.parquet") == ["one", "two"]
+
+
+def test_a_converted_file_is_made_once_for_a_text_column(
+    fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one", "other": "two"}\n')
+    manifest = fetch(path)
+    other = fetch(path, text_column="other")
+    assert texts_of(tmp_path / "raw/a.jsonl.parquet", "other") == ["two"]
+    assert other.files[0].sha256 != manifest.files[0].sha256
+    no_tasks(monkeypatch)
+    assert fetch(path) == manifest
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.jsonl", b"{no json", ["a.jsonl", "json"]),
+        ("a.jsonl.gz", b"no gzip", ["a.jsonl.gz"]),
+        ("a.jsonl", b'{"a": 1, "b": 2}\n', ["a.jsonl", "'text'", "text_column", "a, b"]),
+        ("a.jsonl", b"", ["a.jsonl", "empty"]),
+        ("a.csv", b"text\n", ["a.csv", "rows"]),
+        ("a.parquet", b"no parquet", ["a.parquet", "parquet"]),
+        ("a.docx", b"what is it", ["a.docx", "known format"]),
+    ],
+)
+def test_what_cannot_be_read_is_named(
+    fetch: Fetch, tmp_path: Path, name: str, data: bytes, words: list[str]
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError) as error:
+        fetch(tmp_path / name)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+    assert not (tmp_path / "raw").exists()
+
+
+def test_parquet_without_text_is_named_and_the_others_are_kept(
+    fetch: Fetch, tmp_path: Path
+) -> None:
+    good = write_parquet(tmp_path / "in/a.parquet", ["one"])
+    write_parquet(tmp_path / "in/b.parquet", ["one"], column="body")
+    with pytest.raises(UserError, match=r"b\.parquet: no column 'text'.*text_column.*: body, n$"):
+        fetch(tmp_path / "in")
+    assert (tmp_path / "work/files" / atomic.sha256_file(good) / "data.parquet").exists()
+    with pytest.raises(UserError, match=r"a\.parquet: column 'n' holds int64, not strings"):
+        fetch(good, text_column="n")
+    with pytest.raises(UserError, match=r"c\.parquet: no rows"):
+        fetch(write_parquet(tmp_path / "c.parquet", []))
+
+
+@pytest.mark.parametrize(
+    ("paths", "word"),
+    [
+        (["{here}/nothing.parquet"], "no such file"),
+        (["{here}/no*.parquet"], "no file of a known format"),
+        (["unknown://host/a.parquet"], "unknown"),
+        (["{here}/a/x.parquet", "{here}/b/x.parquet"], "both be x.parquet"),
+        (["http://127.0.0.1:9/a.parquet"], "127.0.0.1:9"),
+    ],
+)
+def test_a_path_that_names_nothing(tmp_path: Path, paths: list[str], word: str) -> None:
+    for folder in "ab":
+        write_parquet(tmp_path / folder / "x.parquet", ["one"])
+    with pytest.raises(UserError, match=r"^source\.paths: ") as error:
+        resolve([path.format(here=tmp_path) for path in paths])
+    assert word in str(error.value)
+
+
+def test_a_file_on_the_web(fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parquet(tmp_path / "in/a.parquet", ["one"])
+    (tmp_path / "in/b.jsonl").write_text('{"text": "two"}\n')
+    served: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            served.append(str(args[0]))
+
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "in"))
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        manifest = fetch(f"{url}/a.parquet?signature=x", f"{url}/b.jsonl")
+        assert [file.path for file in manifest.files] == ["a.parquet", "b.jsonl.parquet"]
+        assert texts_of(tmp_path / "raw/b.jsonl.parquet") == ["two"]
+        assert any(line.startswith("GET /a.parquet") for line in served)
+        served.clear()
+        no_tasks(monkeypatch)
+        assert fetch(f"{url}/a.parquet?signature=x", f"{url}/b.jsonl") == manifest
+        assert not any(line.startswith("GET /a.parquet") for line in served)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_part_of_the_files() -> None:
+    files = [PathFile(f"{i}.parquet", f"/{i}.parquet", 100, "", True) for i in range(5)]
+
+    def taken(**source: Any) -> int:
+        return len(first_of(files, SourceParams(kind="hub", **source)))
+
+    assert taken() == 5
+    assert taken(files=2) == 2
+    assert taken(max_bytes=299) == 2
+    assert taken(max_bytes=300) == 3
+    assert taken(max_bytes=1) == 1  # at least one
+    assert taken(max_tokens=64) == 2  # 32 for each 100 bytes
+    assert taken(max_tokens=63) == 1
+    assert taken(files=4, max_bytes=350, max_tokens=10_000) == 3
+
+
+def test_row_groups_that_are_too_large_are_cut_once(
+    fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_groups, "MAX_GROUP_BYTES", 100_000)
+    path = tmp_path / "a.parquet"
+    texts = [f"{i} " + "word " * 30 for i in range(3500)]
+    table = pa.table({"text": texts, "n": range(3500)})
+    pq.write_table(table, path, row_group_size=3000, use_dictionary=False)
+    manifest = fetch(path)
+    out = tmp_path / "raw/a.parquet"
+    assert manifest.files[0].origin == atomic.sha256_file(path)
+    assert manifest.files[0].sha256 == atomic.sha256_file(out)
+    metadata = pq.read_metadata(out)
+    assert [metadata.row_group(i).num_rows for i in range(4)] == [1000, 1000, 1000, 500]
+    assert pq.read_table(out).equals(table)
+    assert not list((tmp_path / "work/partial").iterdir())
+    no_tasks(monkeypatch)
+    assert fetch(path) == manifest
+
+
+@pytest.mark.slow
+def test_a_huge_row_group_is_cut_in_bounded_memory(tmp_path: Path) -> None:
+    """1 GB of text in one row group; what Arrow takes for it is measured by Arrow."""
+    source, target = tmp_path / "a.parquet", tmp_path / "b.parquet"
+    schema = pa.schema([("text", pa.string())])
+    with pq.ParquetWriter(source, schema, use_dictionary=False) as writer:
+        text = "some text of the web, as it comes. " * 100
+        rows = [f"{i} {text}" for i in range(10_000)]
+        writer.write_table(pa.table({"text": rows * 30}, schema=schema), row_group_size=300_000)
+    assert pq.read_metadata(source).num_row_groups == 1
+    assert row_groups.is_coarse(source)
+    before = psutil.Process().memory_info().rss
+    most = 0
+    stop = threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not stop.wait(0.02):
+            most = max(most, psutil.Process().memory_info().rss - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        row_groups.recut(source, target)
+    finally:
+        stop.set()
+        watcher.join()
+    assert pq.read_metadata(target).num_row_groups == 300
+    assert most < 250 * 2**20, most
+
+
+def test_names_say_the_format() -> None:
+    assert to_parquet.suffix_of("a/b.v1.JSONL.gz") == ".jsonl"
+    assert to_parquet.suffix_of("a/b.parquet") == ".parquet"
+    assert to_parquet.suffix_of("a/b.tar.gz") == ".tar"
+    assert to_parquet.suffix_of("a/b") == ""

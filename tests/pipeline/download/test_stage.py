@@ -1,0 +1,69 @@
+"""Of pipeline.download and pipeline.sources: the sample that needs no network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from pipeline.download.stage import download
+from pipeline.format import tokenizer
+from pipeline.format.manifest import RawManifest
+from pipeline.format.parquet import FINEWEB_SCHEMA
+from pipeline.params import SourceParams
+from pipeline.runtime.machine import Machine
+from pipeline.store import atomic
+from pipeline.store.store import Store
+from tests.support.small_data import flip, hashes
+
+
+def test_the_sample(sample_raw: Path) -> None:
+    manifest = RawManifest.load(sample_raw)
+    assert sorted(hashes(sample_raw)) == sorted(
+        ["manifest.json", *(f.path for f in manifest.files)]
+    )
+    assert len(manifest.files) == 3
+    tables = []
+    for file in manifest.files:
+        path = sample_raw / file.path
+        assert atomic.sha256_file(path) == file.sha256
+        assert path.stat().st_size == file.bytes
+        tables.append(pq.read_table(path))
+        assert tables[-1].schema.equals(FINEWEB_SCHEMA)
+        assert tables[-1].num_rows == file.rows
+    rows = [row for table in tables for row in table.to_pylist()]
+    assert len(rows) == len({row["id"] for row in rows}) >= 240
+    assert len({row["text"] for row in rows}) >= 240
+    first = min(rows, key=lambda row: row["date"])
+    assert first["date"] == "1790-01-08T00:00:00Z"
+    assert "Fellow" in first["text"][:200]
+    assert first["url"].startswith("https://www.presidency.ucsb.edu/")
+    assert first["token_count"] == len(tokenizer.encode(first["text"]))
+    # Each file spans the centuries: one file alone is a fair sample.
+    for table in tables:
+        dates = table.column("date").to_pylist()
+        assert min(dates) < "1795"
+        assert max(dates) > "2010"
+
+
+def test_fewer_files_are_the_first_of_all_and_damage_is_mended(
+    sample_raw: Path, tmp_path: Path
+) -> None:
+    store, out = Store(tmp_path / "work"), tmp_path / "raw"
+    manifest = download(SourceParams(files=1), store, out, Machine())
+    whole = RawManifest.load(sample_raw)
+    assert manifest.files == whole.files[:1]
+    assert manifest.source == whole.source
+    path = out / manifest.files[0].path
+    assert path.read_bytes() == (sample_raw / path.name).read_bytes()
+    assert list((store.root / "tmp").iterdir()) == []
+    # A damaged file of the store, which is the same inode, is replaced by the next run.
+    leftover = store.root / "tmp" / "source-sample" / "half.parquet"
+    leftover.parent.mkdir()
+    leftover.write_bytes(b"of a killed run")
+    flip(path, 5000)
+    os.utime(path, ns=(7, 7))
+    assert download(SourceParams(files=1), store, out, Machine()) == manifest
+    assert atomic.sha256_file(path) == manifest.files[0].sha256
+    assert list((store.root / "tmp").iterdir()) == []

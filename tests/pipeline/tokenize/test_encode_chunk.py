@@ -1,0 +1,401 @@
+"""Of pipeline.encode: one chunk's piece, and the hashes by which data is known."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.format import tokenizer
+from pipeline.format.manifest import SourceFile
+from pipeline.format.parquet import read_batches
+from pipeline.format.shards import open_shard, read_docs
+from pipeline.params import TokenizeParams
+from pipeline.store.store import Store
+from pipeline.tokenize import engines, unicode_guard
+from pipeline.tokenize.chunk_plan import Chunk
+from pipeline.tokenize.encode_batch import Differs
+from pipeline.tokenize.encode_chunk import (
+    chunk_key,
+    content_hash,
+    encode_chunk,
+    encode_text,
+    length_bins,
+    read_engine,
+    read_record,
+    split_of,
+    write_piece,
+)
+from tests.support.repo import REPO
+from tests.support.small_data import hashes, some_texts, write_parquet
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),  # xxh3_64 mod 10,000: never to change, or documents move between splits
+    # The first is XXH3's published vector, 0x2D06800538D394C2.
+    [("", 0x2D06800538D394C2 % 10_000), ("Hello world", 1076), ("é", 1795), ("x" * 1000, 2194)],
+)
+def test_the_split_of_a_text_is_for_ever(text: str, place: int) -> None:
+    assert split_of(text.encode(), place) == "train"
+    assert split_of(text.encode(), place + 1) == "val"
+
+
+@given(st.binary(max_size=50))
+def test_the_ends_of_the_split(text: bytes) -> None:
+    assert split_of(text, 0) == "train"
+    assert split_of(text, 10_000) == "val"
+
+
+def test_the_split_has_its_size() -> None:
+    count = sum(split_of(str(i).encode(), 500) == "val" for i in range(20_000))
+    assert 900 < count < 1100
+
+
+def test_content_hash_goldens() -> None:
+    tokens = np.array([50256, 15496, 995], dtype=np.uint16)
+    assert f"{content_hash(0, 0, tokens):032x}" == "b293035de6ded5c10dac580d5c3460b4"
+    others = {
+        content_hash(0, 0, tokens), content_hash(1, 0, tokens), content_hash(0, 1, tokens),
+        content_hash(0, 0, tokens[:2]), content_hash(0, 0, tokens[::-1]),
+    }  # fmt: skip
+    assert len(others) == 5
+
+
+@given(st.lists(st.integers(1, 2**40), max_size=20))
+def test_length_bins(lengths: list[int]) -> None:
+    expected = Counter(1 << (n.bit_length() - 1) for n in lengths)
+    assert length_bins(np.array(lengths, dtype=np.int64)) == {
+        str(k): n for k, n in expected.items()
+    }
+
+
+def test_a_document_is_eot_and_its_tokens() -> None:
+    tokens = encode_text("a <|endoftext|> b")
+    assert tokens.dtype == np.uint16
+    assert tokens[0] == tokenizer.EOT
+    assert tokenizer.EOT not in tokens[1:]
+    assert tokenizer.decode(tokens[1:].tolist()) == "a <|endoftext|> b"
+
+
+def chunk_of(file: SourceFile, start: int, stop: int, file_index: int = 0) -> Chunk:
+    return Chunk(file_index, file, start, stop, 100)
+
+
+def test_every_thing_that_decides_the_bytes_is_in_the_key(tmp_path: Path) -> None:
+    file = write_parquet(tmp_path / "a.parquet", some_texts(9))
+    other = file.model_copy(update={"sha256": "0" * 64})
+    renamed = file.model_copy(update={"path": "b.parquet"})  # the record names it
+    params, chunk = TokenizeParams(), chunk_of(file, 0, 5)
+    keys = [
+        chunk_key(chunk, "text", params, "code"),
+        chunk_key(chunk_of(other, 0, 5), "text", params, "code"),
+        chunk_key(chunk_of(renamed, 0, 5), "text", params, "code"),
+        chunk_key(chunk_of(file, 1, 5), "text", params, "code"),
+        chunk_key(chunk_of(file, 0, 6), "text", params, "code"),
+        chunk_key(chunk_of(file, 0, 5, 1), "text", params, "code"),
+        chunk_key(chunk, "url", params, "code"),
+        chunk_key(chunk, "text", params.model_copy(update={"val_per_10k": 21}), "code"),
+        chunk_key(chunk, "text", params, "other code"),
+    ]
+    assert len(set(keys)) == len(keys)
+    # ... and what only cuts is not: chunks of equal rows are shared.
+    recut = params.model_copy(update={"shard_tokens": 5000})
+    assert chunk_key(chunk, "text", recut, "code") == keys[0]
+
+
+def test_a_piece_holds_its_rows_and_says_so(tmp_path: Path) -> None:
+    texts: list[str | None] = ["first", None, "", "second é", "third <|endoftext|>", "", "beyond"]
+    file = write_parquet(tmp_path / "a.parquet", texts, group=2)
+    store = Store(tmp_path / "work")
+    params = TokenizeParams(val_per_10k=0)
+    record = encode_chunk(chunk_of(file, 1, 6), "key", tmp_path, "text", params, store)
+    folder = store.find("chunks", "key")
+    assert folder is not None
+    assert sorted(hashes(folder)) == [
+        "engine.json",
+        "piece.json",
+        "record.json",
+        "train.bin",
+        "train.docs.npy",
+    ]
+    tokens, docs = open_shard(folder / "train.bin"), read_docs(folder / "train.bin")
+    assert docs[:, 1].tolist() == [3, 4]
+    expected = [encode_text("second é"), encode_text("third <|endoftext|>")]
+    assert np.array_equal(tokens, np.concatenate(expected))
+    assert docs[:, 0].tolist() == [0, len(expected[0])]
+    assert record == read_record(folder)
+    assert record["skipped"] == {"null": 1, "empty": 2}
+    assert record["rows"] == [1, 6]
+    assert record["source"]["sha256"] == file.sha256
+    facts = record["splits"]["train"]
+    assert (facts["tokens"], facts["docs"]) == (len(tokens), 2)
+    assert facts["text_bytes"] == len("second é".encode()) + len("third <|endoftext|>")
+    total = content_hash(0, 3, expected[0]) + content_hash(0, 4, expected[1])
+    assert facts["content"] == f"{total % 2**128:032x}"
+    assert sum(facts["lengths"].values()) == 2
+    assert facts["sha256"] == hashes(folder)["train.bin"]
+    assert facts["docs_sha256"] == hashes(folder)["train.docs.npy"]
+
+
+def test_a_chunk_of_nothing_is_a_record_alone(tmp_path: Path) -> None:
+    file = write_parquet(tmp_path / "a.parquet", [None, "", None])
+    store = Store(tmp_path / "work")
+    record = encode_chunk(chunk_of(file, 0, 3), "key", tmp_path, "text", TokenizeParams(), store)
+    assert record["splits"] == {}
+    assert sorted(hashes(store.root / "chunks" / "key")) == [
+        "engine.json",
+        "piece.json",
+        "record.json",
+    ]
+
+
+def test_a_piece_that_stands_is_not_made_again(tmp_path: Path) -> None:
+    file = write_parquet(tmp_path / "a.parquet", some_texts(5))
+    store = Store(tmp_path / "work")
+    arguments = (chunk_of(file, 0, 5), "key", tmp_path, "text", TokenizeParams(), store)
+    record = encode_chunk(*arguments)
+    piece = store.root / "chunks" / "key" / "record.json"
+    before = piece.stat()
+    (tmp_path / "a.parquet").unlink()
+    assert encode_chunk(*arguments) == record
+    assert piece.stat() == before
+    assert json.loads(piece.read_text())["chunk_key"] == "key"
+
+
+needs_gigatoken = pytest.mark.skipif(
+    engines.why_not_fast() is not None, reason=str(engines.why_not_fast())
+)
+
+HOSTILE: list[bytes | None] = [
+    b"the first", b"", None, b" " * 1000, b"\x00", b"a\x00b\x00", b"<|endoftext|>",
+    b"<|endoftext|>" * 3 + b" <|endoftext|>", b"\xff", b"cut \xe2\x82", b"\x80 begins",
+    b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xc0\xaf", "é".encode(),
+    "\ufeff\ufffe\uffff".encode(), "\U00033000 is of no Unicode".encode(), "\U0010ffff".encode(),
+    b"\r\n\t\n\n  \x0b\x0c\x1c", "\u0085\u2028\u00a0\u3000".encode(), "😀".encode() * 1_000_000,
+    b"a" * 50_000_000, b" " * 2_000_000 + b"x", b"\n" * 600_000 + b"x", b"x" * 600_000,
+    b"word " * 200_000, b"the last",
+]  # fmt: skip
+REASONS = {"empty": 1, "null": 1, "not UTF-8": 6, "unbroken": 1, "panic": 1}
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list[int]]]:
+    """Hostile documents in a column of bytes; the rows that have tokens, and tiktoken's own."""
+    path = tmp_path_factory.mktemp("hostile") / "a.parquet"
+    pq.write_table(pa.table({"text": pa.array(HOSTILE, pa.binary())}), path, row_group_size=6)
+    tokens = {}
+    for row, text in enumerate(HOSTILE):
+        # tiktoken takes a minute and 2.5 GB for the one, and panics at the other.
+        if text and len(text) < 50_000_000 and row != HOSTILE.index(b" " * 2_000_000 + b"x"):
+            with contextlib.suppress(UnicodeDecodeError):
+                tokens[row] = [tokenizer.EOT, *tokenizer.encode(text.decode())]
+    return path, tokens
+
+
+@pytest.mark.parametrize("kind", ["bytes", "large strings"])
+@pytest.mark.parametrize("engine", ["gigatoken", "tiktoken"])
+def test_hostile_documents_have_the_reference_s_tokens_or_are_counted(
+    tmp_path: Path, hostile: tuple[Path, dict[int, list[int]]], engine: engines.Name, kind: str
+) -> None:
+    path, expected = hostile
+    batches = read_batches(path, "text", 0, len(HOSTILE))
+    if kind == "large strings":  # as a careless writer makes them: Arrow does not look
+        batches = (
+            (row, pa.Array.from_buffers(pa.large_string(), len(b), b.buffers(), offset=b.offset))
+            for row, b in ((row, b.cast(pa.large_binary())) for row, b in batches)
+        )
+    chunk = chunk_of(SourceFile(path="a", bytes=1, rows=1, sha256=""), 0, len(HOSTILE))
+    write_piece(batches, chunk, "key", TokenizeParams(val_per_10k=0), tmp_path, engine)
+    assert read_record(tmp_path)["skipped"] == REASONS
+    tokens, docs = open_shard(tmp_path / "train.bin"), read_docs(tmp_path / "train.bin")
+    assert docs[:, 1].tolist() == list(expected)
+    ends = [*docs[1:, 0].tolist(), len(tokens)]
+    for (start, row), end in zip(docs.tolist(), ends, strict=True):
+        assert tokens[start:end].tolist() == expected[row], row
+    made = read_engine(tmp_path)
+    assert sum(made["documents"].values()) == len(expected)
+    if engine == "gigatoken" and engines.fast() is not None:
+        assert made["documents"]["tiktoken"] == 5
+
+
+def piece(
+    path: Path, rows: int, out: Path, engine: engines.Name, **options: object
+) -> dict[str, str]:
+    """The bytes of a piece, as hashes; engine.json says how it was made."""
+    out.mkdir()
+    chunk = chunk_of(SourceFile(path="a", bytes=1, rows=rows, sha256=""), 0, rows)
+    size = options.pop("batch_bytes", 1 << 22)
+    batches = read_batches(path, "text", 0, rows, size)  # type: ignore[arg-type]
+    write_piece(batches, chunk, "key", TokenizeParams(val_per_10k=2000), out, engine, **options)  # type: ignore[arg-type]
+    return {name: sha256 for name, sha256 in hashes(out).items() if name != "engine.json"}
+
+
+def mixed_texts() -> list[str | None]:
+    """What the fast engine may encode, and in between what it may not."""
+    texts = some_texts(40)
+    for row in (0, 7, 8, 30):
+        texts[row] = f"{texts[row]} \U00033000"
+    return [*texts[:20], None, "", *texts[20:]]
+
+
+@needs_gigatoken
+def test_either_engine_and_any_batch_make_the_same_piece(tmp_path: Path) -> None:
+    texts = mixed_texts()
+    write_parquet(tmp_path / "a.parquet", texts)
+    pieces = []
+    for engine in ("gigatoken", "tiktoken"):
+        for size in (1, 700, 5000, 1 << 22):
+            out = tmp_path / f"{engine}-{size}"
+            pieces.append(piece(tmp_path / "a.parquet", len(texts), out, engine, batch_bytes=size))
+            made = read_engine(out)
+            assert made["documents"].get("tiktoken") == (4 if engine == "gigatoken" else 40)
+            assert sum(made["bytes"].values()) == sum(len((t or "").encode()) for t in texts)
+    assert all(one == pieces[0] for one in pieces)
+    assert len(pieces[0]) == 5
+
+
+REAL_TEXT = REPO.parent / "shared" / "data"
+
+
+@pytest.mark.soak
+@needs_gigatoken
+def test_the_engines_agree_on_every_token_of_the_real_text_that_is_here(
+    tmp_path: Path, sample_raw: Path
+) -> None:
+    """The sample, and what more lies beside the project."""
+    encoded: Counter[str] = Counter()
+    paths = [*sorted(sample_raw.rglob("*.parquet")), *sorted(REAL_TEXT.rglob("*.parquet"))]
+    for nth, path in enumerate(paths):
+        rows = pq.read_metadata(path).num_rows
+        fast, slow = tmp_path / f"{nth}-fast", tmp_path / f"{nth}-slow"
+        by_fast = piece(path, rows, fast, "gigatoken", check_fraction=0.0)
+        assert by_fast == piece(path, rows, slow, "tiktoken"), path
+        assert not read_engine(slow)["bytes"]["gigatoken"]
+        encoded.update(read_engine(fast)["bytes"])
+    assert encoded["tiktoken"] < 0.01 * encoded.total()
+    said = f"{len(paths)} files, {encoded.total() / 1e6:.1f} MB"
+    print(f"{said}, {encoded['tiktoken'] / encoded.total():.3%} of them by tiktoken")
+
+
+@needs_gigatoken
+@pytest.mark.parametrize(("fraction", "checked"), [(0.0, 0), (1e-9, 1), (1.0, 36)])
+def test_how_many_documents_are_checked(tmp_path: Path, fraction: float, checked: int) -> None:
+    texts = mixed_texts()
+    write_parquet(tmp_path / "a.parquet", texts)
+    piece(
+        tmp_path / "a.parquet", len(texts), tmp_path / "out", "gigatoken", check_fraction=fraction
+    )
+    assert read_engine(tmp_path / "out")["checked"] == checked
+
+
+@pytest.fixture
+def careless_guard(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A guard that lets through what gigatoken cuts otherwise: a letter of Unicode 17, U+A7CE."""
+    monkeypatch.setattr(unicode_guard, "PROVEN", ((0, 0xFFFF),))
+    unicode_guard._tables.cache_clear()
+    yield
+    unicode_guard._tables.cache_clear()
+
+
+@needs_gigatoken
+@pytest.mark.usefixtures("careless_guard")
+def test_a_difference_makes_the_chunk_tiktoken_s(tmp_path: Path) -> None:
+    texts = some_texts(20)
+    texts[13] = "\ua7ce's"
+    file = write_parquet(tmp_path / "a.parquet", texts)
+    store, chunk = Store(tmp_path / "work"), chunk_of(file, 3, 18)
+    (tmp_path / "out").mkdir()
+    batches = read_batches(tmp_path / "a.parquet", "text", 3, 18)
+    with pytest.raises(Differs) as caught:
+        write_piece(batches, chunk, "key", TokenizeParams(), tmp_path / "out", "gigatoken", 1.0)
+    assert caught.value.row == 13
+    record = encode_chunk(chunk, "key", tmp_path, "text", TokenizeParams(), store, "gigatoken", 1.0)
+    folder = store.find("chunks", "key")
+    assert folder is not None
+    made = read_engine(folder)
+    assert made["differences"] == [13]
+    assert made["documents"] == {"gigatoken": 0, "tiktoken": 15}
+    encode_chunk(chunk, "other", tmp_path, "text", TokenizeParams(), store, "tiktoken")
+    assert {**record, "chunk_key": "other"} == read_record(store.root / "chunks" / "other")
+
+
+def test_without_gigatoken_tiktoken_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = mixed_texts()
+    write_parquet(tmp_path / "a.parquet", texts)
+    with_it = piece(tmp_path / "a.parquet", len(texts), tmp_path / "with", "gigatoken")
+    monkeypatch.setattr(engines, "VERSION", "another")
+    engines.fast.cache_clear()
+    try:
+        without = piece(tmp_path / "a.parquet", len(texts), tmp_path / "without", "gigatoken")
+    finally:
+        engines.fast.cache_clear()
+    assert without == with_it
+    assert read_engine(tmp_path / "without")["documents"]["gigatoken"] == 0
+
+
+def ten_megabytes_each(generator: np.random.Generator) -> Iterator[bytes]:
+    words = [b"The", b" law", b" of", b" the", b" land", b",", b" 1789", b".\n"]
+    for i in range(60):
+        picks = generator.integers(0, len(words), 2_700_000)
+        yield b"%d " % i + b"".join(words[pick] for pick in picks)
+
+
+def a_million_rows(generator: np.random.Generator) -> Iterator[bytes]:
+    """In one row group, and among them 70 large ones in a row."""
+    large = list(ten_megabytes_each(generator))[:7]
+    for i in range(1_000_000):
+        yield large[i % 7] if 500_000 <= i < 500_070 else b"row %d of a million, and no more" % i
+
+
+def no_word_twice(generator: np.random.Generator) -> Iterator[bytes]:
+    for _ in range(6000):
+        text = generator.integers(97, 123, 10_000).astype(np.uint8)
+        text[::8] = 32
+        yield text.tobytes()
+
+
+# Not by getrusage: its ru_maxrss counts what the process was before exec, and so pytest's own peak.
+MEASURE = """
+import sys
+from pathlib import Path
+from tests.pipeline.tokenize.test_encode_chunk import piece
+piece(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), "gigatoken")
+status = Path("/proc/self/status").read_text()
+print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", [ten_megabytes_each, a_million_rows, no_word_twice])
+def test_a_worker_s_memory_is_bounded(
+    tmp_path: Path, kind: Callable[[np.random.Generator], Iterator[bytes]]
+) -> None:
+    texts = kind(np.random.default_rng(1))
+    path, rows = tmp_path / "a.parquet", 0
+    with pq.ParquetWriter(path, pa.schema([("text", pa.binary())])) as writer:
+        if kind is a_million_rows:
+            table = pa.table({"text": pa.array(texts, pa.large_binary()).cast(pa.binary())})
+            writer.write_table(table, row_group_size=1_000_000)
+            rows = 1_000_000
+            del table
+        else:
+            while part := list(islice(texts, 100)):
+                rows += len(part)
+                writer.write_table(pa.table({"text": pa.array(part, pa.binary())}))
+    command = [sys.executable, "-c", MEASURE, str(path), str(rows), str(tmp_path / "out")]
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
+    peak = 1024 * int(result.stdout) / 1e6  # MB
+    print(f"{kind.__name__}: {peak:.0f} MB")
+    assert peak < 1_500 + 75  # what the test itself has imported

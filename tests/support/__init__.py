@@ -1,0 +1,1 @@
+"""What tests share: servers, small data, project folders; no tests."""

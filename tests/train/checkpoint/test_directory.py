@@ -1,0 +1,173 @@
+"""Of train.checkpoint: whole or not at all, and never a pickle."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.store import atomic
+from train.checkpoint import directory
+from train.checkpoint.directory import Keep
+
+MODEL = {"wte.weight": torch.arange(6.0).view(2, 3)}
+OPTIMIZER = {"wte.weight.exp_avg": torch.ones(2, 3), "wte.weight.step": torch.tensor(3.0)}
+
+
+def save(run: Path, step: int, keep: int = 9) -> Path:
+    return directory.save(
+        run, model=MODEL, optimizer=OPTIMIZER, state={"step": step, "x": 1}, keep=Keep(last=keep)
+    )
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    folder = save(tmp_path, 200)
+    assert folder == tmp_path / "step-00000200"
+    assert sorted(p.name for p in folder.iterdir()) == sorted(directory.FILES)
+    found = directory.latest(tmp_path)
+    assert found is not None
+    assert found[0] == folder
+    assert found[1]["step"] == 200
+    model, optimizer = directory.load_tensors(folder)
+    assert torch.equal(model["wte.weight"], MODEL["wte.weight"])
+    assert optimizer.keys() == OPTIMIZER.keys()
+
+
+def test_the_same_state_is_the_same_bytes(tmp_path: Path) -> None:
+    one, other = save(tmp_path / "a", 1), save(tmp_path / "b", 1)
+    for name in directory.FILES:
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_an_empty_run_has_none(tmp_path: Path) -> None:
+    assert directory.latest(tmp_path) is None
+
+
+def test_the_newest_are_kept_and_rests_of_the_dead_removed(tmp_path: Path) -> None:
+    (tmp_path / ".step-00000005.tmp").mkdir()
+    for step in (1, 2, 10):
+        save(tmp_path, step, keep=2)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    assert [p.name for p in directory.steps(tmp_path)] == ["step-00000002", "step-00000010"]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_broken_later_ones_never_cost_the_one_just_saved(tmp_path: Path, keep: int) -> None:
+    for step in (100, 200, 300):
+        save(tmp_path, step)
+    for step in (200, 300):
+        (tmp_path / directory.folder_name(step) / directory.MODEL).write_bytes(b"broken")
+    directory.verify(save(tmp_path, 110, keep=keep))
+    expected = ["step-00000100", "step-00000110"][-keep:]
+    assert [p.name for p in directory.steps(tmp_path)] == expected
+
+
+@pytest.mark.parametrize(
+    ("keep", "losses", "kept"),
+    [
+        (Keep(last=2), {1: None, 2: None, 3: None}, {2, 3}),
+        (Keep(last=1), {1: 5.0, 2: 4.0, 3: 4.5, 4: None}, {2, 4}),
+        (Keep(last=1), {1: 4.0, 2: 4.0}, {1, 2}),
+        (Keep(last=1, every=10), {10: None, 15: None, 20: 3.0, 21: None, 22: 9.0}, {10, 20, 22}),
+        (Keep(last=5), {}, set()),
+    ],
+)
+def test_the_last_the_best_and_each_nth_are_kept(
+    keep: Keep, losses: dict[int, float | None], kept: set[int]
+) -> None:
+    assert keep.of(losses) == kept
+
+
+def test_the_best_stays_however_old_it_is(tmp_path: Path) -> None:
+    for step, loss in ((1, 9.0), (2, 3.0), (3, 8.0), (4, None), (5, 7.0), (6, 7.5)):
+        state = {"step": step, "val_loss": loss}
+        directory.save(tmp_path, model=MODEL, optimizer=OPTIMIZER, state=state, keep=Keep(last=1))
+    assert [p.name for p in directory.steps(tmp_path)] == ["step-00000002", "step-00000006"]
+    best = directory.best(tmp_path)
+    assert best == tmp_path / "step-00000002"
+
+
+def test_saving_again_replaces(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    (folder / directory.MODEL).write_bytes(b"broken")
+    directory.verify(save(tmp_path, 1))
+
+
+def test_killed_while_it_replaces_one_it_has_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tmp_path, 1)
+    (folder / directory.MODEL).write_bytes(b"broken")
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.checkpoint.directory.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 1)
+    directory.verify(folder)
+    save(tmp_path, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "step-00000002"}
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(bytes(data))
+    path.chmod(0o444)
+
+
+@pytest.mark.parametrize("name", directory.FILES)
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_broken_one_falls_back_to_the_one_before(
+    tmp_path: Path, name: str, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    path = bad / name
+    if damage == "flip":
+        flip(path)
+    elif damage == "truncate":
+        path.write_bytes(path.read_bytes()[:-10])
+    else:
+        path.unlink()
+    found = directory.latest(tmp_path)
+    if name == directory.STATE and damage == "flip":  # the final newline: no content
+        assert found is not None
+        return
+    assert found is not None
+    assert found[0] == good
+    assert "step-00000002" in capsys.readouterr().err
+
+
+def test_a_damaged_file_is_made_writable_so_that_dvc_replaces_its_copy(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    flip(folder / directory.MODEL)
+    assert directory.latest(tmp_path) is None
+    assert (folder / directory.MODEL).stat().st_mode & 0o777 == 0o644
+
+
+def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
+    """Not even one whose hash is right."""
+
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (exec, ("raise SystemExit('unpickled')",))
+
+    folder = save(tmp_path, 1)
+    for content in (pickle.dumps(Bomb()), b""):
+        (folder / directory.MODEL).write_bytes(content)
+        state = json.loads((folder / directory.STATE).read_text())
+        state["sha256"][directory.MODEL] = atomic.sha256_file(folder / directory.MODEL)
+        atomic.write_json(folder / directory.STATE, state)
+        assert directory.latest(tmp_path) is None
+
+
+def test_an_unknown_schema_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    state = json.loads((folder / directory.STATE).read_text())
+    atomic.write_json(folder / directory.STATE, {**state, "schema_version": 2})
+    with pytest.raises(directory.BrokenCheckpoint, match="schema_version"):
+        directory.verify(folder)

@@ -1,0 +1,90 @@
+"""Of train.cost: time from operations and bytes, against published runs and PyTorch's counter."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import GPT, GPTConfig
+from tests.benchmarks.plan import PUBLISHED, Published
+from train.optim.param_groups import decay_groups, make_optimizer
+from train.plan.accelerators import accelerator
+from train.plan.step_time import Cluster, all_reduce_bytes, muon_flops, step_time
+
+GPT2 = GPTConfig.named("gpt2")
+
+
+@pytest.mark.parametrize("run", PUBLISHED, ids=lambda run: f"{run.name} {run.size}")
+def test_a_published_run_at_its_own_mfu(run: Published) -> None:
+    assert run.plan(run.mfu).step.total == pytest.approx(run.seconds, rel=0.2)
+
+
+@pytest.mark.parametrize("run", PUBLISHED[:3], ids=lambda run: run.name)
+def test_a_published_run_at_the_mfu_that_is_assumed(run: Published) -> None:
+    assert run.plan(None).step.total == pytest.approx(run.seconds, rel=0.2)
+
+
+def test_muons_operations_are_those_that_pytorch_counts() -> None:
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=100)
+    gpt = GPT(config)
+    optimizer = make_optimizer(
+        decay_groups(gpt.named_parameters(), embeddings_decay=True),
+        "muon",
+        learning_rate=1e-3,
+        weight_decay=0.1,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    for parameter in gpt.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert counter.get_total_flops() == muon_flops(config)
+
+
+def cluster(hardware: str = "a100-80", nodes: int = 1, network: float | None = None) -> Cluster:
+    device = accelerator(hardware)
+    return Cluster(
+        accelerator=device, nodes=nodes, gpus=8, link=device.link(), network=network,
+        peak=device.peak("bfloat16"), mfu=0.5,
+    )  # fmt: skip
+
+
+def test_the_all_reduce_is_a_rings() -> None:
+    parameters = 124_439_808 + 47 * 768  # with the rows that pad the table
+    assert all_reduce_bytes(GPT2, 1) == 0
+    assert all_reduce_bytes(GPT2, 8) == pytest.approx(2 * 7 / 8 * 4 * parameters)
+    one = step_time(GPT2, cluster(), 524288, 4)
+    assert one.all_reduce == pytest.approx(all_reduce_bytes(GPT2, 8) / (0.75 * 300e9))
+    two = step_time(GPT2, cluster(nodes=2, network=25e9), 524288, 4)
+    assert two.all_reduce == pytest.approx(all_reduce_bytes(GPT2, 16) / (0.75 * 25e9 / 8))
+    # Between nodes that are connected as well as their GPUs, NVLink is what limits.
+    quick = step_time(GPT2, cluster(nodes=2, network=1e13), 524288, 4)
+    assert quick.all_reduce == pytest.approx(all_reduce_bytes(GPT2, 16) / (0.75 * 300e9))
+
+
+def test_what_overlaps_is_hidden_but_for_the_table() -> None:
+    plain = step_time(GPT2, cluster(), 524288, 4)
+    hidden = step_time(GPT2, cluster(), 524288, 4, overlap=True)
+    assert plain.exposed == plain.all_reduce
+    assert hidden.exposed == pytest.approx(plain.all_reduce * 50304 * 768 / 124_475_904)
+    # What takes longer than the backward pass of the last micro-step shows.
+    slow = step_time(GPT2, cluster(nodes=2, network=1e9), 524288, 4, overlap=True)
+    assert slow.exposed == pytest.approx(slow.all_reduce - 2 / 3 * slow.compute / 4)
+
+
+def test_checkpointed_blocks_are_computed_twice() -> None:
+    plain = step_time(GPT2, cluster(), 524288, 4)
+    twice = step_time(GPT2, cluster(), 524288, 4, checkpoint_activations=True)
+    head = 3 * 2 * 50304 * 768 / 854_654_976  # of the operations; it is computed once
+    assert twice.compute / plain.compute == pytest.approx(1 + (1 - head) / 3, rel=1e-3)
+
+
+def test_processes_share_a_cpu() -> None:
+    cpu = dataclasses.replace(cluster("cpu"), peak=1e12)
+    alone = dataclasses.replace(cpu, gpus=1)
+    assert cpu.speed == alone.speed / 8
+    assert cpu.memory == alone.memory / 8

@@ -1,0 +1,230 @@
+"""Of train.report and what it is made of: a page that is whole, the same each time, and true."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from pipeline.format import tokenizer
+from pipeline.runtime.errors import UserError
+from tests.support.browser import CHROMIUM, browser
+from tests.support.training import Project, make_project
+from tests.train.test_loop import train_here
+from train import evaluate
+from train.params import EvaluateParams
+from train.report import compare, html, model_probe
+from train.report import page as report
+from train.report.__main__ import main as report_main
+from train.report.charts import MOST_POINTS, Curve, _thinned, line_chart, smooth
+from train.report.run_log import Log
+
+EVALUATE = {"temperature": 0.8, "top_k": 50, "prompts": ["", "The <i>people</i> of"]}
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """A project with a finished run and its page; the current folder is there."""
+    project = make_project(tmp_path_factory.mktemp("reported"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project.folder)
+        project.write(evaluate=EVALUATE)
+        train_here()
+        evaluate.main()
+        data = {"documents": 14, "tokens": 7000, "duplicate_documents": 2, "gigatoken_share": 0.997}
+        Path("metrics/data.json").write_text(json.dumps(data))
+        Path("metrics/hosts.csv").write_text("host,documents\na.example,3\n<b>.example,1\n")
+        Path("metrics/reference.csv").write_text("step,reference\n6,10.1\n12,9.9\n")
+        report_main([])
+        yield project
+
+
+def test_the_page_holds_what_ran_and_what_came_of_it(reported: Project) -> None:
+    page = report.OUT.read_text()
+    loss = reported.metrics("eval")["val_loss"]
+    state = json.loads(Path("artifacts/checkpoint/state.json").read_text())
+    for text in (
+        f"{loss:.4f}", state["run_key"], state["code_key"], "k" * 64, "documents that repeat",
+        "99.7 %", "published run", "a.example", "step 12", "learning_rate", "attn.c_proj",
+    ):  # fmt: skip
+        assert text in page, text
+    # loss, twice; lr, norm, speed, and what else is logged; hosts; weights, activations
+    assert page.count("<svg") == page.count("<figure") >= 8
+    assert "<b>.example" not in page
+    assert "<i>people</i>" not in page
+    assert not re.findall(r"""(?:src|href)=["'](?!#|data:,)|@import|url\((?!#)|<script""", page)
+    report_main([])
+    assert report.OUT.read_text() == page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_draws_it_at_any_width_and_on_paper(reported: Project) -> None:
+    figures = report.OUT.read_text().count("<figure")
+
+    async def scenario() -> None:
+        async with browser() as page:
+            for width, dark in ((1280, False), (390, False), (768, True)):
+                await page.screen(width, 800, dark=dark)
+                await page.open(report.OUT.absolute().as_uri())
+                assert await page.js("document.documentElement.scrollWidth") <= width
+                drawn = await page.js(
+                    "[...document.querySelectorAll('svg')].filter(s => s.clientWidth).map(s =>"
+                    "Math.max(...[...s.querySelectorAll('path')].map(p => p.getBBox().width))"
+                    " / s.viewBox.baseVal.width)"
+                )
+                assert len(drawn) == figures - 1  # the wide loss or the narrow one
+                assert min(drawn) > 0.5
+                colour = await page.js("getComputedStyle(document.body).backgroundColor")
+                assert (colour == "rgb(255, 255, 255)") == (not dark)
+            await page.pdf(Path("report.pdf"))
+            assert Path("report.pdf").read_bytes().startswith(b"%PDF")
+            assert page.complaints == []
+
+    asyncio.run(scenario())
+
+
+def test_what_is_missing_is_named(reported: Project, tmp_path: Path) -> None:
+    Path("artifacts/log.jsonl").rename(tmp_path / "log.jsonl")
+    with pytest.raises(UserError, match=r"artifacts/log\.jsonl.*dvc repro"):
+        report_main([])
+    (tmp_path / "log.jsonl").rename("artifacts/log.jsonl")
+
+
+def test_samples_are_read_as_they_were_written() -> None:
+    texts = [("", "A\n\nB"), ("The people", " **of** this")]
+    params = EvaluateParams(val_tokens=1)
+    page = evaluate.as_markdown(texts, {"val_loss": 1.0}, params)
+    assert report.read_samples(page) == texts
+
+
+def test_progress_shows_first_and_last() -> None:
+    prompt, more = tokenizer.encode("The state of the Union")[:4], tokenizer.encode(" is strong")
+    tokens = [tokenizer.EOT, *prompt, *[11] * (report.SAMPLE_PROMPT - 5), *more]
+    log = Log([{"step": step, "sample": tokens} for step in range(5, 205, 5)])
+    shown = report.progress(log)
+    assert [shown[0][0], shown[-1][0], len(shown)] == [5, 200, 8]
+    assert shown[0][1].startswith("The state of the")
+    assert shown[0][2] == " is strong"
+    assert report.progress(Log([])) == []
+
+
+def test_what_went_wrong_is_noted() -> None:
+    log = Log([{"step": 1200, "spike": 7.5}, {"step": 1300, "skipped": 1}, {"step": 9, "lr": 1}])
+    assert log.incidents() == ["step 1,200: the loss leapt to 7.5000", "step 1,300: was skipped"]
+
+
+def test_sizes_are_those_of_the_model() -> None:
+    gpt = GPT.initialised(GPTConfig(n_layer=3, n_head=2, n_embd=64, block_size=32), seed=1)
+    weights = model_probe.weight_sizes(gpt)
+    assert weights["mlp.c_fc"] == pytest.approx([0.02] * 3, rel=0.02)
+    assert weights["attn.c_proj"] == pytest.approx([0.02 / 6**0.5] * 3, rel=0.05)
+    tokens = np.arange(64).reshape(2, 32)
+    sizes = model_probe.activation_sizes(gpt, tokens)
+    x = gpt.wte(torch.from_numpy(tokens)) + gpt.wpe(torch.arange(32))
+    for layer, block in enumerate(gpt.h):
+        x = block(x)
+        assert sizes["residual"][layer] == pytest.approx(model_probe.rms(x))
+    assert [len(values) for values in sizes.values()] == [3, 3, 3]
+    assert not gpt.h[0]._forward_hooks
+
+
+def test_probabilities_are_those_of_the_tokens() -> None:
+    gpt = GPT.initialised(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8), seed=1)
+    read, likeliest = model_probe.read_text(gpt, "The state of the Union is strong and free", n=3)
+    assert [token.text for token in read][:3] == ["The", " state", " of"]
+    assert len(read) == 7  # cut to the context
+    row = torch.tensor([[tokenizer.EOT, *tokenizer.encode("The state of the Union is strong")[:7]]])
+    p = gpt(row)[0].softmax(-1).detach()
+    assert read[1].probability == pytest.approx(float(p[1, row[0, 2]]))
+    assert likeliest[0][1] == pytest.approx(float(p[-1].max()))
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_end() -> None:
+    n = 50_000
+    svg = line_chart([Curve("a", range(n), [1.0] * n)], name='a "b" <c>', y_label="y")
+    assert len(svg) < 100_000
+    assert svg.count(" L") + svg.count("\nL") < 3 * MOST_POINTS
+    assert 'aria-label="a &quot;b&quot; &lt;c&gt;"' in svg
+    assert "#0a0b" not in svg  # each colour is the page's
+
+
+def test_a_peak_outlives_the_thinning() -> None:
+    ys = [1.0] * 5000
+    ys[2501] = 9.0
+    xs, kept = _thinned(range(5000), ys)
+    assert len(xs) <= MOST_POINTS
+    assert (kept[xs.index(2501)], xs[0], xs[-1]) == (9.0, 0, 4999)
+    assert xs == sorted(xs)
+
+
+def test_a_logarithmic_axis_needs_positive_values() -> None:
+    def heights(values: list[float]) -> list[float]:
+        svg = line_chart([Curve("a", [1, 2, 3], values)], name="a", y_label="y", log_scale=True)
+        *_, line = re.findall(r'<path d="M ([^"]*)" clip-path', svg)  # after those of the grid
+        return [float(number) for number in re.findall(r"[\d.]+ ([\d.]+)", line)]
+
+    a, b, c = heights([1.0, 10.0, 100.0])
+    assert a - b == pytest.approx(b - c, abs=0.01)
+    a, b, c = heights([0.0, 10.0, 100.0])
+    assert b - c > 5 * (a - b)
+
+
+def test_a_running_mean_is_unbiased() -> None:
+    assert smooth([3.0] * 5, memory=4) == pytest.approx([3.0] * 5)
+    assert smooth([1.0, 2.0], memory=1) == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (1234567, "1,234,567"),
+        (1234.5678, "1,235"),
+        (426.487, "426.49"),
+        (6.05559, "6.0556"),
+        (0.123456, "0.1235"),
+        (0.00051234, "0.00051234"),
+        (846.8, "846.8"),
+        (True, "yes"),
+        (None, "–"),
+        ("x", "x"),
+    ],
+)
+def test_figures(value: Any, shown: str) -> None:
+    assert html.figure(value) == shown
+
+
+def test_amounts_and_times() -> None:
+    assert [html.size(n) for n in (12, 1500, 28.97e6, 999.6e9)] == [
+        "12 B",
+        "1.5 kB",
+        "29 MB",
+        "1 TB",
+    ]
+    assert html.size(3.1e18, "FLOP") == "3.1 EFLOP"
+    times = [html.duration(s) for s in (42, 254, 13920)]
+    assert times == ["42 s", "4 min 14 s", "3 h 52 min"]
+    assert [html.percent(p) for p in (1, 0.99999, 0.997, 0.5, 0.04, 0.0012, 1e-6, 0.0)] == [
+        "100 %", "99.9 %", "99.7 %", "50 %", "4.0 %", "0.12 %", "< 0.001 %", "0 %",
+    ]  # fmt: skip
+
+
+def test_a_comparison_names_what_differs_and_what_is_best() -> None:
+    results = [
+        compare.Result(
+            "a", {"train.steps": 5, "train.seed": 1}, {"val_loss": 3.0, "mfu": 0.4}, Log([])
+        ),
+        compare.Result("b", {"train.steps": 9, "train.seed": 1}, {"val_loss": 2.0}, Log([])),
+    ]
+    assert compare.differing([r.params for r in results]) == [("train.steps", [5, 9])]
+    assert compare.measures(results) == [
+        ("validation loss", [(3.0, False), (2.0, True)]),
+        ("MFU", [(0.4, False), (None, False)]),
+    ]

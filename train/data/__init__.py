@@ -1,0 +1,5 @@
+"""Tokens to batches: which window is sample i, who computes it, and the loader.
+
+`order` permutes the windows, `split` shares a global batch among processes and micro-steps,
+`loader` reads them ahead of the step.
+"""

@@ -1,0 +1,122 @@
+"""The charts of a run's report: what is drawn, from which curves and tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model import GPT
+from train.report import model_probe
+from train.report.charts import SERIES, Curve, bar_chart, line_chart, smooth
+from train.report.run_log import Log
+
+METRICS = Path("metrics")
+
+Chart = tuple[str, str, str]
+"""Title, note, SVG."""
+
+
+def loss_chart(log: Log, evaluation: Mapping[str, Any], *, wide: bool) -> str:
+    """Training and validation loss, the unigram entropy, and the published run where it applies."""
+    train, val = log.curve("train/loss"), log.curve("val/loss")
+    mean = smooth(train[1], memory=max(2, len(train[1]) // 200))
+    curves = [
+        Curve("training", *train, "c1", faint=True),
+        Curve("training, running mean", train[0], mean, "c1"),
+        Curve("validation", *val, "c2"),
+    ]
+    steps = [train[0][0], train[0][-1]]
+    curves.append(
+        Curve("unigram entropy", steps, [evaluation["unigram_entropy"]] * 2, "soft", dashed=True)
+    )
+    published = _table(METRICS / "reference.csv")
+    if published:
+        xs = [int(row["step"]) for row in published]
+        ys = [float(row["reference"]) for row in published]
+        curves.append(Curve("published run", xs, ys, "c3", dashed=True))
+    # The first steps fall from ln V: drawn whole, they would press all that follows into a line.
+    settled = [y for x, y in zip(*train, strict=True) if x >= train[0][-1] / 20]
+    values = [*settled, *val[1], evaluation["unigram_entropy"]]
+    low, high = min(values), max(values)
+    margin = 0.06 * (high - low)
+    return line_chart(
+        curves,
+        name="Training and validation loss by step",
+        y_label="nats a token",
+        y_range=(low - margin, high + margin),
+        wide=wide,
+    )
+
+
+def training_charts(log: Log) -> list[Chart]:
+    """The other curves, as far as they were logged."""
+    charts = []
+    for key, title, note, unit, color in (
+        ("lr", "Learning rate", "", "learning rate", "c1"),
+        ("grad_norm", "Gradient norm", "before clipping, logarithmic", "norm", "c4"),
+        ("tokens_per_second", "Speed", "", "tokens a second", "c3"),
+        ("mfu", "MFU", "of the device's peak", "%", "c3"),
+        ("data_wait", "Data wait", "of the step", "%", "c5"),
+        ("memory_gb", "Memory", "of the first process", "GB", "c5"),
+    ):
+        steps, values = log.curve(key)
+        if not steps:
+            continue
+        if unit == "%":
+            values = [100 * value for value in values]
+        curve, name = Curve(title, steps, values, color), f"{title} by step"
+        log_scale = key == "grad_norm"
+        y_range = (None if log_scale else 0, None)
+        svg = line_chart([curve], name=name, y_label=unit, y_range=y_range, log_scale=log_scale)
+        charts.append((title, note, svg))
+    return charts
+
+
+def data_charts() -> list[Chart]:
+    """The tables of `verify`; none of an empty one."""
+    charts = []
+    for key, column, title in (
+        ("document_lengths", "tokens", "Documents by length in tokens"),
+        ("hosts", "host", "Documents by host"),
+        ("dumps", "dump", "Documents by dump"),
+    ):
+        rows = _table(METRICS / f"{key}.csv")
+        if rows:
+            labels, counts = [row[column] for row in rows], [int(row["documents"]) for row in rows]
+            note = "" if key == "document_lengths" else "the largest"
+            charts.append((title, note, bar_chart(labels, counts, name=title)))
+    return charts
+
+
+def inside_charts(gpt: GPT, tokens: np.ndarray) -> list[Chart]:
+    """Sizes of weights and of activations by layer.
+
+    Args:
+        gpt: The model, on the CPU.
+        tokens: (B, T), some text.
+    """
+    layers = list(range(1, gpt.config.n_layer + 1))
+    charts = []
+    for title, sizes in (
+        ("Weights", model_probe.weight_sizes(gpt)),
+        ("Activations", model_probe.activation_sizes(gpt, tokens)),
+    ):
+        curves = [
+            Curve(name, layers, values, color)
+            for (name, values), color in zip(sizes.items(), SERIES, strict=False)
+        ]
+        svg = line_chart(curves, name=f"{title} by layer", y_label="RMS", x_label="layer")
+        charts.append((title, "by layer", svg))
+    return charts
+
+
+def _table(path: Path) -> list[dict[str, str]]:
+    """The rows of a table; none where the run has no such table."""
+    if not path.exists():
+        return []
+    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
