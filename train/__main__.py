@@ -1,51 +1,55 @@
-"""`torchrun --nproc-per-node=N -m train`, or `python -m train`: one of the processes that train."""
+"""`torchrun --nproc-per-node=N -m train`, or `python -m train`: one process of a training run."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import sys
+from collections.abc import Sequence
 
 from pipeline.runtime import command
 from pipeline.runtime.errors import UserError
-from train.distributed import devices
+from train.distributed.devices import check_gpu
 from train.distributed.rendezvous import process_group
-from train.distributed.world import World
+from train.distributed.world import World, process_name
 from train.loop import train
 from train.run import Run
 
 
-def main() -> None:
-    """Joins the group and trains the run of `params.yaml`; a finished one is only published."""
+def main(argv: Sequence[str] = ()) -> None:
+    """Join the process group and train the run of `params.yaml`; publish it if it is finished."""
+    command.Parser(prog="python -m train", description=main.__doc__).parse_args(argv)
     run = Run.open()
-    if run.params.deterministic:  # NCCL sums in one order; read when the group is made
+    if run.params.deterministic:  # NCCL then sums in one order; read when the group is made
         os.environ.setdefault("NCCL_ALGO", "Ring")
         os.environ.setdefault("NCCL_PROTO", "Simple")
-    with process_group(run.machine.device, run.machine.timeout) as world, _hold(run, world):
-        _check_same(run, world)
-        anew = run.machine.fresh and not world.restarted
-        if not world.broadcast(not anew and _publish_finished(run, world)):
+    with process_group(run.machine.device, run.machine.timeout) as world, _lock(run, world):
+        _check_same_run(run, world)
+        fresh = run.machine.fresh and not world.restarted
+        if not world.broadcast(world.first and not fresh and run.publish_finished()):
             if world.device.type == "cuda":
-                devices.check(run.params.dtype, run.compiles("cuda"))
-            train(run, world, anew=anew)
+                check_gpu(run.params.dtype, run.compiles("cuda"))
+            train(run, world, fresh=fresh)
     if world.first:
-        print(run.ending(), flush=True)
+        print(run.result(), flush=True)
 
 
-def _hold(run: Run, world: World) -> contextlib.AbstractContextManager[None]:
+def _lock(run: Run, world: World) -> contextlib.AbstractContextManager[None]:
     """The run's lock on rank 0, nothing on the others."""
     return run.lock() if world.first else contextlib.nullcontext()
 
 
-def _check_same(run: Run, world: World) -> None:
-    """Refuses ranks that would train something else than rank 0: nothing later would notice.
+def _check_same_run(run: Run, world: World) -> None:
+    """Refuse ranks whose run differs from that of rank 0: nothing later would notice.
+
+    Keys that only observe count as well: ranks that validate at different steps would hang.
 
     Raises:
-        UserError: On the ranks that differ; names in what.
+        UserError: On the ranks that differ; it names what differs.
         SystemExit: On the others.
     """
     mine = {**run.identity, "micro_batch": run.machine.micro_batch}
+    mine["train"] = run.params.model_dump(mode="json")
     first = world.broadcast(mine)
     differs = [name for name, value in mine.items() if first[name] != value]
     if not world.any(bool(differs)):
@@ -53,18 +57,11 @@ def _check_same(run: Run, world: World) -> None:
     if not differs:
         sys.exit(command.USER_ERROR)
     raise UserError(
-        f"rank {world.rank} on {socket.gethostname()}: {', '.join(differs)}: not as on rank 0; "
+        f"{process_name(world.rank)}: {', '.join(differs)}: not as on rank 0; "
         "give all nodes the same project folder, and the same micro_batch (machine.yaml, "
         "GPT2_MICRO_BATCH)"
     )
 
 
-def _publish_finished(run: Run, world: World) -> bool:
-    last = run.finished() if world.first else None
-    if last is not None:
-        run.publish(last)
-    return last is not None
-
-
 if __name__ == "__main__":
-    command.run(main)
+    command.run(lambda: main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""The training loop, from the newest checkpoint to the published model."""
+"""The training loop: from the newest checkpoint to the published model."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from train.run_summary import banner, start_record, summary
 from train.trainer import Trainer
 
 
-def train(run: Run, world: World, *, anew: bool = False) -> None:
-    """Trains a run to its end, from its newest checkpoint on, and publishes it.
+def train(run: Run, world: World, *, fresh: bool = False) -> None:
+    """Train a run to its end, from its newest checkpoint, and publish it.
 
     Args:
-        run: What is trained.
-        world: By whom.
-        anew: Whether to forget first what was done before; rank 0's word counts.
+        run: The run.
+        world: The processes.
+        fresh: Whether to delete what was done before; rank 0 decides.
 
     Raises:
         Stopped: A signal came; the last complete step is saved.
-        SystemExit: The loss or a gradient is no number: said in one line, status 1, and the last
+        SystemExit: A loss or gradient is non-finite: one line on stderr, status 1, and the last
             good checkpoint is kept.
     """
     source = run.params.hellaswag
-    read = hellaswag.read("train.evals.hellaswag", source) if source and world.first else None
-    if anew and world.first:
+    read = hellaswag.read("train.hellaswag", source) if source and world.first else None
+    if fresh and world.first:
         run.clear()
-    tasks = world.broadcast(read)  # nobody looks into the run's folder before it is cleared
+    tasks = world.broadcast(read)  # no rank looks into the run's folder before it is cleared
     run.check_not_failed()
     trainer, history = Trainer(run, world, tasks), run.history
     done = trainer.restore()
@@ -44,9 +44,10 @@ def train(run: Run, world: World, *, anew: bool = False) -> None:
         print(banner(trainer, done), flush=True)
         run.record()
         history.begin(done)
-    trainer.join()
+    trainer.warm_up()
     peak = trainer.peak()
     if world.first:
+        run.forget_failure()
         run.note_start(start_record(trainer, done, peak))
     meter = Meter(
         world,
@@ -54,6 +55,7 @@ def train(run: Run, world: World, *, anew: bool = False) -> None:
         steps=run.params.steps,
         tokens=run.tokens,
         every=run.params.log_every,
+        val_tokens=run.params.val_tokens,
         seconds=sum(history.last("seconds")),
         flops_per_token=flops_per_token(trainer.gpt.config, run.model.block_size),
         peak=peak,
@@ -64,19 +66,18 @@ def train(run: Run, world: World, *, anew: bool = False) -> None:
         run.order,
         trainer.split,
         rank=world.rank,
-        spans=(run.batches(step) for step in range(done, run.params.steps)),
+        spans=run.batches.spans(done, run.params.steps),
         device=world.device,
     )
     with history, batches, trainer.writer, Interrupt(world) as interrupt, world.roll_call():
         try:
-            advance(trainer, batches, meter, interrupt, done)
-        except NonFinite as error:  # on all ranks alike, for they read the same reduced numbers
+            train_steps(trainer, batches, meter, interrupt, done)
+        except NonFinite as error:  # on all ranks, which read the same reduced numbers
             if world.first:
                 run.fail(str(error))
-                said = f"error: {error}; the checkpoint before it is kept"
-                print(said, file=sys.stderr, flush=True)
+                print(f"error: {error}; the last checkpoint is kept", file=sys.stderr, flush=True)
                 trainer.writer.wait()
-            world.barrier()  # torchrun stops the others as soon as one has left
+            world.barrier()  # torchrun stops the others as soon as one exits
             sys.exit(command.FAULT)
     if world.first:
         run.finish(summary(trainer, meter.seconds))
@@ -84,52 +85,52 @@ def train(run: Run, world: World, *, anew: bool = False) -> None:
     world.barrier()
 
 
-def advance(
+def train_steps(
     trainer: Trainer, batches: Batches, meter: Meter, interrupt: Interrupt, done: int
 ) -> None:
-    """The steps after ``done`` complete ones, validated and saved on the way."""
+    """Train the steps after ``done`` complete ones, with validations and checkpoints."""
     params, saved = trainer.params, done
 
     def due(every: int) -> bool:
         return done % every == 0 or done == params.steps
 
     def validate() -> None:
-        meter.settle()
-        # Before the loss, which says that all of this is done when a run resumes.
-        asked = params.hellaswag_every is not None and due(params.hellaswag_every)
-        accuracy = trainer.answer(interrupt) if asked else None
+        meter.flush()
+        # HellaSwag before the loss: a checkpoint that has a loss is not measured again on resume.
+        scores = params.hellaswag_every is not None and due(params.hellaswag_every)
+        accuracy = trainer.score_hellaswag(interrupt) if scores else None
         loss = trainer.validate(interrupt)
-        meter.validation(done, loss, accuracy)
-        if beside := trainer.run.beside_published(done, loss):
-            meter.note(done, str(beside))
-        meter.sample(done, trainer.sample())
+        meter.log_validation(done, loss, accuracy)
+        if beside := trainer.run.beside_reference(done, loss):
+            meter.print_line(done, str(beside))
+        meter.log_sample(done, trainer.sample())
 
     def save() -> None:
         nonlocal saved
-        meter.settle()  # the numbers of the last step first: what is not finite is never saved
+        meter.flush()  # raises where the last step is non-finite, which is never saved
         if saved < done:
             trainer.save(done)
             saved = done
 
     try:
-        if done and trainer.measured is None and due(params.val_every):  # stopped in the middle
-            saved = done - 1
+        if done and trainer.measured is None and due(params.val_every):
+            saved = done - 1  # save again, with the loss
             validate()
             save()
-            meter.resume_clock()
+            meter.restart_clock()
         while done < params.steps:
             learning_rate, numbers = trainer.step(done, batches, interrupt)
             done += 1
             meter.step(done, learning_rate, numbers, waited=batches.waited)
             if due(params.val_every):
-                validate()  # also what is about to be saved
+                validate()  # before the save, which records the loss
             if due(params.checkpoint_every):
                 save()
             trainer.writer.check()
-            meter.resume_clock()
+            meter.restart_clock()
     except Interrupted:
         save()
         trainer.writer.wait()
-        trainer.world.barrier()  # who leaves first may be the end of all the others
-        meter.note(done, "stopped by a signal" + ("; this step is saved" if done else ""))
+        trainer.world.barrier()  # torchrun stops the others as soon as one exits
+        meter.print_line(done, "stopped by a signal" + ("; this step is saved" if done else ""))
         raise Stopped from None

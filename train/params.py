@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,74 +14,41 @@ from pipeline.runtime.params_file import Section
 from train.optim.schedule import BatchSchedule, Schedule
 
 
-@dataclass(frozen=True)
-class Start:
-    """A folder of weights, and how much of it is taken.
-
-    Attributes:
-        kind: "checkpoint" or "hf".
-        folder: Where it is.
-        whole: Whether a checkpoint's optimizer and step are taken as well.
-    """
-
-    kind: str
-    folder: Path
-    whole: bool
-
-    @classmethod
-    def parse(cls, init: str, init_with: str) -> Start | None:
-        """What `train.init` and `train.init_with` say; None for `scratch`.
-
-        Raises:
-            ValueError: They say nothing that can be done.
-        """
-        kind, _, folder = init.partition(" ")
-        whole = init_with == "all"
-        if kind not in ("scratch", "checkpoint", "hf") or bool(folder.strip()) != (
-            kind != "scratch"
-        ):
-            raise ValueError(f"init {init!r}: write scratch, checkpoint DIR, or hf DIR")
-        if whole and kind != "checkpoint":
-            raise ValueError(f"init_with all needs a checkpoint to start from; init is {init}")
-        return None if kind == "scratch" else cls(kind, Path(folder.strip()).expanduser(), whole)
-
-
 class ModelParams(Section):
     """`model`: the size of the GPT-2 that is trained."""
 
     size: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None = None
-    """A published size by its name (gpt2 is 124M), or null and the three numbers below."""
+    """Name of a published size (gpt2 is 124M), or null and the three numbers below."""
 
     n_layer: int | None = Field(default=None, ge=1)
     """Transformer blocks; null where `size` is given."""
 
     n_head: int | None = Field(default=None, ge=1)
-    """Attention heads a block, a divisor of `n_embd`; null where `size` is given."""
+    """Attention heads per block, a divisor of `n_embd`; null where `size` is given."""
 
     n_embd: int | None = Field(default=None, ge=1)
     """Width of the residual stream (C); null where `size` is given."""
 
     block_size: int = Field(default=1024, ge=1)
-    """Context, tokens a sequence (T, at least 1; published: 1024)."""
+    """Context length in tokens (T, at least 1; published: 1024)."""
 
     @model_validator(mode="after")
-    def _one_way_of_saying_it(self) -> ModelParams:
+    def _either_a_size_or_three_numbers(self) -> ModelParams:
         numbers = {name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd")}
         if self.size is not None:
-            given = [name for name, value in numbers.items() if value is not None]
-            if given:
+            if given := [name for name, value in numbers.items() if value is not None]:
                 raise ValueError(
-                    f"size {self.size} says what {', '.join(given)} say; set one side to null"
+                    f"size {self.size} already sets {', '.join(given)}; set one side to null"
                 )
             return self
         missing = [name for name, value in numbers.items() if value is None]
         if missing:
-            raise ValueError(f"{', '.join(missing)} missing; give a number, or size a name")
-        self.config()  # refuses what no GPT-2 can be, and names the mend
+            raise ValueError(f"{', '.join(missing)}: missing; set them, or set size")
+        self.config()  # raises on sizes that no GPT-2 can have
         return self
 
     def config(self) -> GPTConfig:
-        """The model's own configuration."""
+        """The model's configuration."""
         if self.size is not None:
             return GPTConfig.named(self.size, block_size=self.block_size)
         assert self.n_layer is not None
@@ -95,150 +62,191 @@ class ModelParams(Section):
         )
 
 
-class TrainParams(Section):
-    """`train`: everything that decides the weights that come out."""
+@dataclass(frozen=True)
+class Start:
+    """The weights that a run starts from, parsed from `train.init` and `train.init_with`.
 
-    seed: int = Field(default=1337, ge=0, lt=2**32)
-    """Decides initial weights and order of data (0 to 2^32 - 1)."""
+    Attributes:
+        kind: "checkpoint" or "hf".
+        folder: The checkpoint, or the folder that `transformers` wrote.
+        with_optimizer: Whether a checkpoint's optimizer state and step are taken as well.
+    """
 
-    init: str = "scratch"
-    """What the run starts from: `scratch` (the seed), `checkpoint DIR`, `hf DIR` (see start.py)."""
+    kind: str
+    folder: Path
+    with_optimizer: bool
 
-    init_with: Literal["weights", "all"] = "weights"
-    """What is taken of a checkpoint: its `weights`; or `all`, its optimizer and its step too."""
+    @classmethod
+    def parse(cls, init: str, init_with: str) -> Start | None:
+        """Parse the two parameters; None for `scratch`.
 
-    steps: int = Field(ge=1)
-    """Optimizer steps (at least 1)."""
+        Raises:
+            ValueError: They do not fit each other or the grammar.
+        """
+        kind, _, folder = init.partition(" ")
+        with_optimizer = init_with == "all"
+        if kind not in ("scratch", "checkpoint", "hf") or bool(folder.strip()) != (
+            kind != "scratch"
+        ):
+            raise ValueError(f"init {init!r}: set scratch, checkpoint DIR, or hf DIR")
+        if with_optimizer and kind != "checkpoint":
+            raise ValueError(f"init_with all needs init: checkpoint DIR, but init is {init}")
+        if kind == "scratch":
+            return None
+        return cls(kind, Path(folder.strip()).expanduser(), with_optimizer)
 
-    batch_tokens: int = Field(ge=1)
-    """Tokens a step over all processes, a multiple of `model.block_size` (124M: 524288)."""
 
-    batch_doublings: int = Field(default=0, ge=0, le=16)
-    """How often the batch doubles until it is `batch_tokens` (0 to 16; 0: whole from the start)."""
+class ObservingParams(Section):
+    """The keys of `train` that only observe a run: no weight depends on them.
 
-    batch_ramp_steps: int = Field(default=0, ge=0)
-    """Steps before the batch is whole, shared evenly by the smaller sizes (0 to below `steps`)."""
-
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """`adamw`, or `muon`: Muon for the matrices of the blocks, AdamW for the rest."""
-
-    learning_rate: float = Field(gt=0, lt=1)
-    """Highest learning rate (above 0, below 1; 124M: 6e-4)."""
-
-    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
-    """Learning rate of the last step, as a part of `learning_rate` (0 to 1)."""
-
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After the warm-up: `cosine`; `wsd`, stable, then linear decay; or `constant`."""
-
-    warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear rise (0 to below `steps`)."""
-
-    decay_ratio: float = Field(default=0.2, gt=0, le=1)
-    """`wsd` only: part of the steps over which the rate falls at the end (above 0, to 1)."""
-
-    weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled decay, of matrices only (0 or more)."""
-
-    embeddings_decay: bool = True
-    """Whether token and position embeddings decay with the matrices."""
-
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """AdamW: memory of the mean of gradients (0 to below 1)."""
-
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    """AdamW: memory of the mean of squared gradients (0 to below 1)."""
-
-    eps: float = Field(default=1e-8, gt=0)
-    """AdamW: added to the denominator (above 0)."""
-
-    grad_clip: float | None = Field(default=1.0, gt=0)
-    """Largest norm of the whole gradient (above 0); null: not clipped."""
-
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of the matrix products (autocast); weights and optimizer are float32 in any case."""
-
-    order: Literal["shuffled", "sequential"] = "shuffled"
-    """Order of the windows: a new permutation each epoch, or as the tokens lie on the disk."""
-
-    deterministic: bool = False
-    """On CUDA: only algorithms whose results repeat bit for bit, slower. A CPU always repeats."""
+    They are no part of a run's key. Changing one continues an unfinished run under the new value,
+    and retrains no finished one.
+    """
 
     val_every: int = Field(default=250, ge=1)
     """Steps between validations (at least 1); the last step is always validated."""
 
     val_tokens: int = Field(ge=1)
-    """Tokens of a validation: the first so many of the validation split (published: 10485760)."""
+    """Tokens per validation, the first ones of the validation split (published: 10485760)."""
 
     hellaswag: str | None = Field(default=None, min_length=1)
-    """Tasks of HellaSwag, asked while it trains: `hub`, the path of a .jsonl file, or null."""
+    """HellaSwag tasks to score during training: `hub`, the path of a .jsonl file, or null."""
 
     hellaswag_every: int | None = Field(default=None, ge=1)
-    """Steps between these, a multiple of `val_every` (the last step, too); null: never."""
+    """Steps between scores, a multiple of `val_every`; the last step is scored; null: never."""
 
     checkpoint_every: int = Field(default=250, ge=1)
     """Steps between checkpoints (at least 1); the last step is always saved."""
 
     keep_checkpoints: int = Field(default=2, ge=1)
-    """Newest checkpoints kept in the store (at least 1; with 2, one may break)."""
+    """Newest checkpoints kept in the store (at least 1; with 2, one may be damaged)."""
 
     keep_every: int | None = Field(default=None, ge=1)
-    """Checkpoints of each so many steps are kept for good; null: none. The best is kept always."""
+    """Steps between checkpoints that are kept for good; null: none. The best is always kept."""
 
     non_finite: Literal["stop", "skip"] = "stop"
-    """A step whose loss or gradient is not finite: the run stops, or the step is skipped."""
+    """On a non-finite loss or gradient (NaN or Inf): `stop` the run, or `skip` the step's update.
+    It decides nothing while all steps are finite; a skipped step stays in the log."""
 
     sample_tokens: int = Field(default=48, ge=0)
-    """New tokens of the sample at each validation (0: none): one text, seen to get better."""
+    """New tokens of the sample at each validation (0: no sample)."""
 
     log_every: int = Field(default=10, ge=1)
-    """Steps between lines of the log and points of the curves (at least 1)."""
+    """Steps between log lines and points of the curves (at least 1)."""
+
+    @model_validator(mode="after")
+    def _kept_checkpoints_are_saved(self) -> ObservingParams:
+        _check_multiple(self, "keep_every", "checkpoint_every")
+        return self
+
+    @model_validator(mode="after")
+    def _hellaswag_goes_with_a_validation(self) -> ObservingParams:
+        if (self.hellaswag is None) != (self.hellaswag_every is None):
+            raise ValueError(
+                f"hellaswag {self.hellaswag or 'null'} and hellaswag_every "
+                f"{self.hellaswag_every or 'null'} go together; set both, or both to null"
+            )
+        _check_multiple(self, "hellaswag_every", "val_every")
+        return self
+
+
+def _check_multiple(params: Section, name: str, of: str) -> None:
+    value, unit = getattr(params, name), getattr(params, of)
+    if value is not None and value % unit:
+        raise ValueError(
+            f"{name} {value} is no multiple of {of} {unit}; set {-(-value // unit) * unit}"
+        )
+
+
+class TrainParams(ObservingParams):
+    """`train`: how the model is trained. All keys decide the weights but those that observe."""
+
+    seed: int = Field(default=1337, ge=0, lt=2**32)
+    """Decides the initial weights and the sampling order (0 to 2^32 - 1)."""
+
+    init: str = "scratch"
+    """Initial weights: `scratch` (drawn from the seed), `checkpoint DIR`, or `hf DIR`."""
+
+    init_with: Literal["weights", "all"] = "weights"
+    """Of a checkpoint: only its `weights`, or `all`: its optimizer state and step as well."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps (at least 1)."""
+
+    batch_tokens: int = Field(ge=1)
+    """Tokens per step over all processes, a multiple of `model.block_size` (124M: 524288)."""
+
+    batch_doublings: int = Field(default=0, ge=0, le=16)
+    """Times the batch doubles until it is `batch_tokens` (0 to 16; 0: full from the start)."""
+
+    batch_ramp_steps: int = Field(default=0, ge=0)
+    """Steps before the batch is full, shared evenly by the smaller sizes (0 to below `steps`)."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`adamw`, or `muon`: Muon for the matrices of the blocks, AdamW for all other parameters."""
+
+    learning_rate: float = Field(gt=0, lt=1)
+    """Peak learning rate (above 0, below 1; 124M: 6e-4)."""
+
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate of the last step, as a fraction of `learning_rate` (0 to 1)."""
+
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: `cosine`; `wsd`, stable, then linear decay; or `constant`."""
+
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up (0 to below `steps`)."""
+
+    decay_ratio: float = Field(default=0.2, gt=0, le=1)
+    """`wsd` only: fraction of the steps over which the rate decays at the end (above 0, to 1)."""
+
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay, of matrices only (0 or more)."""
+
+    embeddings_decay: bool = True
+    """Whether token and position embeddings decay with the matrices."""
+
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW: decay of the first moment (0 to below 1)."""
+
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """AdamW: decay of the second moment (0 to below 1)."""
+
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW: added to the denominator (above 0)."""
+
+    grad_clip: float | None = Field(default=1.0, gt=0)
+    """Largest norm of the gradient over all parameters (above 0); null: no clipping."""
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the matrix products (autocast); weights and optimizer are float32 in any case."""
+
+    order: Literal["shuffled", "sequential"] = "shuffled"
+    """Sampling order: a new permutation of the windows per epoch, or their order on disk."""
+
+    deterministic: bool = False
+    """On CUDA: only algorithms whose results repeat bit for bit, slower. A CPU always repeats."""
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> TrainParams:
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps {self.warmup_steps} leaves nothing of {self.steps} steps; "
-                f"at most {self.steps - 1}"
+                f"set at most {self.steps - 1}"
             )
         return self
 
     @model_validator(mode="after")
-    def _starts_from_something(self) -> TrainParams:
+    def _start_parses(self) -> TrainParams:
         self.start()
         return self
 
     @model_validator(mode="after")
-    def _kept_ones_are_saved(self) -> TrainParams:
-        if self.keep_every is not None and self.keep_every % self.checkpoint_every:
-            near = -(-self.keep_every // self.checkpoint_every) * self.checkpoint_every
-            raise ValueError(
-                f"keep_every {self.keep_every} is no multiple of checkpoint_every "
-                f"{self.checkpoint_every}; take {near}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _hellaswag_with_a_validation(self) -> TrainParams:
-        if (self.hellaswag is None) != (self.hellaswag_every is None):
-            raise ValueError(
-                f"hellaswag {self.hellaswag or 'null'} and hellaswag_every "
-                f"{self.hellaswag_every or 'null'} go together; set both, or both to null"
-            )
-        if self.hellaswag_every is not None and self.hellaswag_every % self.val_every:
-            near = -(-self.hellaswag_every // self.val_every) * self.val_every
-            raise ValueError(
-                f"hellaswag_every {self.hellaswag_every} is no multiple of val_every "
-                f"{self.val_every}; take {near}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _ramp_is_whole(self) -> TrainParams:
+    def _batch_ramp_ends(self) -> TrainParams:
         if self.batch_ramp_steps >= self.steps:
             raise ValueError(
                 f"batch_ramp_steps {self.batch_ramp_steps} leaves nothing of {self.steps} steps; "
-                f"at most {self.steps - 1}"
+                f"set at most {self.steps - 1}"
             )
         if bool(self.batch_doublings) != bool(self.batch_ramp_steps):
             raise ValueError(
@@ -247,12 +255,20 @@ class TrainParams(Section):
             )
         return self
 
+    def deciding(self) -> dict[str, Any]:
+        """The keys that decide the weights, as JSON values: part of a run's key."""
+        return self.model_dump(mode="json", exclude=set(ObservingParams.model_fields))
+
+    def observing(self) -> dict[str, Any]:
+        """The keys that only observe, as JSON values."""
+        return self.model_dump(mode="json", include=set(ObservingParams.model_fields))
+
     def start(self) -> Start | None:
-        """What the run starts from; None: from nothing."""
+        """The weights that the run starts from; None: drawn from the seed."""
         return Start.parse(self.init, self.init_with)
 
     def kept(self) -> int:
-        """Checkpoints that a finished run holds at most: the newest, the best, and each n-th."""
+        """Most checkpoints that a finished run holds: the newest, the best, and each n-th."""
         return self.keep_checkpoints + 1 + (self.steps // self.keep_every if self.keep_every else 0)
 
     def lr_schedule(self) -> Schedule:
@@ -267,19 +283,19 @@ class TrainParams(Section):
         )
 
     def batches(self, block_size: int) -> BatchSchedule:
-        """Which samples (windows of `block_size` tokens) each step takes.
+        """The samples (windows of `block_size` tokens) of each step.
 
         Raises:
-            UserError: `batch_tokens` is no multiple of the block size, or not so often halved.
+            UserError: `batch_tokens` is no multiple of the block size times 2^doublings.
         """
         unit = block_size << self.batch_doublings
         windows, rest = divmod(self.batch_tokens, unit)
         if rest:
-            near = [n * unit for n in (windows, windows + 1) if n]
+            nearest = [n * unit for n in (windows, windows + 1) if n]
             ramp = f" times 2^{self.batch_doublings} (batch_doublings)" if unit > block_size else ""
             raise UserError(
                 f"params.yaml: train.batch_tokens: {self.batch_tokens} is no multiple of "
-                f"model.block_size {block_size}{ramp}; nearest: {' and '.join(map(str, near))}"
+                f"model.block_size {block_size}{ramp}; set {' or '.join(map(str, nearest))}"
             )
         return BatchSchedule(
             full=self.batch_tokens // block_size,
@@ -289,36 +305,35 @@ class TrainParams(Section):
 
 
 class EvaluateParams(Section):
-    """`evaluate`: how a trained model is measured and shown."""
+    """`evaluate`: how the trained model is measured and sampled."""
 
     val_tokens: int = Field(ge=1)
-    """Tokens measured: the first so many of the validation split."""
+    """Tokens to measure the loss on, the first ones of the validation split."""
 
     val_shards: str | None = Field(default=None, min_length=1)
-    """A token file in llm.c's format, such as the FineWeb validation tokens of published runs:
-    its first `val_tokens` are measured as well. Null: none."""
+    """A token file in llm.c's format, such as the FineWeb validation tokens of published runs: the
+    loss of its first `val_tokens` tokens is measured as well. Null: none."""
 
     hellaswag: str | None = Field(default=None, min_length=1)
-    """Tasks of HellaSwag: `hub`, all 10,042 of them, downloaded; the path of a .jsonl file; or
-    null, not measured."""
+    """HellaSwag tasks: `hub` (all 10,042, downloaded), the path of a .jsonl file, or null."""
 
     lambada: str | None = Field(default=None, min_length=1)
-    """The same of LAMBADA: `hub`, all 5,153; a .jsonl file, each line with a `text`; or null."""
+    """LAMBADA tasks: `hub` (all 5,153), a .jsonl file with a `text` per line, or null."""
 
     prompts: tuple[str, ...] = Field(default=("",), strict=False)  # YAML has lists only
-    """Text to continue; the empty text is the beginning of a document."""
+    """Texts to continue; the empty text is the beginning of a document."""
 
     samples: int = Field(default=2, ge=0)
-    """Samples a prompt (0 or more)."""
+    """Samples per prompt (0 or more)."""
 
     sample_tokens: int = Field(default=128, ge=1)
-    """New tokens a sample (at least 1)."""
+    """New tokens per sample (at least 1)."""
 
     temperature: float = Field(default=0.8, ge=0)
     """0: always the likeliest token; 1: the model's own distribution; above: flatter."""
 
     top_k: int | None = Field(default=50, ge=1)
-    """Sample among the so many likeliest tokens (at least 1); null: among all."""
+    """Sample among the k likeliest tokens (at least 1); null: among all."""
 
     seed: int = Field(default=1337, ge=0, lt=2**32)
-    """Of the samples (0 to 2^32 - 1)."""
+    """Seed of the samples (0 to 2^32 - 1)."""

@@ -1,17 +1,18 @@
-"""A training run: what it is made of, where it lies, and what it leaves behind.
+"""A training run: what decides it, its folder in the store, and what it publishes.
 
-A run is addressed by its ``run_key``: parameters of model and training, content of the data, and
-the code. Its folder in the store, ``.work/runs/<run_key>/``, grows while it trains:
+A run is addressed by its ``run_key``, the sha256 of all that decides its weights: the parameters
+of model and training that do not merely observe, the content of the data, and the code. Its folder
+in the store, ``.work/runs/<run_key>/``, grows during training:
 
-    run.json         what it is: all that its key is made of, and what it adopted (adopt.py)
-    step-00000200/   checkpoints (checkpoint.py)
-    log.jsonl        its history (history.py)
-    starts.jsonl     the run record: a line a start, with commit, machine and versions (describe.py)
-    final.json       written last: the metrics of the finished run
+    run.json         all that the key is made of, and the runs that were adopted (launch/adopt.py)
+    step-00000200/   checkpoints (checkpoint/directory.py)
+    log.jsonl        the log (monitor/history.py)
+    starts.jsonl     one line per start: commit, machine and versions (run_summary.py)
+    final.json       the metrics of the finished run; written last
     failed.json      a failure that would only repeat itself
 
-What the stage promises to DVC is published from there at the end: the last checkpoint. The best by
-validation stays in the run's folder, which the end names where the two differ.
+At the end the last checkpoint is published to the outs of the DVC stage. The best checkpoint by
+validation loss stays in the run's folder; the final message names it where the two differ.
 """
 
 from __future__ import annotations
@@ -41,22 +42,24 @@ from train.evals import reference_curve
 from train.monitor.history import History
 from train.optim.schedule import BatchSchedule
 from train.params import ModelParams, TrainParams
-from train.validation import check_split
+from train.validation import check_val_tokens
 
 TOKENS = Path("data/tokens")
 VERIFIED = Path("data/verified.json")
 CHECKPOINT = Path("artifacts/checkpoint")
 METRICS = Path("metrics/train.json")
 RECORD = "run.json"
+FINAL = "final.json"
+FAILED = "failed.json"
 CURVES = Path("metrics/live")
 LOG = Path("artifacts/log.jsonl")
 
-LOCK_PATIENCE = 60.0  # seconds: workers of a torchrun that was killed need some to save and leave
+LOCK_TIMEOUT = 60.0  # seconds: workers of a killed torchrun need some to save and exit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything that decides a run, checked, and its folder."""
+    """Everything that decides a run, validated, and its folder."""
 
     model: ModelParams
     params: TrainParams
@@ -67,10 +70,10 @@ class Run:
 
     @classmethod
     def open(cls) -> Run:
-        """The run that `params.yaml` and `data/` describe.
+        """Return the run that `params.yaml` and `data/` describe.
 
         Raises:
-            UserError: A parameter, the machine's settings or the data make no run.
+            UserError: A parameter, a machine setting or the data is missing or impossible.
         """
         model = load_section("model", ModelParams)
         params = load_section("train", TrainParams)
@@ -79,17 +82,17 @@ class Run:
         start = params.start()
         if start is not None and CHECKPOINT.resolve() in (p := start.folder.resolve(), *p.parents):
             raise UserError(
-                f"params.yaml: train.init: {CHECKPOINT} is what this stage makes, and DVC removes "
-                f"it before; name the run's folder in the store, or a copy"
+                f"params.yaml: train.init: {CHECKPOINT} is an out of this stage, which DVC removes "
+                f"before the stage runs; name the run's folder in the store, or a copy"
             )
         train_data, val_data = TokenStream(TOKENS, "train"), TokenStream(TOKENS, "val")
         _check_verified()
         if len(train_data) < model.block_size + 1:
             raise UserError(
-                f"params.yaml: model.block_size: {model.block_size}, but the train split holds "
-                f"only {len(train_data)} tokens; take a smaller one or more source files"
+                f"params.yaml: model.block_size: {model.block_size}, but the train split has only "
+                f"{len(train_data)} tokens; set a smaller one, or take more source files"
             )
-        check_split("train.val_tokens", val_data, params.val_tokens)
+        check_val_tokens("train.val_tokens", val_data, params.val_tokens)
         return cls(
             model=model,
             params=params,
@@ -101,7 +104,7 @@ class Run:
 
     @property
     def dataset_key(self) -> str:
-        """Content of the data."""
+        """Hash of the content of the data."""
         return self.train_data.manifest.dataset_key
 
     @cached_property
@@ -110,7 +113,7 @@ class Run:
         start = self.params.start()
         return {
             "model": self.model.model_dump(mode="json"),
-            "train": self.params.model_dump(mode="json"),
+            "train": self.params.deciding(),
             "dataset_key": self.dataset_key,
             "code_key": self.code_key,
             "starts_from": init_from.content_key(start) if start else None,
@@ -123,7 +126,7 @@ class Run:
 
     @cached_property
     def store(self) -> Store:
-        """The store that the run's folder lies in."""
+        """The store that holds the run's folder."""
         return Store.open(self.machine)
 
     @cached_property
@@ -133,20 +136,20 @@ class Run:
 
     @cached_property
     def batches(self) -> BatchSchedule:
-        """Which global samples each step takes."""
+        """The global samples of each step."""
         return self.params.batches(self.model.block_size)
 
     def samples(self, step: int) -> int:
-        """Windows seen after ``step`` complete steps."""
+        """Windows trained on after ``step`` complete steps."""
         return self.batches(step)[0]
 
     def tokens(self, step: int) -> int:
-        """The same in tokens."""
+        """Tokens trained on after ``step`` complete steps."""
         return self.samples(step) * self.model.block_size
 
     @cached_property
     def order(self) -> DataOrder:
-        """The order of the training data."""
+        """The sampling order of the training data."""
         return DataOrder(
             n_tokens=len(self.train_data),
             block_size=self.model.block_size,
@@ -155,15 +158,15 @@ class Run:
         )
 
     def split(self, world_size: int, device: str) -> Split:
-        """How the batch is shared by so many processes.
+        """Split the batch among processes.
 
         Raises:
-            UserError: It cannot be shared evenly.
+            UserError: There is no even split.
         """
         return share_batch(self.model, self.params, world_size, self.machine.micro_batch, device)
 
     def compiles(self, device: str) -> bool:
-        """Whether the model is compiled: as the machine's settings say, else on a GPU."""
+        """Whether the model is compiled: by machine.yaml, else on a GPU."""
         return device == "cuda" if self.machine.compile is None else self.machine.compile
 
     @property
@@ -171,16 +174,30 @@ class Run:
         """The run's log, and the curves that DVC shows of it."""
         return History(self.folder / "log.jsonl", CURVES)
 
-    def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Holds the run for this process.
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process.
 
         Raises:
-            UserError: Another process holds it, and goes on doing so.
+            UserError: Another process still holds it after `LOCK_TIMEOUT` seconds.
         """
-        return _patient_lock(self.store, self.key)
+        end, announced = time.monotonic() + LOCK_TIMEOUT, False
+        with contextlib.ExitStack() as stack:
+            while True:
+                try:
+                    stack.enter_context(self.store.lock("runs", self.key, wait=False))
+                    break
+                except UserError:
+                    if time.monotonic() > end:
+                        raise
+                    if not announced:
+                        print("waiting for another process to release this run", file=sys.stderr)
+                        announced = True
+                    time.sleep(0.5)
+            yield
 
     def record(self) -> dict[str, Any]:
-        """`run.json`: written when the run begins."""
+        """Read `run.json`, written when the run begins."""
         path = self.folder / RECORD
         if not path.exists():
             atomic.write_json(path, {**self.identity, "adopted": []})
@@ -188,76 +205,117 @@ class Run:
         return value
 
     def clear(self) -> None:
-        """Forgets all that was done: the run begins anew."""
+        """Delete all that was done: the run starts from scratch."""
         for path in self.folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
+    def fail(self, reason: str) -> None:
+        """Mark the run as failed, so that a restart does not repeat the failure."""
+        marker = {"what": reason, "non_finite": self.params.non_finite}
+        atomic.write_json(self.folder / FAILED, marker)
+
     def check_not_failed(self) -> None:
-        """Refuses to repeat a failure.
+        """Refuse to repeat a failure.
+
+        A run that stopped at a non-finite step may resume with ``non_finite: skip``.
 
         Raises:
-            UserError: The run failed in a way that does not depend on luck.
+            UserError: The run failed in a way that does not depend on chance.
         """
-        path = self.folder / "failed.json"
-        if path.exists():
-            what = json.loads(path.read_bytes())["what"]
-            raise UserError(
-                f"this run failed before: {what}; change params.yaml, "
-                "or try again from the start with GPT2_FRESH=1"
-            )
+        path = self.folder / FAILED
+        if not path.exists():
+            return
+        marker = json.loads(path.read_bytes())
+        if marker["non_finite"] == "stop" and self.params.non_finite == "skip":
+            return
+        skip = " (train.non_finite: skip resumes it)" if marker["non_finite"] == "stop" else ""
+        raise UserError(
+            f"this run failed before: {marker['what']}; change params.yaml{skip}, or start from "
+            "scratch with GPT2_FRESH=1"
+        )
 
-    def fail(self, what: str) -> None:
-        """Leaves a marker, so that a restart does not replay the failure."""
-        atomic.write_json(self.folder / "failed.json", {"what": what})
+    def forget_failure(self) -> None:
+        """Remove the mark of a failure: the run resumes beyond it."""
+        (self.folder / FAILED).unlink(missing_ok=True)
 
     def note_start(self, record: dict[str, Any]) -> None:
-        """Adds a line to the run record."""
+        """Append a line to `starts.jsonl`."""
         with open(self.folder / "starts.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record, sort_keys=True) + "\n")
 
-    def beside_published(self, step: int, loss: float) -> reference_curve.Point | None:
-        """A validation beside the published curve; None where there is nothing to compare."""
+    def beside_reference(self, step: int, loss: float) -> reference_curve.Point | None:
+        """A validation beside the published curve; None where they are not comparable."""
         model, train = self.model.config().to_dict(), self.params.model_dump(mode="json")
-        if reference_curve.why_not(model, train, self.train_data.manifest.source):
+        if reference_curve.recipe_mismatch(model, train, self.train_data.manifest.source):
             return None
         return reference_curve.Point.at(step, loss)
 
     def finish(self, metrics: dict[str, Any]) -> None:
-        """Marks the run as finished."""
-        atomic.write_json(self.folder / "final.json", metrics)
+        """Mark the run as finished."""
+        atomic.write_json(self.folder / FINAL, metrics)
 
-    def finished(self) -> Path | None:
-        """The last checkpoint of a finished run, its bytes verified; None for any other run."""
-        if not (self.folder / "final.json").exists():
+    def finished(self) -> tuple[Path, dict[str, Any]] | None:
+        """The last checkpoint of a finished run, verified, and its state; None for other runs."""
+        if not (self.folder / FINAL).exists():
             return None
         found = directory.latest(self.folder)
-        if found is None or found[1]["step"] != self.params.steps:
-            return None
-        return found[0]
+        return found if found is not None and found[1]["step"] == self.params.steps else None
+
+    def publish_finished(self) -> bool:
+        """Publish the run if it is finished; return whether it is.
+
+        Prints the keys of `train` that have other values now. They only observe, so that the run
+        is not trained again for them.
+        """
+        if (found := self.finished()) is None:
+            return False
+        last, state = found
+        self.publish(last)
+        if changed := self.changed_observations(state):
+            print(
+                f"note: params.yaml has changed since this run was trained: {changed}", flush=True
+            )
+        return True
+
+    def changed_observations(self, state: dict[str, Any]) -> str:
+        """The observing keys whose value was another when a checkpoint was saved, for a message.
+
+        Args:
+            state: The checkpoint's state.
+
+        Returns:
+            "train.log_every 10 (now 20), ..."; empty where all are the same.
+        """
+        before = state["train"]
+        return ", ".join(
+            f"train.{name} {before[name]} (now {value})"
+            for name, value in self.params.observing().items()
+            if name in before and before[name] != value
+        )
 
     def publish(self, last: Path) -> None:
-        """Puts the finished run where DVC expects it: checkpoint, metrics, curves, and log."""
+        """Put the finished run where DVC expects it: checkpoint, metrics, curves and log."""
         self.history.draw()
         CHECKPOINT.parent.mkdir(parents=True, exist_ok=True)
         publish({name: last / name for name in directory.FILES}, CHECKPOINT)
         atomic.write_bytes(LOG, self.history.path.read_bytes())
-        atomic.write_bytes(METRICS, (self.folder / "final.json").read_bytes())
+        atomic.write_bytes(METRICS, (self.folder / FINAL).read_bytes())
 
-    def ending(self) -> str:
-        """What a finished run came to, in a line."""
-        m = json.loads((self.folder / "final.json").read_bytes())
+    def result(self) -> str:
+        """The result of a finished run, in one line."""
+        m = json.loads((self.folder / FINAL).read_bytes())
         best = directory.best(self.folder)
         other = best is not None and directory.step_of(best) != m["step"]
         return (
             f"trained {m['step']:,} steps, {m['tokens']:,} tokens: val loss {m['val_loss']:.4f} "
             f"(best {m['best_val_loss']:.4f}), {m['tokens_per_second']:,.0f} tokens/s; "
             f"model in {CHECKPOINT}, metrics in {METRICS}"
-            + (f"; the best that was saved is {best}" if other else "")
+            + (f"; the best saved checkpoint is {best}" if other else "")
         )
 
 
 def _check_verified() -> None:
-    """Refuses data that `verify` has not passed."""
+    """Refuse data that `verify` has not passed."""
     manifest = atomic.sha256_file(TOKENS / "manifest.json")
     try:
         passed = json.loads(VERIFIED.read_bytes())["manifest_sha256"]
@@ -267,24 +325,5 @@ def _check_verified() -> None:
         ) from None
     if manifest != passed:
         raise UserError(
-            f"{VERIFIED}: is of other data than {TOKENS}; run python -m pipeline.verify"
+            f"{VERIFIED}: belongs to other data than {TOKENS}; run python -m pipeline.verify"
         )
-
-
-@contextlib.contextmanager
-def _patient_lock(store: Store, key: str) -> Iterator[None]:
-    end = time.monotonic() + LOCK_PATIENCE
-    told = False
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(store.lock("runs", key, wait=False))
-                break
-            except UserError:
-                if time.monotonic() > end:
-                    raise
-                if not told:
-                    print("waiting for another process to leave this run", file=sys.stderr)
-                    told = True
-                time.sleep(0.5)
-        yield

@@ -1,4 +1,4 @@
-"""What a run says of itself: to people, to DVC, and to whoever opens its checkpoint."""
+"""Descriptions of a run: the banner it prints, the record of each start, and its metrics."""
 
 from __future__ import annotations
 
@@ -12,19 +12,15 @@ from typing import Any
 from model.size import parameter_count
 from train.checkpoint.init_from import first_step
 from train.numerics import device_name, peak_memory, versions
-from train.optim.param_groups import table
+from train.optim.param_groups import groups_table
 from train.trainer import Trainer
 
-NO_CODE = ("dvc.lock", "metrics", "params.yaml")
+# Files that DVC changes before or while a stage runs.
+CHANGED_BY_DVC = ("dvc.lock", "metrics", "params.yaml")
 
 
 def banner(trainer: Trainer, done: int) -> str:
-    """What runs, where, and from which step: printed first.
-
-    Args:
-        trainer: Ready to train.
-        done: Complete steps, of a run that resumes.
-    """
+    """Text that a run prints first, after ``done`` steps: model, data, batch and devices."""
     run, world, split, params = trainer.run, trainer.world, trainer.split, trainer.params
     config = trainer.gpt.config
     return "\n".join(
@@ -40,7 +36,7 @@ def banner(trainer: Trainer, done: int) -> str:
             f"compile {'on' if trainer.compiled else 'off'}, "
             f"commit {commit() or 'unknown (no git here)'}",
             f"run {run.folder}: " + (f"resumes after step {done}" if done else "starts"),
-            table(trainer.groups, params.weight_decay, params.optimizer),
+            groups_table(trainer.groups, params.weight_decay, params.optimizer),
         ]
     )
 
@@ -55,10 +51,9 @@ def _ramp(trainer: Trainer) -> str:
 
 @lru_cache(maxsize=1)
 def commit() -> str | None:
-    """The commit that runs, 12 digits, "-dirty" where code differs from it; None without git.
+    """Current commit, 12 digits, "-dirty" if code differs from it; None without git.
 
-    DVC itself changes the files of `NO_CODE` before and while a stage runs. It is told to people
-    and to logs, and is part of no key: what decides a run is its content.
+    It is only printed and logged: the keys are made from content.
     """
 
     def git(*args: str) -> subprocess.CompletedProcess[str]:
@@ -66,21 +61,15 @@ def commit() -> str | None:
 
     try:
         found = git("rev-parse", "--short=12", "HEAD").stdout.strip()
-        others = (f":(top,exclude){name}" for name in NO_CODE)
-        changed = git("diff", "--quiet", "HEAD", "--", ":(top)", *others).returncode
+        excluded = (f":(top,exclude){name}" for name in CHANGED_BY_DVC)
+        changed = git("diff", "--quiet", "HEAD", "--", ":(top)", *excluded).returncode
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found + "-dirty" * (changed == 1) if found else None
 
 
 def start_record(trainer: Trainer, done: int, peak: float | None) -> dict[str, Any]:
-    """The run record's line for one start: what was used, by whom, and when.
-
-    Args:
-        trainer: Ready to train.
-        done: Complete steps.
-        peak: Operations a second that all devices could do, if known.
-    """
+    """Record of one start, after ``done`` steps, for `starts.jsonl`; ``peak``: FLOP/s, if known."""
     run = trainer.run
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -97,29 +86,28 @@ def start_record(trainer: Trainer, done: int, peak: float | None) -> dict[str, A
 
 
 def summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
-    """`metrics/train.json` of a finished run.
+    """Metrics of a run after its last step, for `metrics/train.json`.
 
-    Args:
-        trainer: After the last step.
-        seconds: Time spent in steps, over all starts of the run.
+    ``seconds`` is the training time over all starts of the run.
     """
     run, world, history = trainer.run, trainer.world, trainer.run.history
-    losses, validations = history.last("train/loss", n=10), history.last("val/loss", n=10**9)
-    begun = run.params.start()
-    taken = run.tokens(first_step(begun)) if begun else 0  # trained before this run
+    losses = history.last("train/loss", n=10)
+    validations = history.validations(run.params.val_tokens)
+    start = run.params.start()
+    inherited = run.tokens(first_step(start)) if start else 0  # tokens trained by another run
     tokens = run.tokens(run.params.steps)
-    answered = history.last("val/hellaswag")
+    hellaswag = history.last("val/hellaswag")
     waits, mfus = (history.last(name, n=10**9) for name in ("data_wait", "mfu"))
     return {
         "step": run.params.steps,
         "tokens": tokens,
-        "loss": sum(losses) / len(losses) if losses else None,  # None: all were skipped
+        "loss": sum(losses) / len(losses) if losses else None,  # None: all steps were skipped
         "val_loss": validations[-1],
         "best_val_loss": min(validations),
-        **({"hellaswag_acc_completion": answered[-1]} if answered else {}),
+        **({"hellaswag_acc_completion": hellaswag[-1]} if hellaswag else {}),
         "parameters": parameter_count(trainer.gpt.config),
         "seconds": round(seconds, 1),
-        "tokens_per_second": round((tokens - taken) / seconds, 1),
+        "tokens_per_second": round((tokens - inherited) / seconds, 1),
         **({"mfu": round(statistics.median(mfus), 4)} if mfus else {}),
         **({"data_wait": round(statistics.median(waits), 5)} if waits else {}),
         "peak_memory_bytes": peak_memory(world.device),

@@ -1,4 +1,4 @@
-"""The model, its optimizer, and what a step does to them."""
+"""The model, its optimizer, and one training step."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ from train.optim.param_groups import (
 from train.run import Run
 from train.validation import mean_loss
 
-SAMPLE_PROMPT = 16  # tokens of validation text that a sample goes on from
+SAMPLE_PROMPT = 16  # tokens of validation text that a sample continues
 
 
 class Trainer:
-    """The model, its optimizer, and what is done to them; the same on each rank.
+    """The model, its optimizer, and what a step does to them; the same on each rank.
 
     Attributes:
-        gpt: The plain module: weights, saving, sampling.
-        forward: The same, compiled where the machine says so: measuring.
-        ddp: The same again, with its gradients averaged over the ranks: training.
-        writer: Saves, on rank 0, beside the training.
-        measured: Validation loss of the weights as they are; None where it is not known.
+        gpt: The plain module, for weights, saving and sampling.
+        forward: The same module, compiled where the machine says so, for measuring.
+        ddp: ``forward`` wrapped in DDP, which averages gradients over the ranks, for training.
+        writer: Saves checkpoints in the background, on rank 0.
+        measured: Validation loss of the current weights, nats; None where not measured.
 
     Args:
-        run: What is trained.
-        world: By whom.
-        tasks: Of HellaSwag, for `train.hellaswag_every`; None: it is not asked.
+        run: The run to train.
+        world: The processes that train it.
+        tasks: HellaSwag tasks for `train.hellaswag_every`; None: not scored.
     """
 
     def __init__(self, run: Run, world: World, tasks: list[hellaswag.Task] | None = None) -> None:
@@ -72,62 +72,70 @@ class Trainer:
             betas=(run.params.beta1, run.params.beta2),
             eps=run.params.eps,
         )
-        self.compiled = run.compiles(world.device.type)
-        self.writer = Writer(
-            run.folder, Keep(last=run.params.keep_checkpoints, every=run.params.keep_every)
-        )
-        self.measured: float | None = None  # validation loss of the weights as they are now
+        keep = Keep(last=run.params.keep_checkpoints, every=run.params.keep_every)
+        self.writer = Writer(run.folder, keep)
+        self.measured: float | None = None
         self.forward: Any = self.gpt
+        self.compiled = run.compiles(world.device.type)
         if self.compiled:
-            # One graph is the fastest. Cut where DDP's buckets end, it sends each bucket while the
-            # backward goes on, which pays where the links between the nodes are slow.
+            # One graph is fastest. Cut at DDP's bucket boundaries, the graph sends each bucket
+            # during the backward, which pays where the links between nodes are slow.
             torch._dynamo.config.optimize_ddp = run.machine.overlap
             self.forward = torch.compile(self.gpt, fullgraph=True)
 
     def restore(self) -> int:
-        """Takes up the newest whole checkpoint; else what the run starts from.
+        """Load the newest valid checkpoint; without one, the weights that the run starts from.
 
         Returns:
-            Complete steps.
+            Number of complete steps.
 
         Raises:
-            UserError: That is of other data, or of another model.
+            UserError: The checkpoint belongs to other data or another model.
         """
         found = directory.latest(self.run.folder) if self.world.first else None
         folder, state = self.world.broadcast(found) or (None, None)
         if folder is None or state is None:
-            return self._begin()
+            return self._start()
         if state["dataset_key"] != self.run.dataset_key:
             raise UserError(
                 f"{folder}: was trained on other data ({state['dataset_key'][:12]}) than "
-                f"data/tokens holds ({self.run.dataset_key[:12]}); bring that back, or start anew "
-                "with GPT2_FRESH=1"
+                f"data/tokens ({self.run.dataset_key[:12]}); restore that data, or start from "
+                "scratch with GPT2_FRESH=1"
             )
-        differs = {k: v for k, v in self.arithmetic().items() if state["arithmetic"].get(k) != v}
-        if differs and self.world.first:
-            said = ", ".join(f"{k} {state['arithmetic'].get(k)} -> {v}" for k, v in differs.items())
-            print(f"warning: resumes with other arithmetic ({said}): same data, other rounding")
+        if self.world.first:
+            self._report_changes(state)
         weights, moments = directory.load_tensors(folder)
         self.gpt.load_state_dict(weights)
         if moments:  # none where all steps so far were skipped
             load_flat_state(self.optimizer, self.named, moments)
-        self.measured = state.get("val_loss")
+        if state["train"]["val_tokens"] == self.params.val_tokens:
+            self.measured = state.get("val_loss")
         return int(state["step"])
 
-    def _begin(self) -> int:
+    def _report_changes(self, state: dict[str, Any]) -> None:
+        """Print what differs from the start that saved a checkpoint."""
+        if changed := self.run.changed_observations(state):
+            print(f"note: params.yaml has changed since the last start: {changed}")
+        before, now = state["arithmetic"], self.arithmetic()
+        if differs := [name for name, value in now.items() if before.get(name) != value]:
+            changes = ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in differs)
+            print(f"warning: resumes with {changes}: same samples, other rounding")
+
+    def _start(self) -> int:
         start = self.params.start()
         if start is None:
             return 0
         weights, moments, step, samples = init_from.load(start, self.gpt.config)
         if samples != (here := self.run.samples(step)):
             raise UserError(
-                f"params.yaml: train.init_with: all: {start.folder} has seen {samples} samples in "
-                f"{step} steps, this run's would be {here}; keep its batch_tokens, or take weights"
+                f"params.yaml: train.init_with: all: {start.folder} has trained on {samples} "
+                f"samples in {step} steps, this run would have on {here}; keep its batch_tokens, "
+                "or set init_with: weights"
             )
         if step >= self.params.steps:
             raise UserError(
-                f"params.yaml: train.steps: {self.params.steps}, but {start.folder} is at step "
-                f"{step} already; set more"
+                f"params.yaml: train.steps: {self.params.steps}, but {start.folder} is already at "
+                f"step {step}; set more"
             )
         self.gpt.load_state_dict(weights)
         try:
@@ -135,20 +143,23 @@ class Trainer:
                 load_flat_state(self.optimizer, self.named, moments)
         except (KeyError, ValueError) as error:
             raise UserError(
-                f"params.yaml: train.init_with: all: {start.folder} is of another optimizer "
-                f"({error}); take weights"
+                f"params.yaml: train.init_with: all: {start.folder} has the state of another "
+                f"optimizer ({error}); set init_with: weights"
             ) from None
         return step
 
-    def join(self) -> None:
-        """Wraps the model for the group, and rehearses: two synchronised passes, and a measurement.
+    def warm_up(self) -> None:
+        """Wrap the model in DDP, then run two synchronised passes and a measurement.
 
-        What a resumed run sums must be summed as in one that never stopped, to the last bit, also
-        by three and more ranks. But DDP lays its buckets out anew after the first backward (sums
-        are taken in another order), and gradients that do not lie in the buckets yet are copied
-        there times 1 / ranks, where those that do are divided by ranks. After two passes both are
-        settled, and their gradients are thrown away. A lack of memory shows here as well, before
-        an hour is spent; and both graphs are compiled, so that no signal waits for the compiler.
+        A resumed run must add its gradients exactly as one that never stopped, also on three and
+        more ranks. But DDP rebuilds its buckets after the first backward (sums are then taken in
+        another order), and gradients that are not yet views of the buckets are copied there
+        times 1 / ranks, where the others are divided by ranks. After two passes both are settled;
+        their gradients are thrown away. A lack of memory shows here as well, before an hour is
+        spent, and both graphs are compiled, so that no signal has to wait for the compiler.
+
+        Raises:
+            UserError: A step needs more memory than the device has.
         """
         device = self.world.device
         self.ddp = DistributedDataParallel(
@@ -157,20 +168,20 @@ class Trainer:
             gradient_as_bucket_view=True,
         )
         try:
-            self._rehearse()
+            self._warm_up_passes()
         except RuntimeError as error:
             if not numerics.is_out_of_memory(error):
                 raise
-            raise UserError(self._too_big()) from None
+            raise UserError(self._out_of_memory()) from None
 
-    def _rehearse(self) -> None:
+    def _warm_up_passes(self) -> None:
         device = self.world.device
-        # The moments that the first step will make, held meanwhile: a lack of memory shows here.
+        # Hold as much memory as the moments that the first step will allocate.
         stateless = [p for p in self.named.values() if p not in self.optimizer.state]
         moments = [torch.empty_like(p) for p in stateless for _ in range(2)]
         shape = (self.split.micro_batch, self.run.model.block_size)
         inputs = torch.zeros(shape, dtype=torch.int64, device=device)
-        targets = torch.zeros_like(inputs)  # not the same tensor twice: compiled as a case apart
+        targets = torch.zeros_like(inputs)  # one tensor in both places would compile another graph
         for _ in range(2):
             summed_loss(self.ddp, inputs, targets, self.params.dtype).backward()
         self.optimizer.zero_grad(set_to_none=False)
@@ -178,37 +189,37 @@ class Trainer:
             summed_loss(self.forward, inputs, targets, self.params.dtype)
         del moments
 
-    def _too_big(self) -> str:
-        """What to change where a step finds too little memory."""
+    def _out_of_memory(self) -> str:
         rows, T = self.split.micro_batch, self.run.model.block_size
         smaller = [n for n in divisors(rows) if n < rows]
-        mend = (
-            f"try {smaller[-1]} (the same result, more micro-steps)"
+        fix = (
+            f"set {smaller[-1]} (the same result in more micro-steps)"
             if smaller
-            else "it cannot be smaller: take a smaller model or model.block_size"
+            else "take a smaller model or model.block_size"
         )
         return (
             f"micro_batch (machine.yaml, GPT2_MICRO_BATCH): {rows} sequences of {T} tokens at a "
-            f"time need more memory than {numerics.device_name(self.world.device)} has; {mend}"
+            f"time need more memory than {numerics.device_name(self.world.device)} has; {fix}"
         )
 
     def peak(self) -> float | None:
-        """What all devices together could compute, FLOP/s; None where that is not known."""
+        """Peak of all devices together, FLOP/s; None where it is not known."""
         own = peak_flops.peak(self.world.device, self.params.dtype)
         total = torch.tensor(own or math.nan, dtype=torch.float64, device=self.world.device)
         together = self.world.sum(total).item()
         return None if math.isnan(together) else together
 
     def step(self, step: int, batches: Batches, interrupt: Interrupt) -> tuple[float, Tensor]:
-        """One optimizer step.
+        """Train one optimizer step.
 
         Args:
-            step: Its number, from 0.
-            batches: Where the data comes from.
-            interrupt: Asked at each micro-step: an unfinished step leaves the weights untouched.
+            step: Number of the step, from 0; the batches must belong to it.
+            batches: The micro-batches of this rank.
+            interrupt: Checked before each micro-step; a step that it ends leaves the weights as
+                they were.
 
         Returns:
-            The learning rate; and, on the device, loss and gradient norm before clipping: (2,).
+            The learning rate; and loss and gradient norm before clipping, (2,) on the device.
 
         Raises:
             Interrupted: On all ranks; the step is dropped.
@@ -216,35 +227,37 @@ class Trainer:
         learning_rate = self.schedule(step)
         set_learning_rate(self.optimizer, learning_rate)
 
-        # The loss is the mean over the global batch: a sum over its tokens, divided once. DDP
-        # divides the summed gradients by the number of ranks, which is undone here.
+        # Accumulate. The loss is the mean over the global batch: a sum over its tokens, divided
+        # once. DDP divides the summed gradients by the number of ranks, which is undone here.
         _, count = self.run.batches(step)
         scale = self.world.size / (count * self.run.model.block_size)
         micro_steps = self.split.micro_steps(count)
         total = torch.zeros((), device=self.world.device)
         for micro_step in range(micro_steps):
             interrupt.check()
-            inputs, targets = next(batches)
-            # Only the last backward talks to other ranks; no_sync must hold the forward as well.
+            batch = next(batches)
+            assert batch.step == step, f"the loader is at step {batch.step}, the loop at {step}"
+            # Only the last backward synchronises; no_sync must cover the forward as well.
             last = micro_step == micro_steps - 1
             with nullcontext() if last else self.ddp.no_sync():
-                loss = summed_loss(self.ddp, inputs, targets, self.params.dtype) * scale
+                loss = summed_loss(self.ddp, batch.inputs, batch.targets, self.params.dtype) * scale
                 loss.backward()
             total += loss.detach()
 
+        # Optimize. Loss and norm are reduced, so that all ranks skip a step or none. Reading them
+        # waits for the device, so it is done only where a step may be skipped.
         norm = torch.nn.utils.clip_grad_norm_(
             self.named.values(), self.params.grad_clip or float("inf")
         )
         numbers = torch.stack([self.world.sum(total) / self.world.size, norm])
-        # Both are reduced: no rank skips alone. Only who may skip waits for the device here.
         if self.params.non_finite == "stop" or torch.isfinite(numbers).all():
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)  # they lie in DDP's buckets, and stay there
+        self.optimizer.zero_grad(set_to_none=False)  # gradients stay views of DDP's buckets
         self.measured = None
         return learning_rate, numbers
 
     def validate(self, interrupt: Interrupt) -> float:
-        """The mean loss over the fixed validation tokens, nats; the same on each rank.
+        """Mean loss over the fixed validation tokens, nats; the same on each rank.
 
         Raises:
             Interrupted: On all ranks; nothing is measured.
@@ -262,8 +275,8 @@ class Trainer:
         )
         return self.measured
 
-    def answer(self, interrupt: Interrupt) -> float | None:
-        """The part of HellaSwag's tasks answered right; the same on each rank; None: not asked.
+    def score_hellaswag(self, interrupt: Interrupt) -> float | None:
+        """Fraction of HellaSwag tasks answered correctly; the same on each rank; None: no tasks.
 
         Raises:
             Interrupted: On all ranks; nothing is measured.
@@ -275,10 +288,10 @@ class Trainer:
         )
 
     def sample(self) -> list[int]:
-        """How the model goes on from the first tokens of the validation split; rank 0's alone.
+        """Continue the first tokens of the validation split, on rank 0; empty elsewhere.
 
-        The same tokens and random numbers each time: what differs is what was learnt. The first
-        `SAMPLE_PROMPT` tokens are the prompt.
+        Prompt (`SAMPLE_PROMPT` tokens) and random numbers are the same each time: what differs is
+        what the model has learnt.
         """
         if not self.world.first or not self.params.sample_tokens:
             return []
@@ -288,7 +301,7 @@ class Trainer:
         )[0]
 
     def save(self, step: int) -> None:
-        """Begins to write the checkpoint after ``step`` complete steps, on rank 0."""
+        """Start to write the checkpoint after ``step`` complete steps, on rank 0."""
         if self.world.first:
             self.writer.save(
                 model=self.gpt.state_dict(),
@@ -297,7 +310,7 @@ class Trainer:
             )
 
     def state(self, step: int) -> dict[str, Any]:
-        """`state.json` of a checkpoint: all that it is, and nothing of when or by whom it was made.
+        """`state.json` of a checkpoint: what it is, and nothing of when or by whom it was made.
 
         Args:
             step: Complete steps.
@@ -318,7 +331,7 @@ class Trainer:
         }
 
     def arithmetic(self) -> dict[str, Any]:
-        """What the last bits depend on, and neither the samples nor the parameters say."""
+        """What the last bits depend on in addition to parameters and samples."""
         return {
             "world_size": self.world.size,
             "micro_batch": self.split.micro_batch,

@@ -1,4 +1,4 @@
-"""A project folder with a little data and a tiny model, in which the real commands run."""
+"""A project folder with a little data and a tiny model, for running the real commands."""
 
 from __future__ import annotations
 
@@ -10,19 +10,28 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from pipeline.format.manifest import Manifest, RawManifest, Shard, Source, Tokenizer, Totals
 from pipeline.format.tokenizer import EOT, N_VOCAB, RANKS_SHA256
+from pipeline.runtime.errors import Stopped
 from pipeline.runtime.params_file import SECTIONS
 from pipeline.store import atomic
 from tests.support.repo import REPO
+from tests.support.waiting import wait_for
+from train.checkpoint import directory
+from train.data.loader import Batches
+from train.distributed.rendezvous import process_group
+from train.loop import train
+from train.run import Run
+from train.trainer import Trainer
 
 MODEL = {"size": None, "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16}
 TRAIN = {
@@ -35,53 +44,56 @@ EVALUATE = {
 
 
 def write_tokens(folder: Path, splits: dict[str, list[np.ndarray]], key: str = "k" * 64) -> None:
-    """A token folder as `pipeline.tokenize` leaves it, from tokens made up here."""
+    """Write a token folder in the format of `pipeline.tokenize`, without running it."""
     folder.mkdir(parents=True, exist_ok=True)
-    shards, totals = [], {}
+    shards = []
     for split, parts in splits.items():
         for number, tokens in enumerate(parts):
             name = f"{split}-{number:05d}.bin"
-            header = np.zeros(256, dtype="<i4")  # llm.c's layout
-            header[:3] = 20240520, 1, len(tokens)
-            content = header.tobytes() + tokens.astype("<u2").tobytes()
+            content = shard_header(len(tokens)) + tokens.astype("<u2").tobytes()
             (folder / name).write_bytes(content)
-            digest = hashlib.sha256(content).hexdigest()
-            shards.append(
-                Shard.model_validate(
-                    {
-                        "name": name,
-                        "split": split,
-                        "tokens": len(tokens),
-                        "docs": int((tokens == EOT).sum()),
-                        "text_bytes": 0,
-                        "sha256": digest,
-                        "docs_sha256": "",
-                        "parts": [],
-                    }
-                )
-            )
-        n = sum(map(len, parts))
-        totals[split] = Totals(shards=len(parts), docs=0, tokens=n, text_bytes=0)
-    manifest = Manifest.model_validate(
-        {
-            "dataset_key": key,
-            "format": "llm.c",
-            "dtype": "uint16",
-            "tokenizer": Tokenizer(
-                name="gpt2", ranks_sha256=RANKS_SHA256, n_vocab=N_VOCAB, eot=EOT
-            ),
-            "params": {},
-            "source": RawManifest(source=Source(kind="test", repo="", revision=""), files=[]),
-            "shards": shards,
-            "totals": totals,
-            "skipped": {},
-        }
+            digest, docs = hashlib.sha256(content).hexdigest(), int((tokens == EOT).sum())
+            shards.append(shard_entry(name, len(tokens), docs=docs, sha256=digest))
+    write_manifest(folder, shards, key)
+
+
+def shard_header(tokens: int) -> bytes:
+    """Return the header of a shard, in llm.c's layout."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, tokens
+    return header.tobytes()
+
+
+def shard_entry(name: str, tokens: int, *, docs: int = 0, sha256: str = "") -> Shard:
+    """Describe a shard for the manifest, as one without a document index."""
+    values = {"name": name, "split": name.split("-")[0], "tokens": tokens, "docs": docs}
+    return Shard.model_validate(
+        {**values, "text_bytes": 0, "sha256": sha256, "docs_sha256": "", "parts": []}
+    )
+
+
+def write_manifest(folder: Path, shards: list[Shard], key: str = "k" * 64) -> None:
+    """Write the manifest of a token folder."""
+    totals = {}
+    for split in {shard.split for shard in shards}:
+        counts = [shard.tokens for shard in shards if shard.split == split]
+        totals[split] = Totals(shards=len(counts), docs=0, tokens=sum(counts), text_bytes=0)
+    manifest = Manifest(
+        dataset_key=key,
+        format="llm.c",
+        dtype="uint16",
+        tokenizer=Tokenizer(name="gpt2", ranks_sha256=RANKS_SHA256, n_vocab=N_VOCAB, eot=EOT),
+        params={},
+        source=RawManifest(source=Source(kind="test", repo="", revision=""), files=[]),
+        shards=shards,
+        totals=totals,
+        skipped={},
     )
     atomic.write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
 
 
 def some_tokens(n: int, seed: int) -> np.ndarray:
-    """Tokens that can be learnt: few, in a noisy cycle, with a document's border now and then."""
+    """Generate tokens that can be learnt: a noisy cycle of 200 values, documents of 501 tokens."""
     rng = np.random.default_rng(seed)
     tokens = (np.arange(n) * 7 + rng.integers(0, 3, n)) % 200
     tokens[::501] = EOT
@@ -90,20 +102,24 @@ def some_tokens(n: int, seed: int) -> np.ndarray:
 
 @dataclass
 class Project:
-    """A folder with `params.yaml`, `dvc.yaml` and `data/`, and what is done in it."""
+    """A folder with `params.yaml`, `dvc.yaml` and `data/`, and the commands run in it.
+
+    The fixture `project` kills the processes that a test has left.
+    """
 
     folder: Path
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    processes: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def write(self, **changes: dict[str, Any]) -> None:
-        """Writes `params.yaml` with changed keys, section by section."""
+        """Write `params.yaml`: the defaults of this module, with changes per section."""
         base: dict[str, dict[str, Any]] = {"model": MODEL, "train": TRAIN, "evaluate": EVALUATE}
         self.sections = {name: {**base.get(name, {}), **changes.get(name, {})} for name in SECTIONS}
         (self.folder / "params.yaml").write_text(json.dumps(self.sections))  # JSON is YAML
 
     def write_data(self, key: str = "k" * 64, n_train: int = 5000, n_val: int = 2000) -> None:
-        """Writes tokens, verified."""
+        """Write `data/tokens` and mark them as verified."""
         half = n_train // 3
         tokens = some_tokens(n_train, seed=1)
         write_tokens(
@@ -114,27 +130,27 @@ class Project:
         self.verify()
 
     def verify(self) -> None:
-        """What `pipeline.verify` leaves when the data are good."""
+        """Write what `pipeline.verify` writes for intact data."""
         digest = atomic.sha256_file(self.folder / "data/tokens/manifest.json")
         atomic.write_json(self.folder / "data/verified.json", {"manifest_sha256": digest})
 
     def environ(self, **more: object) -> dict[str, str]:
-        """The environment of a command run here: this repository's code, and no GPU."""
+        """Return the environment of a command: this repository's code, and no GPU."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("GPT2_", "DVC_", "GIT_"))}
         return {
             **clean,
             "PYTHONPATH": str(REPO),
-            "DVC_STAGE": "train",  # as under DVC: nothing outlives its parent
+            "DVC_STAGE": "train",  # as under DVC: no process outlives its parent
             "DVCLIVE_LOG_LEVEL": "ERROR",
             "GPT2_DEVICE": "cpu",
-            "OMP_WAIT_POLICY": "passive",  # no spinning where cores are few
+            "OMP_WAIT_POLICY": "passive",  # no busy waiting on few cores
             **self.environment,
             **{k: str(v) for k, v in more.items()},
         }
 
     def start(self, *command: str, **environment: object) -> subprocess.Popen[str]:
-        """Starts `python -m ...` in a process group of its own."""
-        return subprocess.Popen(
+        """Start `python -m ...` in its own process group."""
+        process = subprocess.Popen(
             [sys.executable, "-m", *command],
             cwd=self.folder,
             env=self.environ(**environment),
@@ -143,9 +159,11 @@ class Project:
             text=True,
             start_new_session=True,
         )
+        self.processes.append(process)
+        return process
 
     def run(self, *command: str, **environment: object) -> subprocess.CompletedProcess[str]:
-        """Runs `python -m ...` to its end."""
+        """Run `python -m ...` to its end."""
         process = self.start(*command, **environment)
         try:
             out, err = process.communicate(timeout=120)
@@ -154,7 +172,7 @@ class Project:
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     def train(self, processes: int = 1, **environment: object) -> subprocess.CompletedProcess[str]:
-        """Trains to the end, as DVC would; fails the test where training fails."""
+        """Train to the end as DVC does; fail the test if training fails."""
         done = self.run("train.launch", GPT2_PROCESSES=processes, **environment)
         assert done.returncode == 0, done.stdout + done.stderr
         return done
@@ -167,14 +185,9 @@ class Project:
         each: Sequence[dict[str, object]] = (),
         **environment: object,
     ) -> list[subprocess.Popen[str]]:
-        """Starts the processes that torchrun would start, without the seconds that it takes.
+        """Start the processes that torchrun would start, without its seconds of overhead.
 
-        Args:
-            n: How many.
-            flags: Of each.
-            module: What each runs.
-            each: The environment of each, where they differ.
-            environment: Of all.
+        Environment variables are given for all processes, or in ``each`` per process.
         """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -196,51 +209,123 @@ class Project:
         ]
 
     def train_ranks(self, n: int, **environment: Any) -> None:
-        """Trains to the end with ``n`` processes."""
-        processes = self.start_ranks(n, **environment)
-        try:
-            for process in processes:
-                out, err = process.communicate(timeout=120)
-                assert process.returncode == 0, out + err
-        finally:
-            for process in processes:
-                kill_group(process)
+        """Train to the end with ``n`` processes and no torchrun."""
+        for process in self.start_ranks(n, **environment):
+            out, err = process.communicate(timeout=120)
+            assert process.returncode == 0, out + err
+
+    def wait_for_step(
+        self, process: subprocess.Popen[str], step: int, work: str = ".work", seconds: float = 60
+    ) -> None:
+        """Wait until a run has saved a step, or a later one."""
+
+        def saved() -> bool:
+            found = (self.folder / work).glob("runs/*/step-*")
+            return any(directory.step_of(path) >= step for path in found)
+
+        wait_for(lambda: saved() or process.poll() is not None, seconds)
+        assert process.poll() is None, process.communicate()
+
+    def losses(self, work: str) -> dict[int, float]:
+        """Return the logged training losses of the only run in a store, by step."""
+        (path,) = (self.folder / work).glob("runs/*/log.jsonl")
+        lines = map(json.loads, path.read_text().splitlines())
+        return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
     @property
     def run_folder(self) -> Path:
-        """The only run in the store."""
+        """Folder of the only run in the store."""
         (folder,) = (self.folder / ".work/runs").iterdir()
         return folder
 
     def weights(self) -> bytes:
-        """The published weights."""
+        """Return the bytes of the published weights."""
         return (self.folder / "artifacts/checkpoint/model.safetensors").read_bytes()
 
+    def published(self) -> dict[str, bytes]:
+        """Return the bytes of each file of the published checkpoint."""
+        folder = self.folder / "artifacts/checkpoint"
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
     def metrics(self, name: str = "train") -> dict[str, Any]:
-        """A metrics file."""
-        return json.loads((self.folder / f"metrics/{name}.json").read_text())
+        """Read a metrics file."""
+        metrics: dict[str, Any] = json.loads((self.folder / f"metrics/{name}.json").read_text())
+        return metrics
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
-    """Kills a process and all that it started."""
+    """Kill a process and all processes of its group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def wait_for(condition: Any, seconds: float = 60.0) -> None:
-    """Waits until something is so."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
 def make_project(folder: Path) -> Project:
-    """A project with default parameters and data."""
+    """Create a project with default parameters and data."""
     project = Project(folder)
     (folder / "stage_code.py").write_text("")
     (folder / "dvc.yaml").write_text("stages: {train: {cmd: none, deps: [stage_code.py]}}")
     project.write()
     project.write_data()
     return project
+
+
+def batches(run: Run, trainer: Trainer, first: int, stop: int | None = None) -> Batches:
+    """Make the loader of this rank for steps [first, stop), or for all steps from ``first`` on."""
+    return Batches(
+        run.train_data,
+        run.order,
+        trainer.split,
+        rank=trainer.world.rank,
+        spans=run.batches.spans(first, stop),
+        device=trainer.world.device,
+    )
+
+
+def write_hellaswag() -> list[dict[str, Any]]:
+    """Write 12 tasks to `tasks.jsonl` in the working directory, and return them."""
+    text = "the people of this land saw a wide river and went over it in boats"
+    words = text.split()
+    tasks = [
+        {
+            "activity_label": "Rowing",
+            "ctx_a": " ".join(words[i % 7 :]) + ".",
+            "ctx_b": "they then",
+            "ctx": " ".join([*words[i % 7 :], "they then"]),
+            "endings": [" ".join(words[k : k + 1 + (i + k) % 4]) for k in range(4)],
+            "label": str(i % 4),
+        }
+        for i in range(12)
+    ]
+    Path("tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    return tasks
+
+
+def train_here() -> Run:
+    """Train the run of the current folder in this process."""
+    run = Run.open()
+    with process_group("cpu") as world, run.lock():
+        train(run, world)
+    return run
+
+
+def records(run: Run, name: str) -> dict[int, Any]:
+    """The logged values of a curve, by step."""
+    return {r["step"]: r[name] for r in run.history.records if name in r}
+
+
+def stop_in(
+    monkeypatch: pytest.MonkeyPatch, method: str, call: int, number: int = signal.SIGTERM
+) -> None:
+    """Train, and stop the run by a signal at the n-th call, from 1, of a method of the trainer."""
+    original, calls = getattr(Trainer, method), count(1)
+
+    def method_and_signal(self: Trainer, *args: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), number)
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, method, method_and_signal)
+        with pytest.raises(Stopped):
+            train_here()

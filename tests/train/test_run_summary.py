@@ -1,4 +1,4 @@
-"""Of train.describe: which commit a run says it is of."""
+"""Tests for train.run_summary: the commit that a run reports."""
 
 from __future__ import annotations
 
@@ -10,38 +10,32 @@ import pytest
 from train import run_summary
 
 
-@pytest.fixture
-def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A committed project, as far as git is concerned; the current folder."""
-    for name in ("train/loop.py", "metrics/train.json", "dvc.lock", "params.yaml"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("as committed\n")
-    who = ("-c", "user.name=Test", "-c", "user.email=test@example.org")
-    for command in (("init", "-q"), ("add", "-A"), (*who, "commit", "-qm", "A project")):
-        subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def commit() -> str | None:
     run_summary.commit.cache_clear()
     return run_summary.commit()
 
 
 def test_only_changed_code_makes_a_commit_dirty(
-    repository: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("train/loop.py", "metrics/train.json", "dvc.lock", "params.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("as committed\n")
+    monkeypatch.chdir(tmp_path)
+    author = ("-c", "user.name=Test", "-c", "user.email=test@example.org")
+    for command in (("init", "-q"), ("add", "-A"), (*author, "commit", "-qm", "A project")):
+        subprocess.run(["git", *command], check=True)
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     clean = head.stdout[:12]
     assert commit() == clean
-    # What DVC changes on the way to the training: it removes a stage's outs, and sets parameters.
-    (repository / "metrics/train.json").unlink()
+    # DVC removes the outputs of a stage before running it, and sets parameters.
+    (tmp_path / "metrics/train.json").unlink()
     for name in ("dvc.lock", "params.yaml"):
-        (repository / name).write_text("changed\n")
+        (tmp_path / name).write_text("changed\n")
     assert commit() == clean
-    (repository / "train/loop.py").write_text("changed\n")
+    (tmp_path / "train/loop.py").write_text("changed\n")
     assert commit() == f"{clean}-dirty"
-    monkeypatch.chdir(repository / "train")
+    monkeypatch.chdir(tmp_path / "train")
     assert commit() == f"{clean}-dirty"
 
 

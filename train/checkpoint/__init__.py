@@ -1,5 +1,5 @@
-"""Checkpoints on disk, their writer, and what a run starts from.
+"""Checkpoints of a run: their layout on disk, how they are saved, and initial weights.
 
-`directory` is the layout of a checkpoint and of a run's checkpoints, `writer` saves beside the
-training, `init_from` reads the weights that a run starts from.
+`directory` reads, writes and verifies checkpoints, `writer` saves them while training continues,
+`init_from` reads the weights that a run starts from.
 """

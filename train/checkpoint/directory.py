@@ -1,16 +1,14 @@
-"""Checkpoints: directories that appear whole, know their own hashes, and hold no pickle.
+"""Checkpoint directories: atomic, hashed, and without pickles.
 
     step-00000200/
-        model.safetensors        the weights, float32, names of the model
-        optimizer.safetensors    <parameter>.exp_avg, .exp_avg_sq, .step
-        state.json               step, samples, params, dataset_key, versions, sha256 of the two,
-                                 validation loss where it was measured
+        model.safetensors        weights, float32, names of the model
+        optimizer.safetensors    optimizer state: <parameter>.exp_avg, .exp_avg_sq, .step (AdamW)
+        state.json               step, samples, parameters, dataset_key, versions, sha256 of both
+                                 files, validation loss if it was measured
 
-The directory is written under another name, synced to the disk, and renamed: a crash leaves the
-old state or the new. State of random generators is no part of it, for training draws nothing: the
-order of data is a function of the samples seen, and GPT-2 is trained without dropout.
-
-Writer (writer.py) calls this beside the training.
+A checkpoint is written under a temporary name, synced to disk, and renamed: after a crash it is
+complete or not there. It holds no state of random generators: the data order is a function of the
+samples seen, and GPT-2 is trained without dropout.
 """
 
 from __future__ import annotations
@@ -38,29 +36,23 @@ SCHEMA_VERSION = 1
 
 
 class BrokenCheckpoint(Exception):
-    """A checkpoint whose bytes are not those that were written; the message says which."""
+    """A checkpoint does not hold the bytes that were written; the message names the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Keep:
-    """Which checkpoints of a run stay.
-
-    The best by validation stays besides: the lowest loss among those saved at a validated step.
+    """Which checkpoints of a run to keep, in addition to the one with the lowest validation loss.
 
     Attributes:
-        last: The newest so many, at least 1.
-        every: Those of steps that this divides, or None.
+        last: Number of newest checkpoints, at least 1.
+        every: Keep those of steps divisible by this; None: no others.
     """
 
     last: int
     every: int | None = None
 
-    def of(self, losses: Mapping[int, float | None]) -> set[int]:
-        """The steps whose checkpoints stay.
-
-        Args:
-            losses: Each checkpoint's step and validation loss (None: not measured).
-        """
+    def select(self, losses: Mapping[int, float | None]) -> set[int]:
+        """Return the steps to keep, given the validation loss of each step (None: not measured)."""
         kept = set(sorted(losses)[-self.last :])
         if self.every is not None:
             kept |= {step for step in losses if step % self.every == 0}
@@ -76,8 +68,13 @@ def folder_name(step: int) -> str:
 
 
 def step_of(folder: Path) -> int:
-    """Complete steps of a checkpoint, by its name."""
+    """Number of complete steps, from the name of a checkpoint."""
     return int(folder.name.removeprefix("step-"))
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Checkpoints in a run's folder, oldest first; not verified."""
+    return sorted(run.glob("step-*"))
 
 
 def save(
@@ -88,23 +85,21 @@ def save(
     state: Mapping[str, Any],
     keep: Keep,
 ) -> Path:
-    """Writes a checkpoint, then removes those that ``keep`` lets go, and any of a later step.
+    """Write a checkpoint, then remove those that ``keep`` does not select, and all of later steps.
 
-    A later one is broken: the run has passed it over, and goes on from before it.
+    Checkpoints of later steps are broken: the run has skipped them and resumed from an earlier one.
 
     Args:
-        run: The run's folder.
         model: State dict of the plain model, contiguous tensors on the CPU.
-        optimizer: Flat optimizer state (``optimizer.flat_state``), likewise.
+        optimizer: Flat optimizer state (``param_groups.flat_state``), likewise.
         state: JSON values; needs "step", the number of complete steps.
-        keep: Which checkpoints stay.
 
     Returns:
-        The checkpoint's directory; on return it is on the disk.
+        The checkpoint's directory, synced to disk.
     """
     final = run / folder_name(state["step"])
     part = run / f".{final.name}.tmp"
-    for path in run.glob(".step-*"):  # left by a run that died while it wrote or removed
+    for path in run.glob(".step-*"):  # left by a run that was killed while it wrote or removed
         shutil.rmtree(path)
     part.mkdir(parents=True)
     save_file(dict(model), part / MODEL)
@@ -113,67 +108,47 @@ def save(
     for name in hashes:
         atomic.fsync_file(part / name)
     atomic.write_json(part / STATE, {**state, "schema_version": SCHEMA_VERSION, "sha256": hashes})
-    if final.exists():  # saved once more, with the loss that was not measured then
-        os.rename(final, _hidden(final))
+    if final.exists():  # saved again, now with its validation loss
+        os.rename(final, _removed(final))
     os.rename(part, final)
     atomic.fsync_folder(run)
-    if _hidden(final).exists():
-        shutil.rmtree(_hidden(final))
-    found = {step_of(path): path for path in steps(run)}
-    losses = {step: _loss(path) for step, path in found.items() if path <= final}
-    for step in found.keys() - keep.of(losses):
+    if _removed(final).exists():
+        shutil.rmtree(_removed(final))
+    found = {step_of(path): path for path in checkpoints(run)}
+    losses = {step_of(path): loss for path, loss in _losses(run).items() if path <= final}
+    for step in found.keys() - keep.select(losses):
         remove(found[step])
     return final
 
 
-def best(run: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss; None where none was measured."""
-    losses = {path: loss for path in steps(run) if (loss := _loss(path)) is not None}
-    return min(losses, key=lambda path: (losses[path], path)) if losses else None
-
-
-def _loss(folder: Path) -> float | None:
-    """The validation loss of a checkpoint; None where it was not measured, or cannot be read."""
-    try:
-        loss = json.loads((folder / STATE).read_bytes())["val_loss"]
-        return None if loss is None else float(loss)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def steps(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted(run.glob("step-*"))
-
-
 def remove(folder: Path) -> None:
-    """Removes a checkpoint; its name goes first, so that no half of it is ever taken for one."""
-    os.rename(folder, _hidden(folder))
-    shutil.rmtree(_hidden(folder))
+    """Remove a checkpoint; it is renamed first, so that a half-removed one is never used."""
+    os.rename(folder, _removed(folder))
+    shutil.rmtree(_removed(folder))
 
 
-def _hidden(folder: Path) -> Path:
-    """The name of a checkpoint that goes."""
+def _removed(folder: Path) -> Path:
+    """Name of a checkpoint that is being removed."""
     return folder.with_name(f".{folder.name}.old")
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Compares a checkpoint's bytes with its hashes.
+    """Check a checkpoint's bytes against its hashes.
 
     Returns:
-        Its state.
+        The content of `state.json`.
 
     Raises:
         BrokenCheckpoint: A file is missing, unreadable, or not what was written.
     """
     try:
-        state = json.loads((folder / STATE).read_bytes())
+        state: dict[str, Any] = json.loads((folder / STATE).read_bytes())
         hashes = state["sha256"]
         for name in (MODEL, OPTIMIZER):
             if atomic.sha256_file(folder / name) != hashes[name]:
-                _disown(folder / name)
-                raise BrokenCheckpoint(f"{folder / name}: bytes differ from their sha256")
-            with safe_open(folder / name, "pt"):  # no other format, a pickle say, is ever loaded
+                _make_writable(folder / name)
+                raise BrokenCheckpoint(f"{folder / name}: does not match its sha256 in {STATE}")
+            with safe_open(folder / name, "pt"):  # refuses any other format, such as a pickle
                 pass
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise BrokenCheckpoint(f"{folder}: {error!r}") from error
@@ -182,29 +157,55 @@ def verify(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _disown(damaged: Path) -> None:
-    """Makes a damaged file writable.
+def _make_writable(damaged: Path) -> None:
+    """Make a damaged file writable, so that DVC replaces it.
 
-    Its inode may be DVC's cached object, which DVC trusts while it is read-only, and replaces when
-    it is not.
+    Its inode may be an object in DVC's cache, which DVC trusts as long as it is read-only.
     """
     with contextlib.suppress(OSError):
         damaged.chmod(0o644)
 
 
 def latest(run: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint of a run that is whole, and its state; None where there is none.
+    """Find the newest intact checkpoint of a run.
 
-    A broken one is named on stderr and passed over; the next save removes it.
+    A broken one is reported on stderr and skipped; the next save removes it.
+
+    Returns:
+        The checkpoint and its state; None if there is none.
     """
-    for folder in reversed(steps(run)):
+    for folder in reversed(checkpoints(run)):
         try:
             return folder, verify(folder)
         except BrokenCheckpoint as error:
-            print(f"warning: {error}; it is passed over", file=sys.stderr, flush=True)
+            print(f"warning: {error}; skipping this checkpoint", file=sys.stderr, flush=True)
     return None
 
 
+def best(run: Path) -> Path | None:
+    """Find the checkpoint with the lowest validation loss; None if none was measured."""
+    losses = {path: loss for path, loss in _losses(run).items() if loss is not None}
+    return min(losses, key=lambda path: (losses[path], path)) if losses else None
+
+
+def _losses(run: Path) -> dict[Path, float | None]:
+    """Validation losses of a run's checkpoints that can be compared, oldest first.
+
+    None where the loss was not measured, cannot be read, or is over other tokens than the newest
+    one (`train.val_tokens` has changed).
+    """
+    found: dict[Path, tuple[float | None, int | None]] = {}
+    for path in checkpoints(run):
+        try:
+            state = json.loads((path / STATE).read_bytes())
+            found[path] = state["val_loss"], state.get("train", {}).get("val_tokens")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            found[path] = None, None
+    measured = [tokens for loss, tokens in found.values() if loss is not None]
+    newest = measured[-1] if measured else None
+    return {path: loss if tokens == newest else None for path, (loss, tokens) in found.items()}
+
+
 def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights and flat optimizer state of a verified checkpoint, on the CPU."""
+    """Load weights and flat optimizer state of a verified checkpoint, on the CPU."""
     return load_file(folder / MODEL), load_file(folder / OPTIMIZER)

@@ -1,12 +1,12 @@
-"""What a run starts from (`train.init`): the seed, a checkpoint, or another's model.
+"""Initial weights of a run (`train.init`).
 
-    scratch           weights drawn from the seed
-    checkpoint DIR    a checkpoint's weights; with `train.init_with: all` its optimizer and step
-                      too: the run goes on where that one was (longer, or on another schedule)
-    hf DIR            the weights of a folder as `transformers` writes it
+    scratch           random weights from the seed
+    checkpoint DIR    weights of a checkpoint; with `train.init_with: all` its optimizer state and
+                      step too, to extend a run or to branch from it with another schedule
+    hf DIR            weights of a folder in the layout of `transformers`
 
-The folder is read once, before a run's first step; a run that resumes has checkpoints of its own.
-Its content is a part of the run's key.
+The folder is read once, before the first step; a resumed run reads its own checkpoints. The content
+of the folder is part of the run's key.
 """
 
 from __future__ import annotations
@@ -27,46 +27,53 @@ SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 
 def content_key(start: Start) -> str:
-    """The content that a run starts from, as a hash.
+    """Hash the content that a run starts from.
 
     Raises:
-        UserError: There is none.
+        UserError: A file is missing or damaged.
     """
     if start.kind == "checkpoint":
-        names = directory.FILES if start.whole else (directory.MODEL,)
+        # Of state.json only the step decides anything.
+        names = (directory.MODEL, *([directory.OPTIMIZER] if start.with_optimizer else []))
         paths = [start.folder / name for name in names]
     else:
         paths = sorted(start.folder.glob("*.safetensors"))
     try:
-        hashes = [atomic.sha256_file(path) for path in paths]
+        hashes: list[str | int] = [atomic.sha256_file(path) for path in paths]
+        if start.with_optimizer:
+            hashes.append(first_step(start))
     except OSError as error:
         raise UserError(
-            f"params.yaml: train.init: {error.filename}: {error.strerror}; it is read again at "
-            "each start, so keep it where it is"
+            f"params.yaml: train.init: {error.filename}: {error.strerror}; name a folder that "
+            "exists and keep it: each start of the run reads it"
+        ) from None
+    except (ValueError, LookupError, TypeError):
+        raise UserError(
+            f"params.yaml: train.init: {start.folder / directory.STATE} is damaged; use another "
+            "checkpoint"
         ) from None
     if not hashes:
-        raise UserError(f"params.yaml: train.init: {start.folder} holds no *.safetensors")
+        raise UserError(
+            f"params.yaml: train.init: {start.folder} holds no *.safetensors; name one that does"
+        )
     return atomic.sha256_json([start.kind, *hashes])
 
 
 def first_step(start: Start) -> int:
-    """Complete steps that are taken over; 0 unless whole."""
+    """Number of complete steps that the run starts after; 0 if only weights are taken."""
     state = start.folder / directory.STATE
-    return int(json.loads(state.read_bytes())["step"]) if start.whole else 0
+    return int(json.loads(state.read_bytes())["step"]) if start.with_optimizer else 0
 
 
 def load(start: Start, config: GPTConfig) -> tuple[dict[str, Tensor], dict[str, Tensor], int, int]:
-    """Reads the folder.
-
-    Args:
-        config: The model that is to be trained.
+    """Read the folder, for a model of this configuration.
 
     Returns:
-        Weights; flat optimizer state (empty unless whole); complete steps and samples seen (0
-        unless whole).
+        Weights; flat optimizer state; number of complete steps; number of samples seen. The last
+        three are empty or 0 if only weights are taken.
 
     Raises:
-        UserError: The folder is broken, or of another model.
+        UserError: The folder is damaged, or its model has another size.
     """
     try:
         state = _verified(start)
@@ -76,19 +83,21 @@ def load(start: Start, config: GPTConfig) -> tuple[dict[str, Tensor], dict[str, 
         raise UserError(f"params.yaml: train.init: {error}") from None
     ours, theirs = config.to_dict(), gpt.config.to_dict()
     if any(ours[name] != theirs[name] for name in SIZES):
-        said = ", ".join(f"{name} {theirs[name]} (here {ours[name]})" for name in SIZES)
-        raise UserError(f"params.yaml: model: {start.folder} is of another size: {said}")
-    if not start.whole:
+        sizes = ", ".join(f"{name} {theirs[name]} (here {ours[name]})" for name in SIZES)
+        raise UserError(
+            f"params.yaml: model: {start.folder} has another size: {sizes}; set its numbers"
+        )
+    if not start.with_optimizer:
         return gpt.state_dict(), {}, 0, 0
     _, moments = directory.load_tensors(start.folder)
     return gpt.state_dict(), moments, int(state["step"]), int(state["samples"])
 
 
 def _verified(start: Start) -> dict[str, Any]:
-    """The state of a checkpoint of ours; that of an imported model holds no hashes to check."""
+    """Verify a checkpoint and return its state; imported weights have no hashes to verify."""
     path = start.folder / directory.STATE
     if start.kind == "hf" or not path.exists():
         return {}
-    if not start.whole and "sha256" not in json.loads(path.read_bytes()):
+    if not start.with_optimizer and "sha256" not in json.loads(path.read_bytes()):
         return {}
     return directory.verify(start.folder)

@@ -1,12 +1,11 @@
-"""Checkpoints written beside the training: from a copy, by a thread, one at a time.
+"""Asynchronous saving: a thread writes checkpoints from a copy while training continues.
 
     loop:    ... step n | copy | step n + 1 | step n + 2 | ...
     thread:                    | write, hash, fsync, rename |
 
-The copy lies in host memory that is allocated once (pinned where the model is on a GPU), so that
-the loop waits for a memory copy and for nothing of the disk; and the thread yields the processor to
-the training. The next checkpoint waits for the one before it. What goes wrong in the thread is
-raised in the loop: no run trains on without saving.
+The loop only waits for the copy, into host memory that is allocated once (pinned if the model is on
+a GPU). The thread has a lower priority than training. Checkpoints are written one at a time. An
+error in the thread is raised in the loop, so no run continues without saving.
 """
 
 from __future__ import annotations
@@ -28,52 +27,42 @@ from train.checkpoint import directory
 from train.checkpoint.directory import Keep
 
 
-def _give_way() -> None:
-    """Has this thread use what the others leave (on Linux, where a thread has a priority)."""
+def _lower_priority() -> None:
+    """Lower the priority of this thread (on Linux, where threads have one)."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 class Writer:
-    """Saves the checkpoints of a run; a context manager, at whose end the last one is written.
-
-    Args:
-        run: The run's folder.
-        keep: Which checkpoints stay.
-    """
+    """Saves the checkpoints of a run; a context manager, which waits for the last one on exit."""
 
     def __init__(self, run: Path, keep: Keep) -> None:
         self._run, self._keep = run, keep
         self._host: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
-        self._pool = ThreadPoolExecutor(1, "checkpoint", initializer=_give_way)
+        self._pool = ThreadPoolExecutor(1, "checkpoint", initializer=_lower_priority)
         self._writing: Future[Path] | None = None
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._pool.shutdown()  # also where the run fails: what is being written is good
+        self._pool.shutdown()  # also after an error: the checkpoint being written is good
         if kind is None:
             self.wait()
 
     def save(
         self, *, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: dict[str, Any]
     ) -> None:
-        """Begins to write a checkpoint; the tensors may change as soon as this returns.
+        """Start writing a checkpoint; the tensors may change as soon as this returns.
 
-        Args:
-            model: State dict of the plain model, on any device.
-            optimizer: Flat optimizer state, on any device.
-            state: JSON values; needs "step".
+        For the arguments see ``directory.save``; the tensors may be on any device.
 
         Raises:
-            UserError: The disk would not take the one before.
+            UserError: The previous checkpoint could not be written.
         """
         self.wait()
-        copies = {
-            "model": self._copy("model", model),
-            "optimizer": self._copy("optimizer", optimizer),
-        }
+        tensors = {"model": model, "optimizer": optimizer}
+        copies = {kind: self._copy(kind, part) for kind, part in tensors.items()}
         copied = None
         if torch.cuda.is_initialized():
             copied = torch.cuda.Event()
@@ -81,19 +70,15 @@ class Writer:
         self._writing = self._pool.submit(self._write, copies, state, copied)
 
     def check(self) -> None:
-        """Raises what went wrong in the thread, if it has ended; does not wait.
-
-        Raises:
-            UserError: The disk would not take a checkpoint.
-        """
+        """Raise the error of ``wait`` if the write has ended; does not wait."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the checkpoint that is being written is on the disk.
+        """Wait until the checkpoint being written is on disk.
 
         Raises:
-            UserError: The disk would not take it.
+            UserError: It could not be written.
         """
         writing, self._writing = self._writing, None
         if writing is None:
@@ -102,12 +87,12 @@ class Writer:
             writing.result()
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{self._run}: a checkpoint could not be written ({error}); mend that, or set "
-                "work_dir in machine.yaml to another disk; the last whole one is kept"
+                f"{self._run}: cannot write a checkpoint ({error}); fix that, or set work_dir "
+                "(machine.yaml) to another disk; the last complete one is kept"
             ) from error
 
     def _copy(self, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies into the host's memory; from a GPU this is queued behind the step."""
+        """Copy tensors to host memory; from a GPU the copy is queued behind the step."""
         host = self._host[kind]
         if host.keys() != tensors.keys():  # the first time
             host = self._host[kind] = {

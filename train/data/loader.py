@@ -1,4 +1,20 @@
-"""Batches of the data order, split over ranks and micro-steps, fetched ahead by a thread."""
+"""Load micro-batches in the sampling order, ahead of the step that trains on them.
+
+    BatchSchedule   step -> samples [start, start + count)      which samples
+         |
+    DataOrder       sample -> window of the train split         in which order
+         |
+    Split           (micro-step, rank, row) -> sample           on which rank
+         |
+    read_windows    windows -> inputs, targets (B, T) int64     from the memory-mapped shards
+         |
+    queue           at most `AHEAD` micro-batches, filled by a thread
+         |
+    Batches         yields MicroBatch(step, inputs, targets)
+
+Each stage is a function of the step number, so a loader has no state to save: a run that resumes
+at step n asks for the spans from n on.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +22,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,28 +32,39 @@ from pipeline import TokenStream
 from train.data.order import DataOrder
 from train.data.split import Split
 
-AHEAD = 4  # micro-batches waiting: enough to ride out a slow read, little memory
+AHEAD = 4  # micro-batches in the queue: enough to ride out a slow read, little memory
 
 
 class Tokens(Protocol):
-    """One stream of tokens, such as ``pipeline.TokenStream``."""
+    """A stream of tokens, such as ``pipeline.TokenStream``."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, part: slice, /) -> np.ndarray: ...
 
 
-_Item = tuple[Tensor, Tensor] | BaseException | None  # None: there are no more
+class MicroBatch(NamedTuple):
+    """What one process computes at a time.
+
+    Attributes:
+        step: The optimizer step that it belongs to, from 0.
+        inputs: (micro_batch, block_size) int64.
+        targets: The same windows one token later, (micro_batch, block_size) int64.
+    """
+
+    step: int
+    inputs: Tensor
+    targets: Tensor
 
 
 def read_windows(
     stream: TokenStream, windows: np.ndarray, block_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Reads windows of a stream.
+    """Read windows of a stream.
 
     Returns:
-        Inputs and targets, the latter one token on, each (len(windows), block_size) int64 and
-        contiguous: other strides would be compiled anew.
+        Inputs and targets, each (len(windows), block_size) int64 and contiguous: torch.compile
+        would compile again for other strides.
     """
     rows = stream.gather(windows * block_size, block_size + 1)
     return (
@@ -46,23 +73,18 @@ def read_windows(
     )
 
 
-class Batches(Iterator[tuple[Tensor, Tensor]]):
-    """The micro-batches of one rank, in order.
+class Batches(Iterator[MicroBatch]):
+    """The micro-batches of one rank, in order; a context manager, which runs the thread.
 
-    A context manager: a thread reads ahead between enter and exit. An error in the thread is
-    raised again where the batch is asked for. What is read depends on ``spans`` alone, so a loader
-    has no state to save.
+    An error in the thread is raised by ``next``.
 
     Args:
         stream: The train split.
-        order: Its order.
-        split: How a global batch is shared.
-        rank: Of this process.
-        spans: For each step, the first global sample and their number (a ``BatchSchedule``'s).
-        device: Where the tensors go; pinned memory and an asynchronous copy on CUDA.
+        spans: (step, first global sample, number of samples) per step; see `BatchSchedule.spans`.
+        device: Device of the tensors; on CUDA through pinned memory and an asynchronous copy.
 
     Attributes:
-        waited: Seconds that ``next`` has taken so far: what data cost the training.
+        waited: Seconds spent in ``next`` so far: the time that data cost the training.
     """
 
     def __init__(
@@ -72,13 +94,13 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         split: Split,
         *,
         rank: int,
-        spans: Iterable[tuple[int, int]],
+        spans: Iterable[tuple[int, int, int]],
         device: torch.device,
     ) -> None:
         self._stream, self._order, self._split, self._rank = stream, order, split, rank
         self._spans, self._device = spans, device
         self.waited = 0.0
-        self._queue: queue.Queue[_Item] = queue.Queue(AHEAD)
+        self._queue: queue.Queue[MicroBatch | BaseException | None] = queue.Queue(AHEAD)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._fetch, name="batches", daemon=True)
 
@@ -90,36 +112,36 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         self._closing.set()
         self._thread.join()
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        """The next micro-batch: inputs and targets, each (micro_batch, block_size) int64."""
+    def __next__(self) -> MicroBatch:
+        """Return the next micro-batch, on the device."""
         before = time.perf_counter()
         item = self._queue.get()
         if item is None:
             raise StopIteration
         if isinstance(item, BaseException):
             raise item
-        inputs, targets = (part.to(self._device, non_blocking=True) for part in item)
+        inputs, targets = (part.to(self._device, non_blocking=True) for part in item[1:])
         self.waited += time.perf_counter() - before
-        return inputs, targets
+        return MicroBatch(item.step, inputs, targets)
 
     def _fetch(self) -> None:
         try:
             if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)  # a new thread's is the first GPU
-            for start, count in self._spans:
+                torch.cuda.set_device(self._device)  # a new thread starts on the first GPU
+            for step, start, count in self._spans:
                 windows = self._order.samples(start, count)
                 for part in self._split.share(windows, self._rank):
                     batch = read_windows(self._stream, part, self._order.block_size)
                     if self._device.type == "cuda":
                         batch = batch[0].pin_memory(), batch[1].pin_memory()
-                    if not self._put(batch):
+                    if not self._put(MicroBatch(step, *batch)):
                         return
-            self._put(None)
-        except BaseException as error:  # the loop raises it, with the thread's traceback
+            self._put(None)  # the end
+        except BaseException as error:  # `next` raises it, with the thread's traceback
             self._put(error)
 
-    def _put(self, item: _Item) -> bool:
-        """Queues an item; False where nobody wants it any more."""
+    def _put(self, item: MicroBatch | BaseException | None) -> bool:
+        """Queue an item; return False once the loader is closing."""
         while not self._closing.is_set():
             try:
                 self._queue.put(item, timeout=0.1)

@@ -1,17 +1,17 @@
-"""The order in which training sees the data, as a function without state.
+"""Sampling order of the training data, as a stateless function.
 
-The train split is one virtual stream of tokens, cut into windows of ``block_size + 1`` tokens at
-stride ``block_size``: window ``w`` holds the tokens ``[w * T, w * T + T + 1)``, so that its last
-token, which is only a target, is the first input of the next window, and each token of the stream
-is a target once (but the first, which nothing precedes).
+The train split is one virtual stream of tokens, cut into windows of T + 1 tokens at stride T
+(``block_size``). Window w holds the tokens [w * T, w * T + T + 1): its last token is only a target,
+and is the first input of the next window. So each token of the stream is a target exactly once,
+except the first.
 
-    global sample g  =  epoch e * n_windows + i          (g counts every sample ever seen)
+    global sample g  =  epoch e * n_windows + i          (g counts all samples since the start)
     window of g      =  permute(seed, e, i)              (a bijection of [0, n_windows))
 
 The permutation is computed, not stored: a generalised Feistel network over Z_a x Z_b with
-a * b >= n, walked along its cycle until it falls below n (Black and Rogaway, "Ciphers with
-arbitrary finite domains", CT-RSA 2002). It costs O(1) memory for any n, and the number of samples
-seen is the whole state of the loader: no process, rank or micro-batch has a say in it.
+a * b >= n, applied again until the value is below n (cycle walking: Black and Rogaway, "Ciphers
+with arbitrary finite domains", CT-RSA 2002). It needs O(1) memory for any n. The number of samples
+seen is the only state of the loader; processes, ranks and micro-batches do not change the order.
 """
 
 from __future__ import annotations
@@ -24,28 +24,29 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-ROUNDS = 8  # even, so that the two halves end on the side where they began
+ROUNDS = 8  # even, so that both halves end in the domain they started in
 
 UInt64Array = NDArray[np.uint64]
 Int64Array = NDArray[np.int64]
 
 
 def _mix(x: UInt64Array) -> UInt64Array:
-    """Scrambles 64 bits: the finaliser of SplitMix64 (Steele et al., 2014); wraps modulo 2^64."""
+    """Mix 64 bits: the finaliser of SplitMix64 (Steele et al., 2014); wraps modulo 2^64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: UInt64Array = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 @lru_cache(maxsize=8)
 def _round_keys(seed: int, epoch: int) -> UInt64Array:
-    # SeedSequence, not seed + epoch: (seed 1, epoch 0) must share nothing with (seed 0, epoch 1).
-    words = np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)
-    return words.astype(np.uint64)  # (for the type checker)
+    # SeedSequence, not seed + epoch: (seed 1, epoch 0) must be unrelated to (seed 0, epoch 1).
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)
+    return keys.astype(np.uint64)  # for the type checker
 
 
 def permute(index: NDArray[Any], n: int, keys: UInt64Array) -> Int64Array:
-    """Maps indices through a keyed bijection of [0, n).
+    """Map indices through a keyed bijection of [0, n).
 
     Args:
         index: Integers in [0, n), any shape.
@@ -53,9 +54,9 @@ def permute(index: NDArray[Any], n: int, keys: UInt64Array) -> Int64Array:
         keys: One uint64 per round.
 
     Returns:
-        int64 array of the same shape; over all of [0, n) each value occurs once.
+        int64 array of the same shape; the image of [0, n) has each value once.
     """
-    a = math.isqrt(n - 1) + 1  # ceil(sqrt(n)); a * b exceeds n by less than a: few walk at all
+    a = math.isqrt(n - 1) + 1  # ceil(sqrt(n)); a * b exceeds n by less than a, so few values walk
     b = -(-n // a)
     value = np.asarray(index).astype(np.uint64)
     outside = np.ones(value.shape, dtype=bool)
@@ -70,21 +71,22 @@ def _feistel(value: UInt64Array, a: int, b: int, keys: UInt64Array) -> UInt64Arr
     right, left = np.divmod(value, np.uint64(a))  # left in Z_a, right in Z_b
     for number, key in enumerate(keys):
         modulus = np.uint64(b if number % 2 else a)
-        # Reduced before the sum: a sum that wraps at 2^64 would be no bijection modulo `modulus`.
+        # Reduce before adding: a sum that wraps at 2^64 would be no bijection modulo `modulus`.
         left, right = right, (left + _mix(right + key) % modulus) % modulus
-    return right * np.uint64(a) + left
+    joined: UInt64Array = right * np.uint64(a) + left
+    return joined
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOrder:
-    """Says which window of the train split each global sample is.
+    """Maps each global sample to a window of the train split.
 
     Attributes:
-        n_tokens: Length of the train split, tokens.
-        block_size: T, inputs in a window; a window spans T + 1 tokens.
+        n_tokens: Length of the train split in tokens.
+        block_size: T, inputs per window; a window has T + 1 tokens.
         seed: 0 ... 2^32 - 1.
-        order: "shuffled", a new permutation each epoch, or "sequential", the stream as it lies
-            (for comparison with other codebases).
+        order: "shuffled", a new permutation per epoch, or "sequential", the order on disk (for
+            comparison with other codebases).
     """
 
     n_tokens: int
@@ -104,25 +106,21 @@ class DataOrder:
 
     @property
     def n_windows(self) -> int:
-        """Windows in the split, and so samples in an epoch."""
+        """Windows in the split: the samples per epoch."""
         return (self.n_tokens - 1) // self.block_size
 
     def samples(self, start: int, count: int) -> Int64Array:
-        """The windows of the global samples [start, start + count), across epochs.
-
-        Args:
-            start: First global sample, from 0.
-            count: Number of samples.
+        """Return the windows of the global samples [start, start + count), across epochs.
 
         Returns:
-            int64, shape (count,): window numbers in [0, n_windows). Window ``w`` is made of the
-            tokens [w * block_size, (w + 1) * block_size + 1) of the split.
+            int64, shape (count,): window numbers in [0, n_windows). Window ``w`` holds the tokens
+            [w * block_size, (w + 1) * block_size + 1) of the split.
         """
         if start < 0 or count < 0:
             raise ValueError(f"samples({start}, {count}): neither may be negative")
         windows = np.empty(count, dtype=np.int64)
         done = 0
-        while done < count:  # one turn an epoch touched
+        while done < count:  # one pass per epoch
             epoch, first = divmod(start + done, self.n_windows)
             n = min(count - done, self.n_windows - first)
             index = np.arange(first, first + n, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""How a global batch is shared by processes and micro-steps."""
+"""How a global batch is split among processes and micro-steps."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from model.size import flops_per_token
 from pipeline.runtime.errors import UserError
 from train.params import ModelParams, TrainParams
 
-# Tokens of a micro-batch where the machine's settings name none: enough to fill the processor, and
-# little enough for any memory.
+# Tokens per micro-batch where machine.yaml sets none: enough to fill the processor, and few enough
+# for any memory.
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
-# A step is interrupted only between micro-batches: on a CPU they must not take long, some seconds
-# of one core. A GPT-2 of 124M has one sequence of 1,024 at a time.
+# A step can be interrupted only between micro-batches, so on a CPU one must take no more than some
+# seconds of a core: GPT-2 124M computes one sequence of 1,024 tokens at a time.
 MICRO_BATCH_FLOPS = {"cpu": 5e11, "cuda": math.inf}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Who computes which samples of a global batch.
+    """Which process computes which samples of a global batch, and in which micro-step.
 
         sample of (micro-step m, rank r, row b) = start + (m * world + r) * micro_batch + b
 
     Attributes:
-        world: Processes.
+        world: Number of processes.
         micro_batch: Windows that one process computes at a time.
     """
 
@@ -35,11 +35,11 @@ class Split:
     micro_batch: int
 
     def micro_steps(self, count: int) -> int:
-        """Micro-steps of a batch of ``count`` windows, the same on each rank."""
+        """Number of micro-steps of a batch of ``count`` windows, the same on each rank."""
         return count // (self.world * self.micro_batch)
 
     def share(self, windows: np.ndarray, rank: int) -> np.ndarray:
-        """What one rank computes of a batch: (count,) -> (micro_steps, micro_batch)."""
+        """One rank's share of a batch: (count,) -> (micro_steps, micro_batch)."""
         return windows.reshape(-1, self.world, self.micro_batch)[:, rank]
 
     @classmethod
@@ -52,60 +52,46 @@ class Split:
         largest: int,
         name: str = "train.batch_tokens",
     ) -> Split:
-        """Splits a batch, and any multiple of it.
+        """Split a batch, and with it any multiple of it.
 
         Args:
             batch: Windows in the global batch.
-            block_size: Tokens a window.
-            world: Processes.
+            world: Number of processes.
             micro_batch: Windows at a time, or None: the largest divisor up to ``largest``.
-            largest: What fits without being asked for.
-            name: Of the batch, for the message.
+            largest: Most windows at a time where ``micro_batch`` is None.
+            name: Parameter of the batch, for the error message.
 
         Raises:
-            UserError: No even split; names the nearest that are.
+            UserError: There is no even split; the message has the nearest values that split.
         """
         if batch % world:
             raise UserError(
-                f"{name}: {batch * block_size} are {batch} sequences, which {world} "
-                f"processes cannot share; nearest: {_around(batch, world, block_size)}, or set "
-                f"processes (machine.yaml, GPT2_PROCESSES) to {_near_divisors(batch, world)}"
+                f"{name}: {batch * block_size} is {batch} sequences, which {world} processes "
+                f"cannot share evenly; set {_nearest_multiples(batch, world, block_size)}, or set "
+                f"processes (machine.yaml, GPT2_PROCESSES) to {_nearest_divisors(batch, world)}"
             )
-        each = batch // world
+        per_process = batch // world
         if micro_batch is None:
-            micro_batch = max(n for n in divisors(each) if n <= max(1, largest))
-        elif each % micro_batch:
+            micro_batch = max(n for n in divisors(per_process) if n <= max(1, largest))
+        elif per_process % micro_batch:
             raise UserError(
                 f"micro_batch (machine.yaml, GPT2_MICRO_BATCH): {micro_batch} does not divide the "
-                f"{each} sequences that each of {world} processes has a step; nearest: "
-                f"{_near_divisors(each, micro_batch)}"
+                f"{per_process} sequences per process and step; set "
+                f"{_nearest_divisors(per_process, micro_batch)}"
             )
         return cls(world=world, micro_batch=micro_batch)
-
-
-def divisors(n: int) -> list[int]:
-    """All divisors, in order."""
-    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return sorted({*low, *(n // d for d in low)})
-
-
-def _near_divisors(n: int, wanted: int) -> str:
-    nearest = sorted(divisors(n), key=lambda d: abs(d - wanted))[:2]
-    return " or ".join(str(d) for d in sorted(nearest))
-
-
-def _around(batch: int, world: int, block_size: int) -> str:
-    below = batch // world * world
-    return " or ".join(str(n * block_size) for n in (below, below + world) if n)
 
 
 def share_batch(
     model: ModelParams, params: TrainParams, world_size: int, micro_batch: int | None, device: str
 ) -> Split:
-    """How parameters' batch is shared by any processes; micro-batches of None are chosen.
+    """Split the batch of some parameters among processes; for other arguments see ``Split.plan``.
+
+    Args:
+        device: "cpu" or "cuda", for which a ``micro_batch`` of None is chosen.
 
     Raises:
-        UserError: It cannot be shared evenly.
+        UserError: There is no even split.
     """
     flops = flops_per_token(model.config(), model.block_size)
     tokens = min(MICRO_BATCH_TOKENS[device], MICRO_BATCH_FLOPS[device] / flops)
@@ -118,3 +104,19 @@ def share_batch(
         int(tokens // model.block_size),
         "train.batch_tokens" + (f" / 2^{doublings} (batch_doublings)" if doublings else ""),
     )
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors of ``n``, in order."""
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*low, *(n // d for d in low)})
+
+
+def _nearest_divisors(n: int, wanted: int) -> str:
+    nearest = sorted(divisors(n), key=lambda d: abs(d - wanted))[:2]
+    return " or ".join(str(d) for d in sorted(nearest))
+
+
+def _nearest_multiples(batch: int, world: int, block_size: int) -> str:
+    below = batch // world * world
+    return " or ".join(str(n * block_size) for n in (below, below + world) if n)

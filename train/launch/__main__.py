@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -11,7 +10,7 @@ from pipeline.runtime import command
 
 def main(argv: Sequence[str] = ()) -> None:
     """Train the run of params.yaml, or publish it if it is finished."""
-    parser = argparse.ArgumentParser(prog="python -m train.launch", description=main.__doc__)
+    parser = command.Parser(prog="python -m train.launch", description=main.__doc__)
     parser.add_argument(
         "--adopt",
         metavar="RUN",

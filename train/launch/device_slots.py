@@ -1,8 +1,8 @@
-"""Which GPUs or cores a training takes, where several share a machine (`dvc queue start --jobs 8`).
+"""Share a machine's GPUs or cores among runs (`dvc queue start --jobs 8`).
 
-A training that takes the whole machine claims nothing. One that takes a part of it claims that
-part: a lock for each GPU or core, in the machine's temporary folder, which the kernel releases when
-the process ends, however it ends. While too few are free it waits.
+A run that uses the whole machine claims nothing. One that uses part of it claims that part: one
+lock per GPU or core, in the machine's temporary folder, which the kernel releases when the process
+ends, however it ends. While too few are free, the run waits.
 """
 
 from __future__ import annotations
@@ -26,30 +26,28 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
 
 
-def claim_part(
+def claim_devices(
     machine: Machine, kind: Literal["cpu", "cuda"], processes: int
 ) -> contextlib.ExitStack:
-    """Binds this process, and those that it starts, to their part of the machine.
+    """Bind this process, and those that it starts, to a free part of the machine.
 
     Args:
-        machine: Its `processes` say how many GPUs are taken, its `cores` how many cores.
-        kind: What is computed on.
-        processes: That will train.
+        machine: Its `processes` is the number of GPUs to claim, its `cores` the number of cores.
+        kind: Device type that the run computes on.
+        processes: Number of training processes.
 
     Returns:
-        What holds the part: until it is closed, or this process ends.
+        Holds the claim until it is closed, or this process ends.
 
     Raises:
-        UserError: There are not so many cores, or this system cannot bind a process to some.
+        UserError: There are fewer cores, or this system cannot bind a process to cores.
     """
     if kind == "cuda":
         if processes == torch.cuda.device_count():
             return contextlib.ExitStack()
-        named = os.environ.get("CUDA_VISIBLE_DEVICES")
-        all_of_them = (
-            named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
-        )
-        held, mine = claim("gpu", all_of_them, processes)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else map(str, range(torch.cuda.device_count()))
+        held, mine = claim("gpu", list(gpus), processes)
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
     elif machine.cores is not None:
         if not hasattr(os, "sched_setaffinity"):
@@ -63,43 +61,43 @@ def claim_part(
         os.sched_setaffinity(0, map(int, mine))
     else:
         return contextlib.ExitStack()
-    print(f"takes {kind} {', '.join(mine)} of this machine", flush=True)
+    print(f"uses {kind} {', '.join(mine)} of this machine", flush=True)
     return held
 
 
 def claim(
-    what: str, places: Sequence[str], n: int, folder: Path | None = None, patience: float = 1.0
+    kind: str, names: Sequence[str], n: int, folder: Path | None = None, interval: float = 1.0
 ) -> tuple[contextlib.ExitStack, list[str]]:
-    """Holds ``n`` of some places, waiting until so many are free.
+    """Lock ``n`` of several devices, waiting until so many are free.
 
     Args:
-        what: "gpu" or "core".
-        places: Their names, the same for all who share them.
-        n: At most as many as there are.
-        folder: Of the locks; the machine's, where None.
-        patience: Seconds between two tries.
+        kind: "gpu" or "core".
+        names: Names of the devices, the same for all runs that share them.
+        n: At most ``len(names)``.
+        folder: Folder of the locks; None: the machine's temporary folder.
+        interval: Seconds between two tries.
 
     Returns:
-        What holds them, and which they are, in the order of ``places``.
+        Holder of the locks, and the names of the locked devices, in order.
     """
     folder = folder or Path(tempfile.gettempdir()) / f"gpt2-{getpass.getuser()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    told = False
+    announced = False
     while True:
         stack, mine = contextlib.ExitStack(), []
-        for place in places:
-            file = open(folder / f"{what}-{re.sub(r'[^A-Za-z0-9-]', '_', place)}", "w")
+        for name in names:
+            file = open(folder / f"{kind}-{re.sub(r'[^A-Za-z0-9-]', '_', name)}", "w")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.close()
                 continue
             stack.enter_context(file)
-            mine.append(place)
+            mine.append(name)
             if len(mine) == n:
                 return stack, mine
-        stack.close()  # all or none: two that held half each would wait for ever
-        if not told:
-            print(f"waiting for {n} free of {len(places)} ({what}s)", file=sys.stderr, flush=True)
-            told = True
-        time.sleep(patience * random.uniform(0.5, 1.5))
+        stack.close()  # all or none: two runs that hold half each would wait forever
+        if not announced:
+            print(f"waiting for {n} free of {len(names)} {kind}s", file=sys.stderr, flush=True)
+            announced = True
+        time.sleep(interval * random.uniform(0.5, 1.5))

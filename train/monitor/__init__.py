@@ -1,5 +1,5 @@
-"""Observe a run: numbers of each step, spikes, the log, MFU. It decides no weight.
+"""Monitoring of a run; nothing here changes a weight.
 
-`meter` reads a step's numbers and logs them, `health` judges them, `history` is the log on disk,
-`peak_flops` what MFU is measured against.
+`meter` reads the numbers of each step and logs them, `health` checks them, `history` is the log on
+disk, `peak_flops` holds the peaks that MFU is computed with.
 """

@@ -1,6 +1,6 @@
-"""What a step's loss and gradient say of the run's health: not finite, or a spike.
+"""Health of a run: steps whose loss or gradient is non-finite, and loss spikes.
 
-Both numbers are reduced, so that each rank comes to the same verdict.
+Loss and gradient norm are reduced over the ranks, so all ranks come to the same result.
 """
 
 from __future__ import annotations
@@ -11,18 +11,24 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 
 WINDOW = 128  # losses that a new one is compared with
-ENOUGH = 32  # fewer say nothing
-SIGMAS, NATS = 6.0, 0.1  # a spike is so far above their mean, by both measures
-MOST_SKIPPED = 10  # in a row: then it is not the data
+MIN_LOSSES = 32  # needed for a comparison
+SPIKE_SIGMAS, SPIKE_NATS = 6.0, 0.1  # a spike is above the mean by both
+MAX_SKIPPED_IN_A_ROW = 10  # more are no fault of the data
 
 
 class NonFinite(RuntimeError):
-    """A loss or a gradient that is no number; the message names the step."""
+    """A loss or gradient is non-finite (NaN or Inf); the message names the step."""
 
 
 @dataclass(frozen=True)
-class Mark:
-    """Something that is logged and shown at a step."""
+class Anomaly:
+    """A skipped step or a loss spike, for the log.
+
+    Attributes:
+        name: "skipped" or "spike".
+        value: Number of steps skipped so far, or the loss in nats.
+        text: Line to print.
+    """
 
     name: str
     value: float
@@ -30,11 +36,11 @@ class Mark:
 
 
 class Health:
-    """Looks at each step's numbers, in order.
+    """Checks the loss and gradient norm of each step, in order.
 
     Args:
-        skips: Whether a step that is not finite is skipped (`train.non_finite`).
-        skipped: Steps that the run has skipped before this start.
+        skips: Whether non-finite steps are skipped (`train.non_finite`).
+        skipped: Number of steps that the run skipped before this start.
     """
 
     def __init__(self, *, skips: bool, skipped: int = 0) -> None:
@@ -42,46 +48,43 @@ class Health:
         self._in_a_row = 0
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
-    def look(self, step: int, loss: float, norm: float) -> Mark | None:
-        """What there is to say of a step.
+    def check(self, step: int, loss: float, norm: float) -> Anomaly | None:
+        """Check one step.
 
         Args:
-            step: Complete steps, this one included.
-            loss: Mean over its tokens, nats.
-            norm: Of its gradient, before clipping.
-
-        Returns:
-            "skipped", the number of steps so far whose update was left out; "spike", the loss; or
-            None.
+            step: Number of complete steps, this one included.
+            loss: Mean loss over the step's tokens, nats.
+            norm: Norm of the gradient before clipping.
 
         Raises:
-            NonFinite: The run must not go on.
+            NonFinite: The run must stop.
         """
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            return self._not_finite(step, f"loss {loss}, gradient norm {norm}: not finite")
+            return self._non_finite(
+                step, f"loss {loss}, gradient norm {norm}: non-finite (NaN or Inf)"
+            )
         self._in_a_row = 0
-        mark = None
-        if len(self._losses) >= ENOUGH:
+        anomaly = None
+        if len(self._losses) >= MIN_LOSSES:
             mean = fmean(self._losses)
-            if loss > mean + max(NATS, SIGMAS * pstdev(self._losses, mean)):
+            if loss > mean + max(SPIKE_NATS, SPIKE_SIGMAS * pstdev(self._losses, mean)):
                 text = (
-                    f"loss spike: {loss:.4f}, where the {len(self._losses)} before average "
-                    f"{mean:.4f}; {trace(step)}"
+                    f"loss spike: {loss:.4f}, mean of the {len(self._losses)} steps before "
+                    f"{mean:.4f}; {_how_to_trace(step)}"
                 )
-                mark = Mark("spike", loss, text)
+                anomaly = Anomaly("spike", loss, text)
         self._losses.append(loss)
-        return mark
+        return anomaly
 
-    def _not_finite(self, step: int, what: str) -> Mark:
+    def _non_finite(self, step: int, problem: str) -> Anomaly:
         self._skipped += 1
         self._in_a_row += 1
-        if not self._skips:
-            raise NonFinite(f"step {step}: {what}; {trace(step)}")
-        if self._in_a_row == MOST_SKIPPED:
-            raise NonFinite(f"step {step}: {what}, {MOST_SKIPPED} times in a row; {trace(step)}")
-        return Mark("skipped", self._skipped, f"skipped: {what}; {trace(step)}")
+        if self._skips and self._in_a_row < MAX_SKIPPED_IN_A_ROW:
+            return Anomaly("skipped", self._skipped, f"skipped: {problem}; {_how_to_trace(step)}")
+        if self._skips:
+            problem += f", {MAX_SKIPPED_IN_A_ROW} steps in a row"
+        raise NonFinite(f"step {step}: {problem}; {_how_to_trace(step)}")
 
 
-def trace(step: int) -> str:
-    """How to see the documents of a step."""
-    return f"its documents: python -m train.trace --step {step}"
+def _how_to_trace(step: int) -> str:
+    return f"see its documents with python -m train.trace --step {step}"

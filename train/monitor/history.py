@@ -1,7 +1,7 @@
-"""The history of a run: a line of JSON a logged step, and the curves that DVC shows of it.
+"""Log of a run: one JSON record per line, and the curves that DVC draws from it.
 
-`log.jsonl` in the run's folder is the truth. DVC deletes the curves before a stage runs, so they
-are drawn anew from the log on each start, and then grow with it.
+`log.jsonl` in the run's folder is the original. DVC deletes the curves before it runs a stage, so
+each start writes them again from the log.
 """
 
 from __future__ import annotations
@@ -30,12 +30,7 @@ Record = dict[str, Any]
 
 
 class History:
-    """The log of one run; used on rank 0 only.
-
-    Args:
-        path: `log.jsonl`.
-        curves: Folder of DVCLive.
-    """
+    """Log (`log.jsonl`) and curves (a folder of DVCLive) of one run; only rank 0 writes them."""
 
     def __init__(self, path: Path, curves: Path) -> None:
         self.path = path
@@ -51,9 +46,9 @@ class History:
         self.end()
 
     def begin(self, step: int) -> None:
-        """Cuts the log after ``step`` complete steps, draws its curves, and opens both to grow.
+        """Truncate the log after ``step`` complete steps, write its curves, and open both.
 
-        What a killed run logged after its last checkpoint is logged again by the resumed one.
+        A resumed run logs again what a killed one logged after its last checkpoint.
         """
         self.records = [record for record in self.records if record["step"] <= step]
         lines = "".join(_line(record) for record in self.records)
@@ -62,12 +57,12 @@ class History:
         self._file = open(self.path, "a", encoding="utf-8")
 
     def draw(self) -> None:
-        """Draws the curves of a finished run."""
+        """Write the curves of a finished run."""
         self._open_curves()
         self.end()
 
     def add(self, record: Record) -> None:
-        """Logs a record: "step", the number of complete steps, and what was measured then."""
+        """Log a record: "step", the number of complete steps, and measurements."""
         assert self._file is not None, "begin() first"
         self.records.append(record)
         self._file.write(_line(record))
@@ -76,24 +71,32 @@ class History:
         self._live.make_summary()
 
     def sync(self) -> None:
-        """Makes the log durable; before a checkpoint that stands for it is."""
+        """Sync the log to disk, before a checkpoint of the same step is saved."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
     def end(self) -> None:
-        """Closes log and curves."""
+        """Close log and curves."""
         if self._live is not None:
             self._live.end()
         if self._file is not None:
             self._file.close()
         self._file = self._live = None
 
+    def validations(self, val_tokens: int) -> list[float]:
+        """Validation losses over so many tokens, oldest first."""
+        return [
+            record["val/loss"]
+            for record in self.records
+            if record.get("val_tokens", val_tokens) == val_tokens and "val/loss" in record
+        ]
+
     def last(self, name: str, n: int = 1) -> list[Any]:
-        """The newest ``n`` values of a curve, oldest first; fewer where there are fewer."""
+        """Return the newest ``n`` values of a curve, or fewer, oldest first."""
         return [record[name] for record in self.records if name in record][-n:]
 
     def _open_curves(self) -> None:
-        from dvclive.live import Live  # here: half a second that only rank 0 needs to spend
+        from dvclive.live import Live  # here: an import of half a second, on rank 0 only
 
         self._live = Live(dir=str(self._curves), save_dvc_exp=False, dvcyaml=None)
         for record in self.records:
@@ -112,7 +115,7 @@ def _line(record: Record) -> str:
 
 
 def _read(path: Path) -> list[Record]:
-    """The whole lines of a log; a crash may have torn the last one."""
+    """Read the complete lines of a log; a crash may have cut the last one."""
     if not path.exists():
         return []
     records = []

@@ -1,7 +1,7 @@
-"""What a step measured: read one step late, checked, logged, and shown.
+"""The numbers of each step: read one step late, checked, logged and printed.
 
-Reading a number from a GPU waits for all that is queued before it. So the numbers of step n are
-copied to the host when the step is queued, and looked at when step n + 1 has been queued.
+Reading a number from a GPU waits for all work queued before it. So the numbers of step n are copied
+to the host when the step is queued, and read when step n + 1 has been queued.
 """
 
 from __future__ import annotations
@@ -37,20 +37,17 @@ class _Pending:
 
 
 class Meter:
-    """Collects the numbers of steps; on rank 0 also logs and prints them.
+    """Collects the numbers of steps; on rank 0 it also logs and prints them.
 
-    Each rank sees the same reduced numbers, so each stops at the same step.
+    All ranks see the same reduced numbers, so a non-finite one stops them at the same step.
 
     Args:
-        world: The processes.
-        history: Where rank 0 logs.
-        steps: Steps of the run.
-        tokens: Tokens that so many complete steps have trained on.
-        every: Steps between logged ones.
-        seconds: Time that the run has spent training before this start.
-        flops_per_token: Operations that the model needs for a token, forward and backward.
-        peak: Operations a second that all devices could do; None: not known, so no MFU.
-        health: Looks at each step's numbers.
+        tokens: Maps a number of complete steps to the number of tokens they train on.
+        every: Steps per logged step.
+        val_tokens: Tokens per validation; losses over other tokens are not compared.
+        seconds: Training time of the run before this start.
+        flops_per_token: FLOPs of the model per token, forward and backward.
+        peak: Peak FLOP/s of all devices together; None: unknown, so there is no MFU.
     """
 
     def __init__(
@@ -61,6 +58,7 @@ class Meter:
         steps: int,
         tokens: Callable[[int], int],
         every: int,
+        val_tokens: int,
         seconds: float,
         flops_per_token: int,
         peak: float | None,
@@ -68,88 +66,97 @@ class Meter:
     ) -> None:
         self._world, self._history, self._health = world, history, health
         self._steps, self._tokens, self._every = steps, tokens, every
+        self._val_tokens = val_tokens
         self._flops_per_token, self._peak = flops_per_token, peak
         self.seconds = seconds
         self._pending: _Pending | None = None
-        self._mark = time.perf_counter()
-        # (step, seconds, seconds waited for data) at the last line
+        self._clock = time.perf_counter()
+        # (step, seconds, seconds waited for data) of the last logged step
         self._logged: tuple[int, float, float] | None = None
 
     def step(self, step: int, learning_rate: float, values: Tensor, waited: float) -> None:
-        """Takes the numbers of a step, and deals with those of the step before.
+        """Take the numbers of a step, and log those of the step before.
 
         Args:
-            step: Complete steps, this one included.
-            learning_rate: Of this step.
-            values: (2,) on the device: loss and gradient norm, both already reduced.
-            waited: Seconds that this start has waited for data so far.
+            step: Number of complete steps, this one included.
+            learning_rate: Learning rate of this step.
+            values: (2,) on the device: loss and gradient norm, reduced over the ranks.
+            waited: Seconds spent waiting for data since this start.
 
         Raises:
-            NonFinite: The step before went wrong.
+            NonFinite: The step before has a non-finite loss or gradient.
         """
         if self._logged is None:  # speed is measured from this start's first step on
             self._logged = (step - 1, self.seconds, 0.0)
         now = time.perf_counter()
-        self.seconds += now - self._mark
-        self._mark = now
-        before, self._pending = self._pending, self._send(step, learning_rate, values, waited)
+        self.seconds += now - self._clock
+        self._clock = now
+        before, self._pending = self._pending, self._to_host(step, learning_rate, values, waited)
         if before is not None:
             self._read(before)
 
-    def settle(self) -> None:
-        """Deals with the newest step at once, before its weights are saved or measured.
+    def flush(self) -> None:
+        """Log the newest step at once, before its weights are saved or validated.
 
-        The log is on the disk then, too: a checkpoint never knows of steps that it does not.
+        The log is synced to disk: it is never behind a checkpoint.
 
         Raises:
-            NonFinite: It went wrong.
+            NonFinite: The step has a non-finite loss or gradient.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
             self._read(pending)
             now = time.perf_counter()
-            self.seconds += now - self._mark  # a GPU was still computing that step
-            self._mark = now
+            self.seconds += now - self._clock  # a GPU was still computing that step
+            self._clock = now
         self._history.sync()
 
-    def resume_clock(self) -> None:
-        """Leaves the time since the last step (a validation, a save) out of the training time."""
-        self._mark = time.perf_counter()
+    def restart_clock(self) -> None:
+        """Exclude the time since the last step (a validation, a save) from the training time."""
+        self._clock = time.perf_counter()
 
-    def validation(self, step: int, loss: float, hellaswag: float | None = None) -> None:
-        """Logs and shows a validation.
+    def log_validation(self, step: int, loss: float, hellaswag: float | None = None) -> None:
+        """Log and print a validation.
 
         Args:
-            step: Complete steps.
-            loss: Over the validation tokens.
-            hellaswag: Part of its tasks answered right; None: not asked at this step.
+            loss: Mean loss over the validation tokens, nats.
+            hellaswag: Fraction of HellaSwag tasks answered correctly; None: not scored.
 
         Raises:
-            NonFinite: The weights that were measured are no good.
+            NonFinite: The loss is non-finite.
         """
         if not math.isfinite(loss):
-            raise NonFinite(f"step {step}: validation loss {loss}: not finite")
+            raise NonFinite(f"step {step}: validation loss {loss}: non-finite (NaN or Inf)")
         if self._world.first:
-            best = min([loss, *self._history.last("val/loss", n=self._steps)])
-            record = {"step": step, "val/loss": loss}
-            mark = "  best" if loss <= best else f"  best {best:.4f}"
+            best = min([loss, *self._history.validations(self._val_tokens)])
+            record: Record = {"step": step, "val/loss": loss, "val_tokens": self._val_tokens}
+            notes = "  best" if loss <= best else f"  best {best:.4f}"
             if hellaswag is not None:
                 record["val/hellaswag"] = hellaswag
-                mark += f"  hellaswag {hellaswag:.4f}"
+                notes += f"  hellaswag {hellaswag:.4f}"
             self._history.add(record)
-            self._print(step, f"val loss {loss:.4f}{mark}")
+            self.print_line(step, f"val loss {loss:.4f}{notes}")
 
-    def sample(self, step: int, tokens: list[int]) -> None:
-        """Logs a sample, for the report; none where there is none."""
+    def log_sample(self, step: int, tokens: list[int]) -> None:
+        """Log the tokens of a sample, for the report; nothing if there are none."""
         if tokens:
             self._history.add({"step": step, "sample": tokens})
 
-    def note(self, step: int, text: str) -> None:
-        """Shows a line, on rank 0."""
-        if self._world.first:
-            self._print(step, text)
+    def print_line(self, step: int, text: str) -> None:
+        """Print a line about a step, on rank 0."""
+        if not self._world.first:
+            return
+        width = len(str(self._steps))
+        try:
+            print(f"step {step:{width}d}/{self._steps}  {text}", flush=True)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            # The terminal is gone, or Ctrl-C has ended the `tee` that reads: the run must still be
+            # saved, and Python's buffer must not fail at exit. The log has the numbers.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    def _send(self, step: int, learning_rate: float, values: Tensor, waited: float) -> _Pending:
+    def _to_host(self, step: int, learning_rate: float, values: Tensor, waited: float) -> _Pending:
         arrived = None
         if values.is_cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -160,25 +167,27 @@ class Meter:
         return _Pending(step, learning_rate, self.seconds, waited, values, arrived)
 
     def _read(self, pending: _Pending) -> None:
+        """Check the numbers of a step and, on rank 0, log them if they are due."""
         if pending.arrived is not None:
-            self._world.wait(pending.arrived)
+            self._world.wait_for_gpu(pending.arrived)
         loss, norm = pending.values.tolist()
         step = pending.step
-        mark = self._health.look(step, loss, norm)
-        if mark is not None and self._world.first:
-            self._history.add({"step": step, mark.name: mark.value})
-            self._print(step, mark.text)
-        if mark is not None and mark.name == "skipped":
-            return
-        if step % self._every and step not in (1, self._steps):
-            return
-        assert self._logged is not None
-        before, at, waited = self._logged
-        self._logged = (step, pending.seconds, pending.waited)
+        anomaly = self._health.check(step, loss, norm)
         if not self._world.first:
             return
-        elapsed = max(pending.seconds - at, 1e-9)
-        speed = (self._tokens(step) - self._tokens(before)) / elapsed
+        if anomaly is not None:
+            self._history.add({"step": step, anomaly.name: anomaly.value})
+            self.print_line(step, anomaly.text)
+        skipped = anomaly is not None and anomaly.name == "skipped"
+        if not skipped and (step % self._every == 0 or step in (1, self._steps)):
+            self._log(pending, loss, norm)
+
+    def _log(self, pending: _Pending, loss: float, norm: float) -> None:
+        assert self._logged is not None
+        step, (last_step, last_seconds, last_waited) = pending.step, self._logged
+        self._logged = (step, pending.seconds, pending.waited)
+        elapsed = max(pending.seconds - last_seconds, 1e-9)
+        speed = (self._tokens(step) - self._tokens(last_step)) / elapsed
         record = {
             "step": step,
             "tokens": self._tokens(step),
@@ -186,8 +195,8 @@ class Meter:
             "lr": pending.learning_rate,
             "grad_norm": norm,
             "tokens_per_second": round(speed, 1),
-            "step_seconds": round(elapsed / (step - before), 4),
-            "data_wait": round((pending.waited - waited) / elapsed, 5),  # part of the time
+            "step_seconds": round(elapsed / (step - last_step), 4),
+            "data_wait": round((pending.waited - last_waited) / elapsed, 5),  # fraction of the time
             "memory_gb": round(peak_memory(self._world.device) / 1e9, 3),
             "seconds": round(pending.seconds, 3),
         }
@@ -195,18 +204,7 @@ class Meter:
             record["mfu"] = round(speed * self._flops_per_token / self._peak, 4)
         self._history.add(record)
         left = (self._tokens(self._steps) - self._tokens(step)) / speed
-        self._print(step, f"{_line(record)}  eta {timedelta(seconds=round(left))}")
-
-    def _print(self, step: int, text: str) -> None:
-        width = len(str(self._steps))
-        try:
-            print(f"step {step:{width}d}/{self._steps}  {text}", flush=True)
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
-            # Ctrl-C ends the `tee` that reads as well, or the terminal is gone: the run is saved
-            # all the same, its log has the line, and what Python holds must not fail at the exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        self.print_line(step, f"{_line(record)}  eta {timedelta(seconds=round(left))}")
 
 
 def _line(record: Record) -> str:

@@ -1,7 +1,7 @@
-"""How fast a device can multiply matrices: what MFU, model FLOPs utilisation, is measured against.
+"""Peak FLOP/s of devices for matrix products, the denominator of MFU (model FLOPs utilisation).
 
-MFU is PaLM's (Chowdhery et al. 2022, appendix B): the operations that the model needs for the
-tokens of a second (``model.size.flops_per_token``), over those that the device could do in it.
+MFU as in PaLM (Chowdhery et al. 2022, appendix B): the FLOPs of the model for the tokens trained
+per second (``model.size.flops_per_token``), divided by the peak of the device.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Literal
 
 import torch
 
-# Dense peaks, TFLOP/s: with bfloat16 inputs, and of float32 products by TF32 (by plain float32
-# where there is no TF32). Sums in float32, no sparsity. From NVIDIA's data sheets of each product
-# and, for the GeForce cards, from the appendices of the white papers of Ada and Ampere (GA102).
-# The first that a device's name contains counts: longer names stand first.
+# Dense peaks in TFLOP/s: for bfloat16 inputs, and for float32 products in TF32 (in plain float32
+# on GPUs without TF32). Sums in float32, no sparsity. From NVIDIA's data sheets and, for GeForce
+# cards, from the appendices of the white papers of Ada and Ampere (GA102).
+# The first name that a device's name contains is taken, so longer names come first.
 GPU_PEAKS: dict[str, tuple[float, float]] = {
     "GB200": (2500.0, 1250.0),
     "B200": (2250.0, 1125.0),
@@ -38,17 +38,17 @@ GPU_PEAKS: dict[str, tuple[float, float]] = {
     "RTX 3090": (71.0, 35.6),
 }
 
-_SIDE = 512  # of the square matrices that a CPU is measured with: 3 ms at 90 GFLOP/s
+_SIDE = 512  # rows of the square matrices for measuring a CPU: 3 ms at 90 GFLOP/s
 
 
 def gpu_peak(name: str, dtype: Literal["float32", "bfloat16"]) -> float | None:
-    """Peak of a GPU for matrix products, FLOP/s; None where the table does not know it.
+    """Look up the peak of a GPU for matrix products, FLOP/s; None if the table does not have it.
 
     Args:
-        name: As CUDA gives it, "NVIDIA A100-SXM4-80GB" say.
-        dtype: Of the products' inputs.
+        name: Name from CUDA, such as "NVIDIA A100-SXM4-80GB".
+        dtype: Type of the inputs.
     """
-    if "MIG" in name or "Laptop" in name:  # a part of a GPU, or a smaller one of the same name
+    if "MIG" in name or "Laptop" in name:  # part of a GPU, or a smaller one of the same name
         return None
     for part, peaks in GPU_PEAKS.items():
         if part in name:
@@ -57,9 +57,9 @@ def gpu_peak(name: str, dtype: Literal["float32", "bfloat16"]) -> float | None:
 
 
 def cpu_peak(dtype: Literal["float32", "bfloat16"], tries: int = 8) -> float:
-    """Peak of a CPU with this process's threads, FLOP/s: the best of some products, timed.
+    """Measure the peak of a CPU with this process's threads, FLOP/s: the fastest of some products.
 
-    It takes some 30 ms, and is what the machine gives now: on a busy one less than it could.
+    Takes about 30 ms. On a busy machine the result is too low.
     """
     matrix = torch.ones(_SIDE, _SIDE, dtype=getattr(torch, dtype))
     best = float("inf")
@@ -71,7 +71,7 @@ def cpu_peak(dtype: Literal["float32", "bfloat16"], tries: int = 8) -> float:
 
 
 def peak(device: torch.device, dtype: Literal["float32", "bfloat16"]) -> float | None:
-    """Peak of a device, FLOP/s; None for a GPU that is not in the table."""
+    """Return the peak of a device, FLOP/s; None for a GPU that is not in the table."""
     if device.type == "cuda":
         return gpu_peak(torch.cuda.get_device_name(device), dtype)
     return cpu_peak(dtype)

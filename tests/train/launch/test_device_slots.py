@@ -1,4 +1,4 @@
-"""Of train.claim: several trainings share a machine, and none takes what another has."""
+"""Tests for train.launch.device_slots: runs that share a machine use different devices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine, usable_cores
-from train.launch.device_slots import claim, claim_part
+from train.launch.device_slots import claim, claim_devices
 
 GPUS = ["0", "1", "GPU-8f3a/x", "3"]
 
@@ -23,7 +23,7 @@ def test_parts_do_not_overlap_and_come_free(tmp_path: Path) -> None:
     assert (mine, others) == (["0", "1"], ["GPU-8f3a/x"])
     third: list[list[str]] = []
     waits = threading.Thread(
-        target=lambda: third.append(claim("gpu", GPUS, 3, tmp_path, patience=0.05)[1])
+        target=lambda: third.append(claim("gpu", GPUS, 3, tmp_path, interval=0.05)[1])
     )
     waits.start()
     waits.join(0.3)
@@ -37,7 +37,7 @@ def test_parts_do_not_overlap_and_come_free(tmp_path: Path) -> None:
 
 def test_a_dead_process_holds_nothing(tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path; from train.claim import claim; import os, signal\n"
+        "from pathlib import Path; from train.launch.device_slots import claim; import os, signal\n"
         f"held = claim('core', ['0'], 1, Path({str(tmp_path)!r}))\n"
         "print('held', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -52,11 +52,11 @@ def test_a_training_is_bound_to_its_cores(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("tempfile.tempdir", None)
     before = os.sched_getaffinity(0)
     try:
-        with claim_part(Machine(cores=1), "cpu", 1):
+        with claim_devices(Machine(cores=1), "cpu", 1):
             assert usable_cores() == 1
     finally:
         os.sched_setaffinity(0, before)
-    with claim_part(Machine(), "cpu", 2):
+    with claim_devices(Machine(), "cpu", 2):
         assert os.sched_getaffinity(0) == before
     with pytest.raises(UserError, match=f"GPT2_CORES.*4096, but {len(before)}"):
-        claim_part(Machine(cores=4096), "cpu", 1)
+        claim_devices(Machine(cores=4096), "cpu", 1)

@@ -1,4 +1,4 @@
-"""Of train.history: the log is the truth, the curves follow it."""
+"""Tests for train.monitor.history: the log, and the curves written from it."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ def curve(folder: Path, name: str) -> list[list[str]]:
     return [line.split("\t") for line in text.splitlines()]
 
 
-def test_a_log_grows_is_cut_and_drawn_again(tmp_path: Path) -> None:
+def test_a_resumed_run_truncates_the_log_and_rewrites_the_curves(tmp_path: Path) -> None:
     log, live = tmp_path / "log.jsonl", tmp_path / "live"
     with History(log, live) as history:
         history.begin(0)
@@ -20,7 +20,7 @@ def test_a_log_grows_is_cut_and_drawn_again(tmp_path: Path) -> None:
         history.add({"step": 3, "val/loss": 9.0})
         history.sync()
     with open(log, "a") as file:
-        file.write('{"step": 4, "tr')  # torn by a crash
+        file.write('{"step": 4, "tr')  # cut by a crash
 
     with History(log, live) as history:
         assert history.last("train/loss", 2) == [1.0, 1.5]
@@ -37,7 +37,7 @@ def test_a_log_grows_is_cut_and_drawn_again(tmp_path: Path) -> None:
     assert curve(tmp_path / "again", "train/loss") == curve(live, "train/loss")
 
 
-def test_other_ranks_never_open_it(tmp_path: Path) -> None:
+def test_a_history_that_is_never_begun_writes_nothing(tmp_path: Path) -> None:
     with History(tmp_path / "log.jsonl", tmp_path / "live") as history:
         assert history.last("seconds") == []
         history.sync()

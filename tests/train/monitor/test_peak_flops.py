@@ -1,4 +1,4 @@
-"""Of train.hardware: the peaks that MFU is measured against."""
+"""Tests for train.monitor.peak_flops."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from train.monitor.peak_flops import cpu_peak, gpu_peak, peak
         ("NVIDIA L40S", 362e12, 183e12),
     ],
 )
-def test_gpus_are_known_by_their_names(name: str, bfloat16: float, float32: float) -> None:
+def test_the_peak_of_a_gpu_is_found_by_its_name(name: str, bfloat16: float, float32: float) -> None:
     assert gpu_peak(name, "bfloat16") == pytest.approx(bfloat16)
     assert gpu_peak(name, "float32") == pytest.approx(float32)
 
@@ -28,7 +28,7 @@ def test_an_unknown_gpu_has_no_peak() -> None:
     assert gpu_peak("Some Accelerator 9", "bfloat16") is None
 
 
-def test_a_cpu_is_measured() -> None:
+def test_the_peak_of_a_cpu_is_measured() -> None:
     measured = cpu_peak("float32", tries=3)
     assert 1e8 < measured < 1e14
     assert peak(torch.device("cpu"), "float32") is not None
