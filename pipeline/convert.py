@@ -1,18 +1,18 @@
-"""Our shards in the formats that others read.
+"""Convert token shards to the formats of other training code.
 
 `python -m pipeline.convert --to nanogpt|build-nanogpt|megatron --out DIR`
 
 ```
-nanogpt         train.bin, val.bin: uint16 and nothing else, EOT after each document
+nanogpt         train.bin, val.bin: uint16 tokens and no header, EOT after each document
                 (karpathy/nanoGPT, data/openwebtext/prepare.py)
-build-nanogpt   shard_val_000000.npy, shard_train_000001.npy, ...: 100,000,000 uint16 each and the
-                last the rest, EOT before each document (karpathy/build-nanogpt, fineweb.py)
+build-nanogpt   shard_val_000000.npy, shard_train_000001.npy, ...: 100,000,000 uint16 each, the rest
+                in the last one, EOT before each document (karpathy/build-nanogpt, fineweb.py)
 megatron        train_text_document.bin and .idx, val_text_document.bin and .idx: tokens, EOT after
-                each document, and where documents lie; DIR/train_text_document is its --data-path
+                each document, and a document index; DIR/train_text_document is its --data-path
                 (NVIDIA/Megatron-LM, megatron/core/datasets/indexed_dataset.py)
 ```
 
-llm.c and modded-nanogpt need nothing: `data/tokens/*.bin` are their files.
+llm.c and modded-nanogpt read `data/tokens/*.bin` without conversion.
 """
 
 import argparse
@@ -38,7 +38,7 @@ TOKENS = Path("data/tokens")
 
 _BLOCK_TOKENS = 1 << 22
 _NPY_TOKENS = 100_000_000
-# Megatron's index: its mark, version 1, and 8 for uint16.
+# Megatron's index: magic bytes, version 1, and type code 8 for uint16.
 _IDX_HEADER = b"MMIDIDX\0\0" + struct.pack("<QB", 1, 8)
 
 Streams = dict[Split, TokenStream]
@@ -46,29 +46,29 @@ Advance = Callable[[int], None]
 
 
 def convert(tokens: Path, to: str, out: Path) -> list[str]:
-    """Write the token folder ``tokens`` as ``to`` into a new folder ``out``; memory is bounded.
+    """Convert the token folder ``tokens`` to format ``to`` in a new folder ``out``.
 
     Returns:
         The names of the files.
 
     Raises:
-        UserError: ``out`` is there already, the disk is too small, or a shard is damaged.
+        UserError: ``out`` is not empty, the disk is too small, or a shard is damaged.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: is there already; name a new folder, or remove it")
+        raise UserError(f"--out {out}: already exists; name a new folder, or remove it")
     opened = {split: TokenStream(tokens, split) for split in SPLITS}
     streams = {split: stream for split, stream in opened.items() if len(stream)}
     total = sum(map(len, streams.values()))
-    above = next(folder for folder in out.absolute().parents if folder.is_dir())
+    parent = next(folder for folder in out.absolute().parents if folder.is_dir())
     docs = sum(shard.docs for stream in streams.values() for shard in stream.shards)
-    needed, free = TOKEN_DTYPE.itemsize * total + 20 * docs, shutil.disk_usage(above).free
+    needed, free = TOKEN_DTYPE.itemsize * total + 20 * docs, shutil.disk_usage(parent).free
     if needed > free:
         raise UserError(
-            f"--out {out}: needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-            "name a folder on a bigger disk"
+            f"--out {out}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free; "
+            "name a folder on a larger disk"
         )
     temporary = out.absolute().with_name(f".{out.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)  # a dead run's
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
     temporary.mkdir(parents=True)
     try:
         with Progress("convert", total, "tokens") as progress:
@@ -90,7 +90,7 @@ def _write_nanogpt(streams: Streams, folder: Path, advance: Advance) -> None:
 
 
 def _write_eot_after(stream: TokenStream, file: BinaryIO, advance: Advance) -> None:
-    """The stream with the EOT of each document behind it: the first EOT goes to the end."""
+    """Write the stream with EOT after each document: the first EOT moves to the end."""
     first = int(stream[:1][0] == EOT)
     for start in range(first, len(stream), _BLOCK_TOKENS):
         block = stream[start : start + _BLOCK_TOKENS]
@@ -102,16 +102,13 @@ def _write_eot_after(stream: TokenStream, file: BinaryIO, advance: Advance) -> N
 
 def _write_build_nanogpt(streams: Streams, folder: Path, advance: Advance) -> None:
     number = 0
-    for split in reversed(SPLITS):  # validation first, as there
+    for split in reversed(SPLITS):  # validation first, as in build-nanogpt
         stream: TokenStream | Sequence[int] = streams.get(split, ())
         for start in range(0, len(stream), _NPY_TOKENS):
             stop = min(start + _NPY_TOKENS, len(stream))
             with open(folder / f"shard_{split}_{number:06d}.npy", "wb") as file:
-                header = {
-                    "descr": TOKEN_DTYPE.str,
-                    "fortran_order": False,
-                    "shape": (stop - start,),
-                }
+                shape = (stop - start,)
+                header = {"descr": TOKEN_DTYPE.str, "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
                 for at in range(start, stop, _BLOCK_TOKENS):
                     block = streams[split][at : min(at + _BLOCK_TOKENS, stop)]
@@ -141,16 +138,16 @@ def _write_megatron(streams: Streams, folder: Path, advance: Advance) -> None:
 
 
 def document_lengths(stream: TokenStream) -> Iterator[np.ndarray]:
-    """The tokens of each document, its EOT among them: (n,) int64 at a time, none of them empty.
+    """Yield the tokens of each document, including its EOT: non-empty (n,) int64 arrays.
 
-    The documents are those of the stream with EOT behind each. One that runs on in the next shard
-    is one document; tokens before the first EOT of all, which published shards may begin with, are.
+    A document that continues in the next shard is one document. Tokens before the first EOT of the
+    stream, with which published shards may begin, are a document as well.
     """
     begin = None
     for shard, start in zip(stream.shards, stream.starts.tolist(), strict=False):
         starts = read_docs(stream.folder / shard.name)[:, 0] + start
         if begin is None and stream[:1][0] != EOT:
-            begin = -1  # it gains an EOT, and the last document loses none
+            begin = -1  # this document gains an EOT, and the last one loses none
         borders = starts if begin is None else np.append(begin, starts)
         if len(borders) > 1:
             yield np.diff(borders)
@@ -168,13 +165,13 @@ WRITERS: dict[str, Callable[[Streams, Path, Advance], None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the flags, convert, print one summary."""
-    parser = argparse.ArgumentParser(
+    """Convert, and print one summary."""
+    parser = command.Parser(
         prog="python -m pipeline.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--to", required=True, choices=sorted(WRITERS), help="the format")
+    parser.add_argument("--to", required=True, choices=sorted(WRITERS), help="the output format")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
     args = parser.parse_args(argv)
     names = convert(TOKENS, args.to, args.out)

@@ -1,7 +1,8 @@
 """Turn text into token shards.
 
-`stage` plans, runs and publishes. Text: `chunk_plan` cuts the files into chunks, `encode_chunk`
-makes one shard of each, batch by batch (`encode_batch`), with the `engines` that `unicode_guard`
-allows; `ship_chunks` does it without a shared file system. Token files: `index_chunk`.
-`token_stats` measures what was made.
+`stage` plans the chunks, builds those that the store lacks, merges and publishes. For text
+(`from_text`), `chunk_plan` cuts parquet files into chunks, and `encode_chunk` turns each into a
+piece, batch by batch (`encode_batch`), with the `engines` that `unicode_guard` allows;
+`ship_chunks` does so without a shared file system. For token files (`from_tokens`), `index_chunk`
+finds the documents. `chunk_record` describes a piece, and `token_stats` measures a shard.
 """

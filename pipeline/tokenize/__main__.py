@@ -1,4 +1,7 @@
-"""`python -m pipeline.tokenize`: text, or tokens as they come, to token shards."""
+"""`python -m pipeline.tokenize`: turn text or token files into token shards."""
+
+import sys
+from collections.abc import Sequence
 
 from pipeline.params import TokenizeParams
 from pipeline.runtime import command
@@ -8,8 +11,9 @@ from pipeline.store.code_key import code_key
 from pipeline.tokenize.stage import OUT, RAW, tokenize
 
 
-def main() -> None:
+def main(argv: Sequence[str] = ()) -> None:
     """Read the parameters, tokenize, print one summary."""
+    command.Parser(prog="python -m pipeline.tokenize", description=main.__doc__).parse_args(argv)
     params = load_section("tokenize", TokenizeParams)
     manifest = tokenize(RAW, OUT, params, Machine.load(), code_key("tokenize"))
     splits = ", ".join(
@@ -20,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(lambda: main(sys.argv[1:]))

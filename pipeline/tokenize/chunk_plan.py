@@ -1,7 +1,7 @@
-"""The plan: source files cut into chunks of whole rows, from parquet footers alone.
+"""Cut parquet files into chunks of rows, reading only their footers.
 
-One chunk becomes one train shard. The cut depends on the footers and on ``shard_tokens`` only, so
-workers, their order, retries and nodes cannot change it.
+One chunk becomes one train shard. The plan depends only on the footers and on ``shard_tokens``, so
+the number of workers, their order, retries and nodes cannot change it.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from pathlib import Path
 from pipeline.format.manifest import SourceFile
 from pipeline.format.parquet import row_groups
 
-# English web text comes to about 4.5 bytes a GPT-2 token; it only sets the size of a chunk.
+# English web text has about 4.5 bytes per GPT-2 token; this only sets the size of a chunk.
 _BYTES_PER_100_TOKENS = 450
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows ``start`` to ``stop`` of one source file."""
+    """Rows [start, stop) of one source file; tokens [start, stop) of a token file."""
 
     file_index: int
     file: SourceFile
@@ -28,19 +28,19 @@ class Chunk:
 
     @property
     def label(self) -> str:
-        """What it is called in messages and on Ray's dashboard."""
+        """The chunk's name in messages and on Ray's dashboard."""
         return f"{self.file.path}[{self.start}:{self.stop}]"
 
 
 def cut_rows(groups: Sequence[tuple[int, int]], target_bytes: int) -> list[tuple[int, int]]:
-    """Cut a file's rows into runs of about ``target_bytes`` of text each.
+    """Cut a file's rows into ranges of about ``target_bytes`` of text each.
 
     Args:
-        groups: rows and bytes of each row group; rows within a group count as equally long.
-        target_bytes: bytes a run, at least 1.
+        groups: Rows and bytes of each row group; rows of a group are assumed to be equally long.
+        target_bytes: Bytes per range, at least 1.
 
     Returns:
-        Consecutive (start, stop) rows that cover the file; none is empty.
+        Consecutive, non-empty ranges (start, stop) of rows that cover the file.
     """
     total = sum(size for _, size in groups)
     count = max(1, (2 * total + target_bytes) // (2 * target_bytes))  # rounded to the nearest
@@ -57,10 +57,10 @@ def cut_rows(groups: Sequence[tuple[int, int]], target_bytes: int) -> list[tuple
 def plan_chunks(
     folder: Path, files: Sequence[SourceFile], column: str, shard_tokens: int
 ) -> list[Chunk]:
-    """Cut every file into chunks of about ``shard_tokens`` tokens, in the order of the files.
+    """Cut every file into chunks of about ``shard_tokens`` tokens, in file order.
 
     Raises:
-        UserError: a file is missing or unreadable, or lacks the text column.
+        UserError: A file is missing or unreadable, or has no text column.
     """
     chunks = []
     for file_index, file in enumerate(files):

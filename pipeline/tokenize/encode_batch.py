@@ -1,7 +1,7 @@
-"""A batch of texts to tokens: Arrow buffers in, numpy arrays out, no Python object a document.
+"""Encode a batch of texts: Arrow buffers in, NumPy arrays out, no Python object per document.
 
-But for two things: the hash of a text is taken one by one, and what the fast engine may not encode
-goes to the reference one by one.
+The exceptions: texts are hashed one by one, and so are the documents encoded that must go to the
+reference.
 """
 
 from collections import Counter
@@ -15,36 +15,38 @@ import xxhash
 
 from pipeline.format.shards import TOKEN_DTYPE
 from pipeline.format.tokenizer import EOT
-from pipeline.tokenize.engines import Fast, Unfit, left_to_reference, reference
+from pipeline.tokenize.engines import FastEngine, Unencodable, needs_reference, reference
 
 
-class Differs(Exception):
-    """A document that the fast engine encoded otherwise than the reference does."""
+class EngineMismatch(Exception):
+    """A document that the fast engine and the reference encode differently."""
 
     def __init__(self, row: int) -> None:
         super().__init__(row)
         self.row = row
-        """Its row in the source file."""
+        """The document's row in the source file."""
 
 
 @dataclass
-class Report:
-    """Who encoded what: no part of the data, for the data are the same either way."""
+class EngineReport:
+    """The contents of `engine.json`: the work of each engine, on which the data do not depend."""
 
     documents: Counter[str] = field(default_factory=Counter)
-    """Documents, by engine."""
+    """Documents by engine."""
     bytes: Counter[str] = field(default_factory=Counter)
-    """Bytes of their text, by engine."""
+    """Bytes of text by engine."""
     checked: int = 0
-    """Documents of the fast engine's that the reference encoded as well."""
+    """Documents of the fast engine that the reference encoded as well."""
+    differences: list[int] = field(default_factory=list)
+    """Rows on which the engines differed."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The documents of a batch that have tokens, in the order of their rows."""
+    """The encoded documents of a batch, in row order."""
 
     tokens: np.ndarray
-    """(n,) uint16: each document is `<|endoftext|>` and its tokens."""
+    """(n,) uint16: each document is `<|endoftext|>` followed by its tokens."""
     starts: np.ndarray
     """(d + 1,) int64: document i is ``tokens[starts[i] : starts[i + 1]]``."""
     rows: np.ndarray
@@ -52,78 +54,84 @@ class Encoded:
     hashes: np.ndarray
     """(d,) uint64: xxh3_64 of the texts."""
     text_bytes: np.ndarray
-    """(d,) int64: the length of the texts in UTF-8."""
+    """(d,) int64: length of the texts in UTF-8."""
     skipped: Counter[str]
-    """Documents without tokens, by reason."""
+    """Number of skipped documents by reason."""
 
 
 def encode_batch(
-    first_row: int, texts: pa.Array, fast: Fast | None, check_fraction: float, report: Report
+    first_row: int,
+    texts: pa.Array,
+    fast: FastEngine | None,
+    check_fraction: float,
+    report: EngineReport,
 ) -> Encoded:
     """Encode the texts of consecutive rows.
 
     Args:
-        first_row: the first one's row in the source file.
-        texts: strings or bytes, in any of Arrow's layouts.
-        fast: the fast engine; without it everything is the reference's.
-        check_fraction: of the fast engine's documents, the part that is compared with the
-            reference: by their hash, so the same ones each time; and the first one of a report.
-        report: is added to.
+        first_row: Row of the first text in the source file.
+        texts: Strings or bytes, in any of Arrow's layouts.
+        fast: The fast engine; if None, the reference encodes everything.
+        check_fraction: Fraction of the fast engine's documents to compare with the reference. They
+            are chosen by their hash, so they are the same in each run. If it is not 0, the first
+            document of a report is compared too.
+        report: Updated with the counts of this batch.
 
     Raises:
-        Differs: naming the first document that was found to differ.
+        EngineMismatch: The first document found on which the engines differ.
     """
     skipped: Counter[str] = Counter()
     texts, rows = _with_text(texts.cast(pa.large_binary()), first_row, skipped)
     data, offsets = _buffers(texts)
     sizes = np.diff(offsets)
     hashes = _hashes(data, offsets)
-    left = np.ones(len(rows), dtype=bool) if fast is None else left_to_reference(data, offsets)
+    by_reference = np.ones(len(rows), bool) if fast is None else needs_reference(data, offsets)
 
-    counts, fit = np.zeros(len(rows), dtype=np.int64), np.ones(len(rows), dtype=bool)
-    slow: dict[int, np.ndarray] = {}
-    for index in np.flatnonzero(left).tolist():
+    counts, encodable = np.zeros(len(rows), dtype=np.int64), np.ones(len(rows), dtype=bool)
+    from_reference: dict[int, np.ndarray] = {}
+    for index in np.flatnonzero(by_reference).tolist():
         try:
-            slow[index] = reference(texts[index].as_py())
-            counts[index] = len(slow[index])
-        except Unfit as reason:
+            from_reference[index] = reference(texts[index].as_py())
+            counts[index] = len(from_reference[index])
+        except Unencodable as reason:
             skipped[str(reason)] += 1
-            fit[index] = False
-    quick = ~left
-    flat = np.zeros(0, dtype=np.uint32)
-    if fast is not None and quick.any():
-        part = _buffers(texts.filter(pa.array(quick))) if left.any() else (data, offsets)
-        flat, counts[quick] = fast.encode(*part)
+            encodable[index] = False
+    by_fast = ~by_reference
+    from_fast = np.zeros(0, dtype=np.uint32)
+    if fast is not None and by_fast.any():
+        all_fast = not by_reference.any()
+        buffers = (data, offsets) if all_fast else _buffers(texts.filter(pa.array(by_fast)))
+        from_fast, counts[by_fast] = fast.encode(*buffers)
 
-    lengths = np.where(fit, counts + 1, 0)
+    lengths = np.where(encodable, counts + 1, 0)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     tokens = np.empty(starts[-1], dtype=TOKEN_DTYPE)
-    free = np.ones(len(tokens), dtype=bool)
-    begins = starts[:-1][fit]
-    tokens[begins], free[begins] = EOT, False
-    for index, encoded in slow.items():
+    unfilled = np.ones(len(tokens), dtype=bool)
+    first_tokens = starts[:-1][encodable]
+    tokens[first_tokens], unfilled[first_tokens] = EOT, False
+    for index, encoded in from_reference.items():
         span = slice(starts[index] + 1, starts[index + 1])
-        tokens[span], free[span] = encoded, False
-    tokens[free] = flat
+        tokens[span], unfilled[span] = encoded, False
+    tokens[unfilled] = from_fast
 
     if check_fraction:
         chosen = hashes >> np.uint64(40) < check_fraction * 2**24
         if not report.checked:
-            chosen[np.flatnonzero(quick)[:1]] = True
-        for index in np.flatnonzero(chosen & quick).tolist():
+            chosen[np.flatnonzero(by_fast)[:1]] = True
+        for index in np.flatnonzero(chosen & by_fast).tolist():
             report.checked += 1
             found = tokens[starts[index] + 1 : starts[index + 1]]
             if not np.array_equal(found, reference(texts[index].as_py())):
-                raise Differs(int(rows[index]))
-    for name, mask in (("gigatoken", quick), ("tiktoken", left & fit)):
+                raise EngineMismatch(int(rows[index]))
+    for name, mask in (("gigatoken", by_fast), ("tiktoken", by_reference & encodable)):
         report.documents[name] += int(mask.sum())
         report.bytes[name] += int(sizes[mask].sum())
     return Encoded(
         tokens=tokens,
-        starts=np.append(begins, len(tokens)),
-        rows=rows[fit],
-        hashes=hashes[fit],
-        text_bytes=sizes[fit],
+        starts=np.append(first_tokens, len(tokens)),
+        rows=rows[encodable],
+        hashes=hashes[encodable],
+        text_bytes=sizes[encodable],
         skipped=skipped,
     )
 
@@ -131,7 +139,7 @@ def encode_batch(
 def _with_text(
     texts: pa.Array, first_row: int, skipped: Counter[str]
 ) -> tuple[pa.Array, np.ndarray]:
-    """The texts that are neither null nor empty and are UTF-8, and their rows; the rest counted."""
+    """Return the non-empty texts in valid UTF-8 and their rows; count the others in ``skipped``."""
     sizes = pc.fill_null(pc.binary_length(texts), -1).to_numpy()
     keep = sizes > 0
     try:
@@ -151,7 +159,7 @@ def _with_text(
 
 
 def _buffers(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """The bytes behind a large_binary array, (n,) uint8, and its (d + 1,) int64 offsets."""
+    """Return the (n,) uint8 bytes and the (d + 1,) int64 offsets of a large_binary array."""
     _, offsets, data = texts.buffers()
     if data is None or not len(texts):
         return np.zeros(0, dtype=np.uint8), np.zeros(1, dtype=np.int64)
@@ -160,9 +168,7 @@ def _buffers(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _hashes(data: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """(d,) uint64: xxh3_64 of each document."""
-    view, borders = data.data, offsets.tolist()
-    return np.array(
-        [xxhash.xxh3_64_intdigest(view[start:stop]) for start, stop in pairwise(borders)],
-        dtype=np.uint64,
-    )
+    """Return xxh3_64 of each document: (d,) uint64."""
+    view = data.data
+    hashes = (xxhash.xxh3_64_intdigest(view[a:b]) for a, b in pairwise(offsets.tolist()))
+    return np.fromiter(hashes, np.uint64, len(offsets) - 1)

@@ -1,4 +1,4 @@
-"""Chunks encoded on nodes that share no file with the driver: text goes out, pieces come in.
+"""Encode chunks on nodes that share no files with the driver: send text, receive pieces.
 
 ```
  driver's node                                  a node of the cluster
@@ -8,10 +8,10 @@
  driver: receive, into the store ◄───── blocks ─ worker: the piece's files
 ```
 
-Both ways are streams that wait: a reader decodes no further while `_AHEAD` blocks lie unread, and a
-worker sends no further while `_AHEAD` blocks are not taken in. A block is an object of its own in
-Ray's object store, and is freed when it is read. So the bytes on their way are bounded by the tasks
-that run, and nothing is spilled. What is lost is done again from the file.
+Both directions are streams with backpressure: a reader stops decoding while `_AHEAD` blocks are
+unread, and a worker stops sending while `_AHEAD` blocks are not received. Each block is an object
+in Ray's object store, freed when it is read. So the number of running tasks bounds the bytes in
+flight, and nothing is spilled to disk. A lost task starts again from the source file.
 """
 
 import functools
@@ -33,36 +33,36 @@ from pipeline.params import TokenizeParams
 from pipeline.store.store import Store
 from pipeline.tokenize import engines
 from pipeline.tokenize.chunk_plan import Chunk
-from pipeline.tokenize.encode_chunk import ENGINE, RECORD, Record, make_piece, read_record
+from pipeline.tokenize.chunk_record import ENGINE, RECORD, Record, build_piece, read_record
+from pipeline.tokenize.encode_chunk import write_checked_piece
 
-# The blocks are this long, or shorter where the object stores are small.
-BLOCK_BYTES = 4 * 2**20
-_LEAST_BYTES = 64 * 2**10
+BLOCK_BYTES = 4 * 2**20  # shorter where an object store is small
+_MIN_BLOCK_BYTES = 64 * 2**10
 _AHEAD = 2
-# Of a task at a time, on its way out: blocks unread, one being read, one being made.
-_BLOCKS_HERE = _AHEAD + 2
-# And where it runs: the one being read, and as many on their way back.
-_BLOCKS_THERE = _AHEAD + 3
+# Per task on the driver's node: the unread blocks, one being read, one being written.
+_HOME_BLOCKS = _AHEAD + 2
+# Per task on its own node: one being read, and the blocks on their way back.
+_WORKER_BLOCKS = _AHEAD + 3
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a task's text comes from."""
+    """The source of a task's text."""
 
     node: str
-    """The id of the driver's node."""
+    """The ID of the driver's node."""
     raw: Path
-    """The folder of the source files there."""
+    """The folder of the source files on that node."""
     column: str
     block_bytes: int
 
 
-def encode_chunks(tasks: Sequence[tuple[Any, ...]], **how: Any) -> Iterator[tuple[int, Record]]:
-    """`run_tasks` of `encode_chunk` where the nodes see neither the source nor the store.
+def encode_chunks(tasks: Sequence[tuple[Any, ...]], **options: Any) -> Iterator[tuple[int, Record]]:
+    """Run `encode_chunk` as tasks on nodes that can read neither the source nor the store.
 
     Args:
-        tasks: the arguments of `encode_chunk`.
-        how: further arguments of `run_tasks`.
+        tasks: The arguments of `encode_chunk` for each chunk.
+        options: Further arguments of `run_tasks`.
 
     Yields:
         The index of a finished chunk, and its record.
@@ -70,7 +70,7 @@ def encode_chunks(tasks: Sequence[tuple[Any, ...]], **how: Any) -> Iterator[tupl
     import ray
 
     home = ray.get_runtime_context().get_node_id()
-    block_bytes, in_flight = budget(ray.nodes(), home)
+    block_bytes, in_flight = block_limits(ray.nodes(), home)
 
     def collect(index: int, blocks: Iterator[tuple[str, np.ndarray]]) -> Record:
         _, key, _, _, _, store, *_ = tasks[index]
@@ -80,30 +80,30 @@ def encode_chunks(tasks: Sequence[tuple[Any, ...]], **how: Any) -> Iterator[tupl
         (chunk, key, Origin(home, raw, column, block_bytes), params, *engine)
         for chunk, key, raw, column, params, _, *engine in tasks
     ]
-    yield from run_tasks(encode_shipped, shipped, in_flight, "tokenize", collect=collect, **how)
+    yield from run_tasks(encode_shipped, shipped, in_flight, "tokenize", collect=collect, **options)
 
 
-def budget(nodes: Sequence[dict[str, Any]], home: str) -> tuple[int, int]:
-    """How long a block may be, and how many tasks may be sent text at a time.
+def block_limits(nodes: Sequence[dict[str, Any]], home: str) -> tuple[int, int]:
+    """Return the largest block size in bytes, and the largest number of tasks in flight.
 
-    What is on its way takes at most half of any node's object store, for each of its CPUs may run a
-    task; the driver's is shared by all tasks.
+    Blocks take at most half of any node's object store. Each CPU of a node may run a task; the
+    driver's node holds blocks of all tasks.
 
     Args:
-        nodes: as `ray.nodes()` describes them.
-        home: the id of the driver's.
+        nodes: The nodes as described by `ray.nodes()`.
+        home: The ID of the driver's node.
     """
     block_bytes = BLOCK_BYTES
-    at_home = 0
+    home_store = 0
     for node in nodes:
         if node["Alive"]:
             store = int(node["Resources"].get("object_store_memory", 0))
             if cpus := int(node["Resources"].get("CPU", 0)):
-                block_bytes = min(block_bytes, store // 2 // (cpus * _BLOCKS_THERE))
+                block_bytes = min(block_bytes, store // 2 // (cpus * _WORKER_BLOCKS))
             if node["NodeID"] == home:
-                at_home = store
-    block_bytes = max(block_bytes, _LEAST_BYTES)
-    return block_bytes, max(1, at_home // 2 // (_BLOCKS_HERE * block_bytes))
+                home_store = store
+    block_bytes = max(block_bytes, _MIN_BLOCK_BYTES)
+    return block_bytes, max(1, home_store // 2 // (_HOME_BLOCKS * block_bytes))
 
 
 def encode_shipped(
@@ -114,19 +114,19 @@ def encode_shipped(
     engine: engines.Name,
     check_fraction: float,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """A task: fetch a chunk's text from the driver's node, encode it, send the piece's files.
+    """Fetch a chunk's text from the driver's node, encode it, and send the piece's files: a task.
 
     Yields:
-        Name of a file and (n,) uint8, its next bytes; the record is the last.
+        A file's name and its next bytes, (n,) uint8; the record comes last.
     """
-    # What a killed worker leaves on this node's disk, the next one removes.
+    # Remove leftovers of killed workers from this node's disk.
     local = Store(Path(tempfile.gettempdir()) / "gpt2-shipped")
     local.sweep()
     with local.lock("shipped", key):
         folder = local.folder("tmp", f"shipped-{key}")
         try:
             read = functools.partial(fetch_batches, chunk, origin)
-            make_piece(read, chunk, key, params, folder, engine, check_fraction)
+            write_checked_piece(read, chunk, key, params, folder, engine, check_fraction)
             names = sorted(p.name for p in folder.iterdir() if p.name != RECORD)
             for name in (*names, RECORD):
                 for block in file_blocks(folder / name, origin.block_bytes):
@@ -136,12 +136,12 @@ def encode_shipped(
 
 
 def fetch_batches(chunk: Chunk, origin: Origin) -> Iterator[tuple[int, pa.Array]]:
-    """In a task: a chunk's text, as it comes from the driver's node."""
+    """Receive a chunk's text from the driver's node, within a task."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     options: dict[str, Any] = {
-        "num_cpus": 0,  # it waits most of the time, and a head often offers none
+        "num_cpus": 0,  # it mostly waits, and a head node often offers no CPU
         "num_returns": "streaming",
         "_generator_backpressure_num_objects": _AHEAD,
         "max_retries": 0,
@@ -152,20 +152,20 @@ def fetch_batches(chunk: Chunk, origin: Origin) -> Iterator[tuple[int, pa.Array]
 
 
 def file_blocks(path: Path, block_bytes: int) -> Iterator[np.ndarray]:
-    """The bytes of a file: (n,) uint8, n at most ``block_bytes``."""
+    """Read a file in blocks: (n,) uint8, n at most ``block_bytes``."""
     with open(path, "rb") as file:
         while len(block := np.fromfile(file, np.uint8, block_bytes)):
             yield block
 
 
 def read_packed(chunk: Chunk, origin: Origin) -> Iterator[np.ndarray]:
-    """A task on the driver's node: a chunk's text, packed."""
+    """Read and pack a chunk's text: a task on the driver's node."""
     path = origin.raw / chunk.file.path
     yield from pack(read_batches(path, origin.column, chunk.start, chunk.stop), origin.block_bytes)
 
 
 def pack(batches: Iterable[tuple[int, pa.Array]], block_bytes: int) -> Iterator[np.ndarray]:
-    """One Arrow IPC stream of lz4-compressed batches, cut anywhere into blocks.
+    """Write batches as one lz4-compressed Arrow IPC stream, cut into blocks.
 
     Yields:
         (n,) uint8, n at most ``block_bytes``.
@@ -179,12 +179,12 @@ def pack(batches: Iterable[tuple[int, pa.Array]], block_bytes: int) -> Iterator[
             writer = pa.ipc.new_stream(sink, batch.schema, options=options)
         writer.write_batch(batch)
         if sink.tell() >= block_bytes:
-            rest = sink.getvalue()
-            whole = len(rest) // block_bytes * block_bytes
-            yield from _cut(rest[:whole], block_bytes)
+            data = sink.getvalue()
+            full = len(data) // block_bytes * block_bytes
+            yield from _cut(data[:full], block_bytes)
             sink.seek(0)
             sink.truncate()
-            sink.write(rest[whole:])
+            sink.write(data[full:])
     if writer is not None:
         writer.close()
         yield from _cut(sink.getvalue(), block_bytes)
@@ -196,23 +196,26 @@ def _cut(data: bytes, block_bytes: int) -> Iterator[np.ndarray]:
 
 
 def unpack(blocks: Iterator[np.ndarray], start: int) -> Iterator[tuple[int, pa.Array]]:
-    """What `pack` packed: batches, each with the number of its first row.
+    """Read batches back from the blocks of `pack`.
 
     Args:
-        blocks: each is let go when it is read.
-        start: the number of the first row of all.
+        blocks: The blocks; each is released once it is read.
+        start: The number of the first row.
+
+    Yields:
+        The number of a batch's first row, and its texts.
     """
     first = next(blocks, None)
     if first is None:
         return
-    with pa.ipc.open_stream(pa.PythonFile(_Blocks(first, blocks), "r")) as stream:
+    with pa.ipc.open_stream(pa.PythonFile(_BlockReader(first, blocks), "r")) as stream:
         for batch in stream:
             yield start, batch.column(0)
             start += batch.num_rows
 
 
-class _Blocks(io.RawIOBase):
-    """A file of blocks that come one by one."""
+class _BlockReader(io.RawIOBase):
+    """A file-like reader over an iterator of blocks."""
 
     def __init__(self, first: np.ndarray, rest: Iterator[np.ndarray]) -> None:
         self._block, self._rest = first.data, rest
@@ -225,11 +228,11 @@ class _Blocks(io.RawIOBase):
         filled = 0
         while filled < len(target):
             if not self._block:
-                self._block = memoryview(b"")  # let go before the next one is waited for
-                following = next(self._rest, None)
-                if following is None:
+                self._block = memoryview(b"")  # release it before waiting for the next one
+                block = next(self._rest, None)
+                if block is None:
                     break
-                self._block = following.data
+                self._block = block.data
             count = min(len(target) - filled, len(self._block))
             target[filled : filled + count] = self._block[:count]
             self._block = self._block[count:]
@@ -238,23 +241,22 @@ class _Blocks(io.RawIOBase):
 
 
 def receive(blocks: Iterator[tuple[str, np.ndarray]], key: str, store: Store) -> Record:
-    """Take a piece into the store; the record of the piece.
+    """Write a received piece into the store, and return its record.
 
     Raises:
-        TaskError: the files are not those that the record tells of.
+        TaskError: The files do not match the record.
     """
-    with store.lock("chunks", key):
-        if (folder := store.find("chunks", key)) is None:
-            hashes: dict[str, str] = {}
-            with store.make("chunks", key, hashes) as folder:
-                hashes |= _write(blocks, folder)
-                _check(hashes, folder, key)
-            folder = store.root / "chunks" / key
-    return read_record(folder)
+
+    def build(folder: Path) -> dict[str, str]:
+        hashes = _write_files(blocks, folder)
+        _check_files(hashes, folder, key)
+        return hashes
+
+    return build_piece(store, key, build)
 
 
-def _write(blocks: Iterator[tuple[str, np.ndarray]], folder: Path) -> dict[str, str]:
-    """Write files as they come, one after another; the sha256 of each."""
+def _write_files(blocks: Iterator[tuple[str, np.ndarray]], folder: Path) -> dict[str, str]:
+    """Write files from their blocks, one after another; return their sha256."""
     digests: dict[str, Any] = {}
     for name, block in blocks:
         with open(folder / name, "ab") as file:
@@ -263,11 +265,11 @@ def _write(blocks: Iterator[tuple[str, np.ndarray]], folder: Path) -> dict[str, 
     return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
-def _check(hashes: dict[str, str], folder: Path, key: str) -> None:
+def _check_files(hashes: dict[str, str], folder: Path, key: str) -> None:
     if RECORD not in hashes:
-        raise TaskError("the piece came without its record")
-    record, told = read_record(folder), {name: hashes.get(name) for name in (RECORD, ENGINE)}
+        raise TaskError(f"chunk {key[:12]} was received without its record")
+    record, expected = read_record(folder), {name: hashes.get(name) for name in (RECORD, ENGINE)}
     for split, facts in record["splits"].items():
-        told |= {f"{split}.bin": facts["sha256"], f"{split}.docs.npy": facts["docs_sha256"]}
-    if record["chunk_key"] != key or told != hashes:
-        raise TaskError("the files that came are not those that the record tells of")
+        expected |= {f"{split}.bin": facts["sha256"], f"{split}.docs.npy": facts["docs_sha256"]}
+    if record["chunk_key"] != key or expected != hashes:
+        raise TaskError(f"the files received for chunk {key[:12]} do not match its record")

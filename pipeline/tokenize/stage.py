@@ -1,12 +1,12 @@
-"""Stage `tokenize`: parquet, or tokens as they come, to token shards and their manifest."""
+"""Stage `tokenize`: parquet or token files to token shards and their manifest."""
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from pipeline.cluster.join import cluster, run_tasks
+from pipeline.cluster.join import cluster
 from pipeline.format import tokenizer
 from pipeline.format.manifest import (
     NAME,
@@ -25,59 +25,69 @@ from pipeline.params import TokenizeParams
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.progress import Progress
 from pipeline.store import atomic
-from pipeline.store.store import Store, merged_key, publish, require_space, unlink_bad
-from pipeline.tokenize import engines, ship_chunks
-from pipeline.tokenize.chunk_plan import Chunk, plan_chunks
-from pipeline.tokenize.encode_chunk import (
-    RECORD,
-    Record,
-    chunk_key,
-    dataset_key,
-    encode_chunk,
-    read_engine,
-    read_record,
-)
-from pipeline.tokenize.index_chunk import index_chunk, index_key, plan_token_chunks, written_tokens
+from pipeline.store.store import Store, merged_key, publish, require_space, unlink_damaged
+from pipeline.tokenize.chunk_plan import Chunk
+from pipeline.tokenize.chunk_record import RECORD, Record, dataset_key, read_record
+from pipeline.tokenize.from_text import TextChunks
+from pipeline.tokenize.from_tokens import TokenFileChunks
 
 RAW = Path("data/raw")
 OUT = Path("data/tokens")
 FORMAT = "llm.c"
 
-# What a worker takes at its peak on chunks of 20M tokens, and some air.
+# Peak memory of a worker on chunks of 20M tokens, with a margin.
 _TASK_MEMORY = 700 * 2**20
 
 
-def tokenize(raw: Path, out: Path, params: TokenizeParams, machine: Machine, code: str) -> Manifest:
-    """Tokenize the parquet files of ``raw`` into ``out``; token files are indexed only.
+class ChunkBuilder(Protocol):
+    """Plans and builds the chunks of one kind of source: text, or token files."""
 
-    Chunks that stand in the store are not made again, so a killed run goes on where it was, and a
-    changed parameter or one more file costs only what it changes.
+    @property
+    def can_ship(self) -> bool:
+        """Whether tasks can receive their input from this machine (`data: ship`)."""
+
+    def plan(self) -> list[tuple[Chunk, str]]:
+        """Cut the source into chunks; return each with its key."""
+
+    def written_tokens(self, chunk: Chunk) -> int:
+        """Return the number of tokens that building a chunk writes to the store."""
+
+    def build(
+        self, missing: Sequence[tuple[Chunk, str]], progress: Progress, **options: Any
+    ) -> Iterator[tuple[int, Record]]:
+        """Build chunks by `run_tasks`, which takes the options; yield the index and the record."""
+
+
+def tokenize(raw: Path, out: Path, params: TokenizeParams, machine: Machine, code: str) -> Manifest:
+    """Turn the source files in ``raw`` into token shards in ``out``.
+
+    Chunks that are already in the store are not built again. So a killed run resumes, and a changed
+    parameter or a new source file costs only the chunks that it changes.
 
     Args:
-        code: the code key of this stage.
+        code: The code key of this stage.
 
     Raises:
-        UserError: on missing or unreadable input, or a disk too small.
+        UserError: An input is missing or unreadable, or the disk is too small.
     """
     store = Store.open(machine)
     source = RawManifest.load(raw)
-    column = source.text_column
+    builder: ChunkBuilder = TextChunks(raw, source, params, store, code, machine)
     if source.source.kind == "tokens":
-        chunks = plan_token_chunks(raw, source.files, params.shard_tokens)
-        keys = [index_key(chunk, code) for chunk in chunks]
-    else:
-        chunks = plan_chunks(raw, source.files, column, params.shard_tokens)
-        keys = [chunk_key(chunk, column, params, code) for chunk in chunks]
-    missing = [i for i, key in enumerate(keys) if store.fresh or store.find("chunks", key) is None]
-    estimate = sum(chunk.estimated_tokens for chunk in chunks)
+        builder = TokenFileChunks(raw, source, params, store, code)
+    chunks = builder.plan()
+    missing = [
+        (chunk, key) for chunk, key in chunks if store.fresh or not store.find("chunks", key)
+    ]
+    estimate = sum(chunk.estimated_tokens for chunk, _ in chunks)
     print(
         f"tokenize: {len(source.files)} files, {len(chunks)} chunks, about {estimate:,} tokens; "
         f"{len(chunks) - len(missing)} chunks done before, {len(missing)} to do",
         flush=True,
     )
     if missing:
-        _encode_missing(missing, chunks, keys, raw, source, params, machine, store)
-    pieces = [store.root / "chunks" / key for key in keys]
+        _build_missing(builder, missing, raw, machine, store)
+    pieces = [store.root / "chunks" / key for _, key in chunks]
     records = [read_record(piece) for piece in pieces]
     files: dict[str, Path | bytes] = {}
     shards = [
@@ -85,112 +95,66 @@ def tokenize(raw: Path, out: Path, params: TokenizeParams, machine: Machine, cod
         *_merge_val(pieces, records, params.shard_tokens, store, files),
     ]
     commits = []
-    for index, (piece, key) in enumerate(zip(pieces, keys, strict=True)):
+    for index, (_, key) in enumerate(chunks):
         name, sha256 = f"chunks/{index:05d}.json", store.sha256("chunks", key)[RECORD]
-        files[name] = piece / RECORD
+        files[name] = pieces[index] / RECORD
         commits.append(ChunkRecord(name=name, chunk_key=key, sha256=sha256))
     manifest = _manifest(source, params, records, commits, shards)
     publish({**files, NAME: atomic.json_bytes(manifest.model_dump())}, out)
     return manifest
 
 
-def _encode_missing(
-    missing: Sequence[int],
-    chunks: Sequence[Chunk],
-    keys: Sequence[str],
+def _build_missing(
+    builder: ChunkBuilder,
+    missing: Sequence[tuple[Chunk, str]],
     raw: Path,
-    source: RawManifest,
-    params: TokenizeParams,
     machine: Machine,
     store: Store,
 ) -> None:
     if store.fresh:
-        for index in missing:
-            with store.lock("chunks", keys[index]):
-                store.discard("chunks", keys[index])
-    tokens = sum(chunks[i].estimated_tokens for i in missing)
-    work: Callable[..., Record]
-    tasks: list[tuple[Any, ...]]
-    has_text = source.source.kind != "tokens"
-    if not has_text:
-        work, written = index_chunk, sum(written_tokens(chunks[i], raw) for i in missing)
-        tasks = [(chunks[i], keys[i], raw.absolute(), store) for i in missing]
-    else:
-        work, written, column = encode_chunk, tokens, source.text_column
-        how = machine.engine, machine.check_fraction
-        tasks = [(chunks[i], keys[i], raw.absolute(), column, params, store, *how) for i in missing]
-        if machine.engine != "tiktoken" and (reason := engines.why_not_fast()) is not None:
-            print(f"tokenize: {reason}: tiktoken serves, at a tenth of the speed", flush=True)
-    require_space(store.root, 5 * written // 2, "the token shards")  # 2 bytes each, and some air
+        for _, key in missing:
+            with store.lock("chunks", key):
+                store.discard("chunks", key)
+    chunks = [chunk for chunk, _ in missing]
+    written = sum(map(builder.written_tokens, chunks))
+    require_space(store.root, 5 * written // 2, "the token shards")  # 2 bytes each, and a margin
+    files = [raw / chunk.file.path for chunk in chunks]
+    sizes = [chunk.estimated_tokens for chunk in chunks]
     documents, text_bytes, began = 0, 0, time.monotonic()
-    encoded: Counter[str] = Counter()
-    files = [raw / chunks[i].file.path for i in missing]
     with (
-        cluster(machine, files, ships=has_text),
-        Progress("tokenize", tokens, "tokens") as progress,
+        cluster(machine, files, ships=builder.can_ship),
+        Progress("tokenize", sum(sizes), "tokens") as progress,
     ):
-        how_run: dict[str, Any] = {
-            "labels": [chunks[i].label for i in missing],
-            "sizes": [chunks[i].estimated_tokens for i in missing],
-            "memory": _TASK_MEMORY,
-            "progress": progress,
-        }
-        if has_text and machine.data == "ship":
-            finished = ship_chunks.encode_chunks(tasks, **how_run)
-        else:
-            finished = run_tasks(work, tasks, None, "tokenize", **how_run)
-        for nth, record in finished:
-            chunk = chunks[missing[nth]]
-            made = read_engine(store.root / "chunks" / keys[missing[nth]])
-            _warn_of_differences(made["differences"], chunk)
-            encoded.update(made["bytes"])
+        labels = [chunk.label for chunk in chunks]
+        for index, record in builder.build(
+            missing, progress, labels=labels, sizes=sizes, memory=_TASK_MEMORY
+        ):
             documents += sum(facts["docs"] for facts in record["splits"].values())
             text_bytes += sum(facts["text_bytes"] for facts in record["splits"].values())
             speed = text_bytes / 1e6 / (time.monotonic() - began)
-            progress.advance(chunk.estimated_tokens, f"{documents:,} documents, {speed:.1f} MB/s")
-    if encoded:
-        share = 100 * encoded["tiktoken"] / encoded.total()
-        print(f"tokenize: {share:.2f} % of the text was encoded by tiktoken", flush=True)
-
-
-def _warn_of_differences(rows: Sequence[int], chunk: Chunk) -> None:
-    for row in rows:
-        print(
-            f"warning: gigatoken and tiktoken differ on row {row} of {chunk.file.path}; tiktoken "
-            "has encoded the chunk. Please report the document; engine: tiktoken in machine.yaml "
-            "turns gigatoken off",
-            flush=True,
-        )
+            progress.advance(sizes[index], f"{documents:,} documents, {speed:.1f} MB/s")
 
 
 def _part(record: Record, split: Split) -> Part:
-    facts = record["splits"][split]
-    return Part(
-        chunk_key=record["chunk_key"],
-        path=record["source"]["path"],
-        rows=record["rows"],
-        tokens=facts["tokens"],
-        docs=facts["docs"],
-    )
+    counts = {key: record["splits"][split][key] for key in ("tokens", "docs")}
+    path, rows = record["source"]["path"], record["rows"]
+    return Part(chunk_key=record["chunk_key"], path=path, rows=rows, **counts)
 
 
 def _link_train(
     pieces: Sequence[Path], records: Sequence[Record], files: dict[str, Path | bytes]
 ) -> list[Shard]:
-    """Each chunk's train documents are a shard as they stand."""
+    """Publish the train documents of each chunk as one shard; add its files to ``files``."""
     shards: list[Shard] = []
+    keys = ("tokens", "docs", "text_bytes", "sha256", "docs_sha256")
     for piece, record in zip(pieces, records, strict=True):
         if (facts := record["splits"].get("train")) is None:
             continue
         shard = Shard(
             name=f"train-{len(shards):05d}.bin",
             split="train",
-            tokens=facts["tokens"],
-            docs=facts["docs"],
-            text_bytes=facts["text_bytes"],
-            sha256=facts["sha256"],
-            docs_sha256=facts["docs_sha256"],
             parts=[_part(record, "train")],
+            **{key: facts[key] for key in keys},
         )
         files[shard.name] = piece / "train.bin"
         files[shard.docs_name] = docs_path(piece / "train.bin")
@@ -205,7 +169,7 @@ def _merge_val(
     store: Store,
     files: dict[str, Path | bytes],
 ) -> list[Shard]:
-    """The chunks' few validation documents, in chunk order, in shards of up to ``shard_tokens``."""
+    """Merge the validation documents, in chunk order, into shards of up to ``shard_tokens``."""
     groups: list[list[int]] = []
     size = 0
     for index, record in enumerate(records):
@@ -249,10 +213,10 @@ def _merge_val(
 
 
 def _check_unchanged(path: Path, sha256: str) -> None:
-    """Refuse to merge bytes that rotted unseen: the merged shard's hash would bless them."""
+    """Refuse to merge a damaged file: the hash of the merged shard would hide the damage."""
     if atomic.sha256_file(path) != sha256:
-        unlink_bad(path)  # so the store sees that the piece is not whole
-        raise RuntimeError(f"{path} was damaged; `dvc repro` makes it anew")
+        unlink_damaged(path)  # the store then treats the piece as incomplete
+        raise RuntimeError(f"{path}: damaged, now removed; run `dvc repro` to rebuild it")
 
 
 def _manifest(
@@ -268,12 +232,9 @@ def _manifest(
     totals = {}
     for split in SPLITS:
         of_split = [shard for shard in shards if shard.split == split]
-        totals[split] = Totals(
-            shards=len(of_split),
-            docs=sum(shard.docs for shard in of_split),
-            tokens=sum(shard.tokens for shard in of_split),
-            text_bytes=sum(shard.text_bytes for shard in of_split),
-        )
+        keys = ("docs", "tokens", "text_bytes")
+        sums = {key: sum(getattr(shard, key) for shard in of_split) for key in keys}
+        totals[split] = Totals(shards=len(of_split), **sums)
     return Manifest(
         dataset_key=dataset_key(records),
         format=FORMAT,

@@ -1,5 +1,5 @@
-"""Prove that every byte is what the manifests say.
+"""Check every byte of the data against the manifests.
 
-`stage` runs it, `checks` holds the checks of one file each, `data_report` describes the data, and
-`show` decodes some documents.
+`stage` runs the tasks, `checks` holds the checks of one file each, `data_report` collects
+statistics, and `show` decodes some documents.
 """

@@ -1,6 +1,5 @@
-"""`python -m pipeline.verify`: check every byte of the tokens, and report on the data."""
+"""`python -m pipeline.verify`: check every byte of the data, and report statistics."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -18,9 +17,9 @@ from pipeline.verify.stage import METRICS, RAW, TOKENS, VERIFIED, DataFault, ver
 
 def main(argv: Sequence[str] = ()) -> None:
     """Read the parameters, verify, write the metrics, print one summary; or show documents."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.verify", description=__doc__)
+    parser = command.Parser(prog="python -m pipeline.verify", description=__doc__)
     parser.add_argument(
-        "--show", type=int, metavar="K", help="print K decoded documents, and verify nothing"
+        "--show", type=int, metavar="K", help="print K decoded documents instead of verifying"
     )
     args = parser.parse_args(list(argv))
     if args.show is not None:
@@ -31,7 +30,9 @@ def main(argv: Sequence[str] = ()) -> None:
     try:
         manifest, report = verify(RAW, TOKENS, params, machine)
     except DataFault as fault:
-        print(f"verify: the data is damaged; `dvc repro` makes these anew:\n{fault}", flush=True)
+        print(
+            f"verify: damaged files, now removed; run `dvc repro` to rebuild:\n{fault}", flush=True
+        )
         raise SystemExit(command.FAULT) from None
     chunks = Store.open(machine).root / "chunks"
     engines = engine_metrics([chunks / chunk.chunk_key for chunk in manifest.chunks])

@@ -1,7 +1,7 @@
-"""What the data are like: counted by the tasks of `verify`, a shard and a source file at a time.
+"""Statistics of the data, collected by the tasks of `verify` per shard and per source file.
 
-What is a function of tokens is counted from the shards; where texts come from, and FineWeb's own
-count of tokens, is read from the cheap columns of `data/raw`.
+Token statistics come from the shards. Dumps, hosts and FineWeb's own token counts come from the
+metadata columns of `data/raw`.
 """
 
 import csv
@@ -18,58 +18,53 @@ import pyarrow.compute as pc
 
 from pipeline.format.manifest import SPLITS, Manifest, Split
 from pipeline.format.parquet import open_parquet
-from pipeline.tokenize.encode_chunk import read_engine
+from pipeline.tokenize.chunk_record import read_engine_report
 
 TOP = 20
-"""Dumps and hosts that are named."""
+"""The number of dumps and of hosts in the report."""
 
 _COLUMNS = {"dump": pa.string(), "url": pa.string(), "token_count": pa.int64()}
 _BATCH_ROWS = 1 << 15
-# A counter of names is cut to so many when it has twice as many: what it then says of a rare one
-# is too low, of a frequent one it is not.
-_NAMES = 1 << 17
-# Hashes that are held: 1 GB. Beyond it, those of one text in 2, 4, ... are.
-_HASHES = 1 << 27
+# A counter with twice as many names is cut to this many: counts of rare names become too low, those
+# of frequent names stay exact.
+_MAX_NAMES = 1 << 17
+# 1 GB. Above it, only the hashes of one text in 2, 4, ... are kept.
+_MAX_HASHES = 1 << 27
 
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """Of one shard."""
+    """Statistics of one shard."""
 
     split: Split
     lengths: np.ndarray
-    """(32,) int64: documents of 2^i to 2^(i+1) - 1 tokens."""
+    """(32,) int64: documents of 2^i to 2^(i + 1) - 1 tokens."""
     shortest: tuple[int, str] | None
-    """Tokens, and which document: source file and row."""
+    """Tokens of the shortest document, and its source file and row."""
     longest: tuple[int, str] | None
     hashes: np.ndarray
-    """(docs,) uint64, equal for equal texts."""
+    """(docs,) uint64; equal for equal texts."""
 
 
 @dataclass
 class SourceFacts:
-    """Of one source file."""
+    """Statistics of one source file."""
 
     dumps: Counter[str] = field(default_factory=Counter)
     hosts: Counter[str] = field(default_factory=Counter)
     counted: int = 0
     """Documents with a `token_count`."""
     agreeing: int = 0
-    """Those of them that have as many tokens here."""
-
-
-def length_bins(lengths: np.ndarray) -> np.ndarray:
-    """(32,) int64: how many of the (n,) lengths, 1 or more, are 2^i to 2^(i+1) - 1."""
-    return np.bincount(np.frexp(lengths)[1] - 1, minlength=32)
+    """Documents whose `token_count` is their number of tokens here."""
 
 
 def source_facts(path: Path, counts: np.ndarray) -> SourceFacts:
-    """Read the cheap columns of a source file, as far as it has them.
+    """Read the metadata columns of a source file, as far as it has them.
 
-    Nothing is said of a file in which they cannot be read: its text can, and that is what counts.
+    A file in which they cannot be read contributes nothing: only its text column is required.
 
     Args:
-        counts: (rows,) the tokens of each row's text, without `<|endoftext|>`; -1: not encoded.
+        counts: (rows,) tokens of each row's text, without `<|endoftext|>`; -1 if not encoded.
     """
     try:
         return _read_columns(path, counts)
@@ -81,12 +76,14 @@ def _read_columns(path: Path, counts: np.ndarray) -> SourceFacts:
     facts = SourceFacts()
     with open_parquet(path) as file:
         schema = file.schema_arrow
-        names = [n for n, kind in _COLUMNS.items() if n in schema.names and _is(schema, n, kind)]
+        names = [
+            n for n, kind in _COLUMNS.items() if n in schema.names and _has_type(schema, n, kind)
+        ]
         if not names:
             return facts
         row = 0
         for batch in file.iter_batches(_BATCH_ROWS, columns=names, use_threads=False):
-            kept = counts[row : row + len(batch)]
+            found = counts[row : row + len(batch)]
             row += len(batch)
             if "dump" in names:
                 _count(facts.dumps, batch.column("dump"))
@@ -94,19 +91,19 @@ def _read_columns(path: Path, counts: np.ndarray) -> SourceFacts:
                 _count(facts.hosts, hosts(batch.column("url")))
             if "token_count" in names:
                 column = batch.column("token_count")
-                said = column.fill_null(-2).to_numpy(zero_copy_only=False)
-                facts.counted += int(((said >= 0) & (kept >= 0)).sum())
-                facts.agreeing += int(((said == kept) & (kept >= 0)).sum())
+                expected = column.fill_null(-2).to_numpy(zero_copy_only=False)
+                facts.counted += int(((expected >= 0) & (found >= 0)).sum())
+                facts.agreeing += int(((expected == found) & (found >= 0)).sum())
     return facts
 
 
-def _is(schema: pa.Schema, name: str, kind: pa.DataType) -> bool:
+def _has_type(schema: pa.Schema, name: str, kind: pa.DataType) -> bool:
     found = schema.field(name).type
     return bool(found == kind or (kind == pa.string() and pa.types.is_large_string(found)))
 
 
 def hosts(urls: pa.Array) -> pa.Array:
-    """The hosts of web addresses, in lower case; null where there is none."""
+    """Return the host of each URL in lower case, or null."""
     pattern = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#@]*@)?(?P<host>[^/?#:]+)"
     return pc.utf8_lower(pc.struct_field(pc.extract_regex(urls, pattern), "host"))
 
@@ -118,43 +115,47 @@ def _count(counter: Counter[str], names: pa.Array) -> None:
 
 
 def _cut(counter: Counter[str]) -> None:
-    if len(counter) > 2 * _NAMES:
-        most = counter.most_common(_NAMES)
+    if len(counter) > 2 * _MAX_NAMES:
+        most = counter.most_common(_MAX_NAMES)
         counter.clear()
         counter.update(dict(most))
 
 
-class Copies:
-    """Counts documents whose text has come before, by 64-bit hashes: 8 bytes a document.
+class DuplicateCounter:
+    """Counts documents whose text occurred before, by 64-bit hashes: 8 bytes per document.
 
-    Beyond ``limit`` hashes it holds those of one text in 2, 4, 8, ..., chosen by the hash itself,
-    so that all copies of a text are held or none, and says what that comes to for the whole.
+    Above ``limit`` hashes it keeps those of one text in 2, 4, 8, ..., selected by the hash itself,
+    so all copies of a text are kept or none, and extrapolates the counts.
     """
 
-    def __init__(self, limit: int = _HASHES) -> None:
+    def __init__(self, limit: int = _MAX_HASHES) -> None:
         self.limit = limit
         self.halvings = 0
-        self._held: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}
+        self._hashes: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}
 
     def add(self, split: Split, hashes: np.ndarray) -> None:
-        """Take the hashes of a shard's documents."""
-        self._held[split].append(self._sampled(hashes))
-        while sum(len(part) for parts in self._held.values() for part in parts) > self.limit:
+        """Add the hashes of a shard's documents."""
+        self._hashes[split].append(self._sample(hashes))
+        while sum(len(part) for parts in self._hashes.values() for part in parts) > self.limit:
             self.halvings += 1
-            self._held = {s: [self._sampled(p) for p in parts] for s, parts in self._held.items()}
+            self._hashes = {
+                s: [self._sample(p) for p in parts] for s, parts in self._hashes.items()
+            }
 
-    def _sampled(self, hashes: np.ndarray) -> np.ndarray:
-        if not self.halvings:
-            return hashes
-        return hashes[hashes >> np.uint64(64 - self.halvings) == 0]
+    def _sample(self, hashes: np.ndarray) -> np.ndarray:
+        if self.halvings:
+            hashes = hashes[hashes >> np.uint64(64 - self.halvings) == 0]
+        return hashes
 
     def count(self) -> tuple[int, int]:
-        """Documents that repeat one before them, and validation documents whose text is trained on.
+        """Count documents that repeat an earlier one, and validation documents also in train.
 
-        Both are estimates where texts were left out.
+        Both counts are estimates if hashes were dropped.
         """
-        # Sorted: of uint64 numpy does that 200 times as fast as `np.unique` and `np.isin`.
-        train, val = (np.concatenate([np.zeros(0, np.uint64), *self._held.pop(s)]) for s in SPLITS)
+        # Sorting uint64 in NumPy is 200 times as fast as `np.unique` and `np.isin`.
+        train, val = (
+            np.concatenate([np.zeros(0, np.uint64), *self._hashes.pop(s)]) for s in SPLITS
+        )
         train.sort()
         val.sort()
         is_first = np.append(True, val[1:] != val[:-1])[: len(val)]
@@ -169,26 +170,26 @@ class Copies:
 
 
 class DataReport:
-    """What the tasks found, added up."""
+    """The sum of the tasks' statistics."""
 
     def __init__(self) -> None:
         self.lengths = np.zeros(32, np.int64)
         self.shortest: tuple[int, str] | None = None
         self.longest: tuple[int, str] | None = None
         self.source = SourceFacts()
-        self.copies = Copies()
+        self.duplicates = DuplicateCounter()
 
     def add_shard(self, facts: ShardFacts) -> None:
-        """Take what is known of a shard."""
+        """Add the statistics of a shard."""
         self.lengths += facts.lengths
-        # Of several, the same one in whatever order the shards come.
+        # Break ties by name, so that the order of the shards does not matter.
         self.shortest = min(filter(None, (self.shortest, facts.shortest)), default=None)
         longest = filter(None, (self.longest, facts.longest))
         self.longest = min(longest, key=lambda entry: (-entry[0], entry[1]), default=None)
-        self.copies.add(facts.split, facts.hashes)
+        self.duplicates.add(facts.split, facts.hashes)
 
     def add_source(self, facts: SourceFacts) -> None:
-        """Take what is known of a source file."""
+        """Add the statistics of a source file."""
         self.source.counted += facts.counted
         self.source.agreeing += facts.agreeing
         for mine, others in ((self.source.dumps, facts.dumps), (self.source.hosts, facts.hosts)):
@@ -196,15 +197,15 @@ class DataReport:
             _cut(mine)
 
     def metrics(self, manifest: Manifest, engines: dict[str, float]) -> dict[str, Any]:
-        """The figures of `metrics/data.json`.
+        """Return the contents of `metrics/data.json`.
 
         Args:
-            engines: what `engine_metrics` gives.
+            engines: The result of `engine_metrics`.
         """
         train, val = manifest.totals["train"], manifest.totals["val"]
         n_tokens, n_docs = train.tokens + val.tokens, train.docs + val.docs
         text_bytes = train.text_bytes + val.text_bytes
-        repeated, shared = self.copies.count()
+        repeated, shared = self.duplicates.count()
         metrics: dict[str, Any] = {
             "documents": n_docs,
             "tokens": n_tokens,
@@ -228,11 +229,9 @@ class DataReport:
         return metrics
 
     def tables(self) -> dict[str, str]:
-        """The tables of the plots, as CSV, by their names."""
-        sizes = [1 << int(i) for i in np.flatnonzero(self.lengths)]
-        lengths = [
-            (f"{size:,} to {2 * size - 1:,}", self.lengths[size.bit_length() - 1]) for size in sizes
-        ]
+        """Return the tables of the plots as CSV, by name."""
+        powers = np.flatnonzero(self.lengths).tolist()
+        lengths = [(f"{1 << i:,} to {(2 << i) - 1:,}", self.lengths[i]) for i in powers]
         return {
             "document_lengths": _table("tokens", lengths),
             "dumps": _table("dump", _top(self.source.dumps)),
@@ -253,19 +252,19 @@ def _table(name: str, rows: Iterable[tuple[str, int]]) -> str:
 
 
 def engine_metrics(pieces: Sequence[Path]) -> dict[str, float]:
-    """The share of the text's bytes that each engine encoded, from the chunks' pieces in the store.
+    """Return the share of the text's bytes that each engine encoded, from the pieces in the store.
 
-    Nothing where the pieces are not here, or were made without engines.
+    Empty if the store does not have the pieces, or they were not encoded from text.
     """
     sizes: Counter[str] = Counter()
     differences = 0
     for piece in pieces:
         try:
-            note = read_engine(piece)
+            report = read_engine_report(piece)
         except (OSError, ValueError):
             continue
-        sizes.update(note["bytes"])
-        differences += len(note["differences"])
+        sizes.update(report["bytes"])
+        differences += len(report["differences"])
     if not (total := sum(sizes.values())):
         return {}
     shares = {f"{name}_share": round(size / total, 6) for name, size in sorted(sizes.items())}

@@ -1,18 +1,19 @@
-"""Stage `verify`: every byte of the data against its manifest, and what the data are like."""
+"""Stage `verify`: check every byte of the data against the manifests, and describe the data."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster.join import cluster, run_tasks
+from pipeline.cluster.join import cluster
+from pipeline.cluster.tasks import run_tasks
 from pipeline.format.manifest import NAME, Manifest, RawManifest, Shard
 from pipeline.format.shards import HEADER_BYTES, TOKEN_DTYPE
 from pipeline.params import VerifyParams
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.progress import Progress
-from pipeline.store.store import Store, merged_key, unlink_bad
-from pipeline.tokenize.encode_chunk import Record, dataset_key
+from pipeline.store.store import Store, merged_key, unlink_damaged
+from pipeline.tokenize.chunk_record import Record, dataset_key
 from pipeline.verify import checks
 from pipeline.verify.checks import Fault, Findings
 from pipeline.verify.data_report import DataReport
@@ -24,20 +25,20 @@ METRICS = Path("metrics/data.json")
 
 
 class DataFault(Exception):
-    """The data on disk is not what its manifests say."""
+    """Files that do not match their manifests, one per line."""
 
 
 def verify(
     raw: Path, tokens: Path, params: VerifyParams, machine: Machine
 ) -> tuple[Manifest, DataReport]:
-    """Check `data/raw` and `data/tokens` against their manifests; learn what the data are like.
+    """Check `data/raw` and `data/tokens` against their manifests, and collect statistics.
 
-    Damaged files are named, and removed from the workspace and the store, so that the next
-    `dvc repro` makes exactly them anew.
+    Damaged files are removed from the workspace and the store, so that the next `dvc repro`
+    rebuilds exactly these.
 
     Raises:
-        UserError: there is no manifest to check against.
-        DataFault: naming each file that differs.
+        UserError: A manifest is missing.
+        DataFault: Files differ; the message names each of them.
     """
     raw_manifest, manifest = RawManifest.load(raw), Manifest.load(tokens)
     faults, records = _check_folder(raw, tokens, raw_manifest, manifest)
@@ -58,10 +59,10 @@ def verify(
             progress.advance(tasks[nth].size, f"{len(faults)} faults" if faults else "no fault")
     if faults:
         _remove_bad(faults, raw, tokens, manifest, Store.open(machine))
-        said = "\n".join(sorted(map(str, faults)))
-        for folder in (raw, tokens):  # as the caller calls them; tasks have the absolute paths
-            said = said.replace(str(folder.absolute()), str(folder))
-        raise DataFault(said)
+        message = "\n".join(sorted(map(str, faults)))
+        for folder in (raw, tokens):  # tasks have absolute paths
+            message = message.replace(str(folder.absolute()), str(folder))
+        raise DataFault(message)
     print(f"verify: {len(tasks)} checks over {total / 1e6:.1f} MB, no fault", flush=True)
     return manifest, report
 
@@ -71,9 +72,9 @@ class _Task:
     check: Callable[..., Findings]
     arguments: tuple[Any, ...]
     size: int
-    """Bytes that it reads, about."""
+    """Bytes to read, about."""
     label: str
-    """What it is called in messages and on Ray's dashboard."""
+    """The task's name in messages and on Ray's dashboard."""
 
 
 def _run(check: Callable[..., Findings], *arguments: Any) -> Findings:
@@ -88,43 +89,44 @@ def _tasks(
     records: dict[str, Record],
     params: VerifyParams,
 ) -> list[_Task]:
-    """A task a source file, a shard, and a chunk with text to encode; the largest first."""
+    """Return a task per source file, per shard, and per chunk to encode again; largest first."""
     has_text = raw_manifest.source.kind != "tokens"
     file_indices = {file.path: index for index, file in enumerate(manifest.source.files)}
-    of_file: dict[str, list[checks.Place]] = {file.path: [] for file in raw_manifest.files}
-    of_chunk: dict[str, list[checks.Place]] = {}
-    tasks, twins = [], set()
+    of_file: dict[str, list[checks.PartSpan]] = {file.path: [] for file in raw_manifest.files}
+    of_chunk: dict[str, list[checks.PartSpan]] = {}
+    tasks, linked = [], set()
     for shard in manifest.shards:
-        for place in checks.places_of(shard):
-            if place.part.path in of_file:
-                of_file[place.part.path].append(place)
-                of_chunk.setdefault(place.part.chunk_key, []).append(place)
+        for span in checks.part_spans(shard):
+            if span.part.path in of_file:
+                of_file[span.part.path].append(span)
+                of_chunk.setdefault(span.part.chunk_key, []).append(span)
         keys = [part.chunk_key for part in shard.parts]
         contents = {
             key: records[key]["splits"][shard.split]["content"] for key in keys if key in records
         }
         indices = {part.path: file_indices.get(part.path, 0) for part in shard.parts}
-        twin = None if has_text else _twin(raw, tokens, shard)
-        if twin is not None:
-            twins.add(twin)
-        shard_arguments = (tokens, shard, manifest.tokenizer, indices, contents, twin)
-        tasks.append(_Task(checks.check_shard, shard_arguments, _shard_bytes(shard), shard.name))
+        linked_raw = None if has_text else _linked_raw(raw, tokens, shard)
+        if linked_raw is not None:
+            linked.add(linked_raw)
+        shard_arguments = (tokens, shard, manifest.tokenizer, indices, contents, linked_raw)
+        size = HEADER_BYTES + shard.tokens * TOKEN_DTYPE.itemsize
+        tasks.append(_Task(checks.check_shard, shard_arguments, size, shard.name))
     for file in raw_manifest.files:
-        if raw / file.path not in twins:
+        if raw / file.path not in linked:
             arguments = (raw, file, tokens, of_file[file.path], has_text)
             tasks.append(_Task(checks.check_source, arguments, file.bytes, file.path))
     if has_text and params.retokenize:
         column, val_per_10k = raw_manifest.text_column, manifest.params.get("val_per_10k", 0)
-        for places in of_chunk.values():
-            text_arguments = (raw, column, tokens, places, params.retokenize, val_per_10k)
-            path, (start, stop) = places[0].part.path, places[0].part.rows
+        for spans in of_chunk.values():
+            text_arguments = (raw, column, tokens, spans, params.retokenize, val_per_10k)
+            path, (start, stop) = spans[0].part.path, spans[0].part.rows
             label = f"{path}[{start}:{stop}]"
             tasks.append(_Task(checks.check_texts, text_arguments, 0, label))
     return sorted(tasks, key=lambda task: -task.size)
 
 
-def _twin(raw: Path, tokens: Path, shard: Shard) -> Path | None:
-    """The file of `data/raw` that a shard is a link to, if it is one."""
+def _linked_raw(raw: Path, tokens: Path, shard: Shard) -> Path | None:
+    """Return the file of `data/raw` that a shard is a hard link to, or None."""
     path = raw / shard.parts[0].path
     try:
         return path if len(shard.parts) == 1 and path.samefile(tokens / shard.name) else None
@@ -132,35 +134,32 @@ def _twin(raw: Path, tokens: Path, shard: Shard) -> Path | None:
         return None
 
 
-def _shard_bytes(shard: Shard) -> int:
-    size: int = HEADER_BYTES + shard.tokens * TOKEN_DTYPE.itemsize
-    return size
-
-
 def _check_folder(
     raw: Path, tokens: Path, raw_manifest: RawManifest, manifest: Manifest
 ) -> tuple[list[Fault], dict[str, Record]]:
-    """What is checked without reading a shard: names, totals, records, and where it came from.
+    """Check all that needs no reading of shards: file names, totals, records and the source.
 
     Returns:
-        The faults, and the records that are whole, by their chunk's key.
+        The faults, and the valid records by chunk key.
     """
     faults = []
     if manifest.source != raw_manifest:
-        faults.append(Fault(tokens / NAME, f"was made from another {raw / NAME}"))
+        faults.append(Fault(tokens / NAME, f"its source differs from {raw / NAME}"))
     known = {NAME, *(name for shard in manifest.shards for name in (shard.name, shard.docs_name))}
     known |= {chunk.name for chunk in manifest.chunks}
     for path in sorted(tokens.rglob("*")):
         if path.is_file() and path.relative_to(tokens).as_posix() not in known:
-            faults.append(Fault(path, "the manifest does not name it"))
+            faults.append(Fault(path, "not in the manifest"))
     for split, totals in manifest.totals.items():
         of_split = [shard for shard in manifest.shards if shard.split == split]
         for key in ("tokens", "docs", "text_bytes"):
             if sum(getattr(shard, key) for shard in of_split) != getattr(totals, key):
-                faults.append(Fault(tokens / NAME, f"totals.{split}.{key} is not the shards' sum"))
+                faults.append(
+                    Fault(tokens / NAME, f"totals.{split}.{key} is not the sum of the shards")
+                )
     records: dict[str, Record] = {}
     for chunk in manifest.chunks:
-        if isinstance(found := checks.read_record_of(tokens / chunk.name, chunk), Fault):
+        if isinstance(found := checks.check_record(tokens / chunk.name, chunk), Fault):
             faults.append(found)
         else:
             records[chunk.chunk_key] = found
@@ -168,25 +167,25 @@ def _check_folder(
 
 
 def _check_records(tokens: Path, manifest: Manifest, records: dict[str, Record]) -> list[Fault]:
-    """The chunks' records against the manifest's parts, and all of them against its key."""
+    """Check the chunks' records against the manifest's parts and its `dataset_key`."""
     parts: dict[str, list[tuple[str, int, int]]] = {}
     faults, files = [], {file.path for file in manifest.source.files}
     for shard in manifest.shards:
         for part in shard.parts:
             parts.setdefault(part.chunk_key, []).append((shard.split, part.tokens, part.docs))
         if other := {part.path for part in shard.parts} - files:
-            faults.append(Fault(tokens / NAME, f"{min(other)} is no file of its source"))
+            faults.append(Fault(tokens / NAME, f"its source has no file {min(other)}"))
     keys = [chunk.chunk_key for chunk in manifest.chunks]
     if len(set(keys)) < len(keys) or parts.keys() - set(keys):
-        faults.append(Fault(tokens / NAME, "its chunks are not those of its shards"))
+        faults.append(Fault(tokens / NAME, "its chunks do not match its shards"))
     for chunk in manifest.chunks:
         if (record := records.get(chunk.chunk_key)) is None:
             continue
-        said = sorted((split, f["tokens"], f["docs"]) for split, f in record["splits"].items())
-        if said != sorted(parts.get(chunk.chunk_key, [])):
-            faults.append(Fault(tokens / chunk.name, "does not agree with the manifest"))
+        found = sorted((split, f["tokens"], f["docs"]) for split, f in record["splits"].items())
+        if found != sorted(parts.get(chunk.chunk_key, [])):
+            faults.append(Fault(tokens / chunk.name, "does not match the manifest"))
     if len(records) == len(keys) and dataset_key(list(records.values())) != manifest.dataset_key:
-        faults.append(Fault(tokens / NAME, "its dataset_key is not that of the chunks' records"))
+        faults.append(Fault(tokens / NAME, "its dataset_key does not match the chunks' records"))
     return faults
 
 
@@ -197,7 +196,7 @@ def _remove_bad(
     bad = {fault.path.absolute() for fault in faults}
     for path in bad:
         if path.is_file():
-            unlink_bad(path)
+            unlink_damaged(path)
     for file in manifest.source.files:
         if (raw / file.path).absolute() in bad:
             _discard(store, "files", file.sha256)

@@ -1,4 +1,4 @@
-"""Of pipeline.guard and pipeline.engines: the proof that both engines say the same."""
+"""Tests for pipeline.tokenize.unicode_guard and engines: the proof that both engines agree."""
 
 from __future__ import annotations
 
@@ -14,17 +14,14 @@ from hypothesis import strategies as st
 from pipeline.format import tokenizer
 from pipeline.tokenize import engines, unicode_guard
 from pipeline.tokenize.engines import (
+    MAX_UNBROKEN_BYTES,
     PIECE_BYTES,
-    UNBROKEN_BYTES,
-    Fast,
-    Unfit,
-    left_to_reference,
+    FastEngine,
+    Unencodable,
+    needs_reference,
     reference,
 )
-
-needs_gigatoken = pytest.mark.skipif(
-    engines.why_not_fast() is not None, reason=str(engines.why_not_fast())
-)
+from tests.support.small_data import needs_gigatoken
 
 
 def arrays(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -33,14 +30,14 @@ def arrays(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def fast() -> Fast:
+def fast() -> FastEngine:
     found = engines.fast()
     assert found is not None
     return found
 
 
-def differing(fast: Fast, texts: Sequence[str]) -> list[str]:
-    """The texts that the two engines encode differently."""
+def differing(fast: FastEngine, texts: Sequence[str]) -> list[str]:
+    """Return the texts that the two engines encode differently."""
     tokens, counts = fast.encode(*arrays([text.encode() for text in texts]))
     expected = tokenizer.encoding().encode_ordinary_batch(list(texts), num_threads=1)
     ends = np.cumsum(counts)
@@ -59,8 +56,8 @@ def proven() -> list[str]:
 PROVEN = frozenset(proven())
 
 
-# Each thing that the pattern tells apart, before and behind a character.
-PLACES = (
+# Each context that the pattern distinguishes, before and after a character.
+CONTEXTS = (
     "{}", " {}", "  {}", "a{}", " a{}b", "1{}", "1{}2", "!{}", " !{}?", "\n{}", "\n\n{}x", "\t{}",
     "'{}", "'s{}", "a'{}", "{}'s", "{}'ll", "{}{}", " {}{}a1", "{} ", "{}  x", "{}\n", "{}1", "{}!",
     "\u00a0{}\u3000", "é{}Ж", "中{}٣",
@@ -68,9 +65,9 @@ PLACES = (
 
 
 @needs_gigatoken
-def test_every_proven_character_is_cut_alike_in_every_place(fast: Fast) -> None:
-    """The proof of `guard.PROVEN`; each place separately: see the next."""
-    texts = ["x".join(PLACES).replace("{}", c) for c in proven()]
+def test_engines_agree_on_every_proven_character_in_every_context(fast: FastEngine) -> None:
+    """The proof of `unicode_guard.PROVEN`; the next test has each context by itself."""
+    texts = ["x".join(CONTEXTS).replace("{}", c) for c in proven()]
     assert len(texts) > 50_000
     texts += [c + " x" for c in proven()]
     assert differing(fast, texts) == []
@@ -78,28 +75,30 @@ def test_every_proven_character_is_cut_alike_in_every_place(fast: Fast) -> None:
 
 @pytest.mark.soak
 @needs_gigatoken
-def test_every_proven_character_in_every_place_by_itself(fast: Fast) -> None:
-    for place in PLACES:
-        assert differing(fast, [place.replace("{}", c) for c in proven()]) == []
+def test_engines_agree_on_every_proven_character_in_single_contexts(fast: FastEngine) -> None:
+    for context in CONTEXTS:
+        assert differing(fast, [context.replace("{}", c) for c in proven()]) == []
 
 
-# What the pattern and the merges trip over, beside single characters of the whole set.
-MORSELS = (
+# Hard cases for the pattern and the merges, mixed with single characters of the proven set.
+FRAGMENTS = (
     " ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u2003", "\u3000", "\u0085", "\x00",
     "'s", "'t", "'ll", "'ve", "'re", "'m", "'d", "'S", "’s", "don't", "''", "the", " the", " of",
     "1", "12", "1234567", "٣", "Ⅷ", "²", "½", "!", "?!", "...", "-", "--", "_", "<|endoftext|>",
     "é", "e\u0301", "ß", "Ж", "中", "の", "한", "אב", "नम", "ไท", "😀", "👩‍👩‍👧", "🇩🇪", "\ufeff",
     "\ufffd", "https://x.org/?a=1&b", "aaaaaaaaaaaaaaaaaaaaaaaa", "=" * 40, " " * 40,
 )  # fmt: skip
-SET = st.sampled_from(unicode_guard.PROVEN).flatmap(lambda run: st.integers(*run)).map(chr)
-SET_OR_NOT = st.one_of(SET, st.characters(exclude_categories=["Cs"]))
-TEXT = st.lists(st.one_of(st.sampled_from(MORSELS), SET), max_size=60).map("".join)
+PROVEN_CHARACTER = (
+    st.sampled_from(unicode_guard.PROVEN).flatmap(lambda run: st.integers(*run)).map(chr)
+)
+ANY_CHARACTER = st.one_of(PROVEN_CHARACTER, st.characters(exclude_categories=["Cs"]))
+TEXT = st.lists(st.one_of(st.sampled_from(FRAGMENTS), PROVEN_CHARACTER), max_size=60).map("".join)
 
 
 @needs_gigatoken
 @given(st.lists(TEXT, min_size=1, max_size=20))
-@settings(max_examples=150, deadline=None)
-def test_random_texts_are_encoded_alike(fast: Fast, texts: list[str]) -> None:
+@settings(max_examples=150)
+def test_engines_agree_on_random_texts(fast: FastEngine, texts: list[str]) -> None:
     data, offsets = arrays([text.encode() for text in texts])
     assert not unicode_guard.unproven(data, offsets).any()
     assert differing(fast, texts) == []
@@ -107,7 +106,7 @@ def test_random_texts_are_encoded_alike(fast: Fast, texts: list[str]) -> None:
 
 @pytest.mark.soak
 @needs_gigatoken
-def test_a_million_random_texts_are_encoded_alike(fast: Fast) -> None:
+def test_engines_agree_on_a_million_random_texts(fast: FastEngine) -> None:
     draw = random.Random(1)
     characters = proven()
     for _ in range(1000):
@@ -115,22 +114,14 @@ def test_a_million_random_texts_are_encoded_alike(fast: Fast) -> None:
         for _ in range(1000):
             rare = draw.choice((0.0, 0.1, 0.5, 1.0))
             length = draw.choice((3, 10, 30, 100))
-            words = draw.choices(MORSELS, k=length)
+            words = draw.choices(FRAGMENTS, k=length)
             texts.append(
                 "".join(draw.choice(characters) if draw.random() < rare else w for w in words)
             )
         assert differing(fast, texts) == []
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=12))
-@settings(max_examples=300, deadline=None)
-def test_the_guard_knows_the_documents_with_other_characters(texts: list[str]) -> None:
-    data, offsets = arrays([text.encode() for text in texts])
-    expected = [not PROVEN.issuperset(text) for text in texts]
-    assert unicode_guard.unproven(data, offsets).tolist() == expected
-
-
-def test_the_guard_knows_every_character_there_is() -> None:
+def test_guard_classifies_every_character() -> None:
     allowed = np.zeros(0x110000, dtype=bool)
     for first, last in unicode_guard.PROVEN:
         assert first % 64 == 0
@@ -141,95 +132,79 @@ def test_the_guard_knows_every_character_there_is() -> None:
     assert np.array_equal(found, ~allowed[points])
 
 
-def test_the_guard_looks_at_the_documents_alone() -> None:
-    """Not at what lies before and behind them in the same buffer."""
-    data, offsets = arrays(["\U0003ffff".encode(), b"a", b"", b"b", "\U0003ffff".encode()])
-    assert unicode_guard.unproven(data, offsets[1:5]).tolist() == [False, False, False]
-    assert unicode_guard.unproven(data, offsets).tolist() == [True, False, False, False, True]
-
-
 @given(st.data())
-@settings(max_examples=200, deadline=None)
-def test_the_guard_finds_a_character_wherever_it_stands(data: st.DataObject) -> None:
-    """Among much ASCII, at any place in the words of eight bytes and in the documents."""
-    pieces = data.draw(st.lists(st.tuples(st.integers(0, 300), SET_OR_NOT), max_size=8))
+@settings(max_examples=200)
+def test_guard_finds_a_character_at_any_offset(data: st.DataObject) -> None:
+    """Among much ASCII, at any offset in a word of eight bytes and in a document."""
+    pieces = data.draw(st.lists(st.tuples(st.integers(0, 300), ANY_CHARACTER), max_size=8))
     text = "".join("a" * count + character for count, character in pieces) + "b" * 20
     borders = sorted(data.draw(st.lists(st.integers(0, len(text)), min_size=2, max_size=5)))
     documents = [text[a:b] for a, b in pairwise(borders)]
     before = text[: borders[0]].encode()
-    whole, offsets = arrays([before, *(d.encode() for d in documents), text.encode()])
+    buffer, offsets = arrays([before, *(d.encode() for d in documents), text.encode()])
     expected = [not PROVEN.issuperset(d) for d in documents]
-    assert unicode_guard.unproven(whole, offsets[1 : len(documents) + 2]).tolist() == expected
+    assert unicode_guard.unproven(buffer, offsets[1 : len(documents) + 2]).tolist() == expected
 
 
-LONG = st.lists(st.one_of(st.sampled_from((*MORSELS, "x" * 90, "\n" * 90)), SET), max_size=120).map(
-    "".join
-)
+LONG = st.lists(
+    st.one_of(st.sampled_from((*FRAGMENTS, "x" * 90, "\n" * 90)), PROVEN_CHARACTER), max_size=120
+).map("".join)
 
 
 @given(LONG)
-@settings(max_examples=200, deadline=None)
-def test_a_long_document_is_cut_where_words_begin(text: str) -> None:
+@settings(max_examples=200)
+def test_cutting_a_long_document_keeps_its_tokens(text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines, "PIECE_BYTES", 50)
         assert reference(text.encode()).tolist() == tokenizer.encode(text)
 
 
 @needs_gigatoken
-def test_a_long_document_goes_to_the_fast_engine_as_one(fast: Fast) -> None:
+def test_long_document_is_encoded_by_the_fast_engine(fast: FastEngine) -> None:
     text = "".join(f"{i} words, {i * i}é and more\n" for i in range(60_000))
     data, offsets = arrays([text.encode()])
     assert len(data) > 3 * PIECE_BYTES
-    assert not left_to_reference(data, offsets).any()
+    assert not needs_reference(data, offsets).any()
     assert np.array_equal(fast.encode(data, offsets)[0], reference(text.encode()))
 
 
-def test_what_is_unbroken_is_left_to_the_reference() -> None:
+def test_unbroken_documents_need_the_reference() -> None:
     texts = [b"a" * (PIECE_BYTES + 1), b"a" * PIECE_BYTES, b"a b " * PIECE_BYTES]
     texts += [b"x" + b" " * (PIECE_BYTES + 1)]
-    assert left_to_reference(*arrays(texts)).tolist() == [True, False, False, True]
+    assert needs_reference(*arrays(texts)).tolist() == [True, False, False, True]
 
 
 def spaces_and_a_word(count: int) -> bytes:
     return b" " * count + b"x"
 
 
-def test_the_reference_and_what_it_cannot_encode() -> None:
+def test_limits_of_the_reference() -> None:
     assert len(reference(spaces_and_a_word(PIECE_BYTES - 1))) == PIECE_BYTES - 1
     assert len(reference("😀".encode() * 1_000_000)) == 2_000_000
-    # tiktoken's pattern overflows its stack, in Rust, as a BaseException.
+    # tiktoken's pattern overflows its stack in Rust, which raises a BaseException.
     with pytest.raises(BaseException, match="StackOverflow"):
         tokenizer.encode(spaces_and_a_word(2_000_000).decode())
     for text, reason in [
         (spaces_and_a_word(2_000_000), "panic"),
-        (b"a" * (UNBROKEN_BYTES + 1), "unbroken"),
+        (b"a" * (MAX_UNBROKEN_BYTES + 1), "unbroken"),
         (b"a" * 50_000_000, "unbroken"),
         (b"\xff", "not UTF-8"),
         (b"\xed\xa0\x80", "not UTF-8"),  # a lone surrogate
     ]:
-        with pytest.raises(Unfit, match=reason):
+        with pytest.raises(Unencodable, match=reason):
             reference(text)
 
 
 @needs_gigatoken
-def test_the_words_that_the_fast_engine_keeps_are_bounded(
-    fast: Fast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fast_engine_cache_is_bounded(fast: FastEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "_CACHE_BYTES", 20 << 20)
     generator = np.random.default_rng(1)
-    fresh = Fast()
+    fresh = FastEngine()
     before, grown = engines._resident_bytes(), []
-    for _ in range(16):  # no word comes twice: without bounds they would come to 160 MB
+    for _ in range(16):  # no word repeats: an unbounded cache would take 160 MB
         text = generator.integers(97, 123, 1_000_000).astype(np.uint8)
         text[::8] = 32
         tokens, _ = fresh.encode(text, np.array([0, len(text)]))
         grown.append(engines._resident_bytes() - before)
     assert max(grown) < 80 << 20
     assert np.array_equal(tokens, reference(text.tobytes()))
-
-
-def test_another_release_of_gigatoken_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "VERSION", "0.0.1")
-    said = engines.why_not_fast()
-    assert said is not None
-    assert said.startswith("gigatoken is ")

@@ -1,4 +1,4 @@
-"""Of pipeline.ship: text that is sent, pieces that come, and how many bytes are on their way."""
+"""Tests for pipeline.tokenize.ship_chunks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.cluster.tasks import TaskError
 from pipeline.params import TokenizeParams
 from pipeline.runtime.machine import Machine
 from pipeline.store.store import Store
-from pipeline.tokenize.ship_chunks import BLOCK_BYTES, budget, pack, receive, unpack
+from pipeline.tokenize.ship_chunks import BLOCK_BYTES, block_limits, pack, receive, unpack
 from pipeline.tokenize.stage import tokenize
 from tests.support.small_data import CODE, hashes, tokenize_here
 
@@ -25,16 +25,14 @@ PARAMS = TokenizeParams(shard_tokens=2000, val_per_10k=1500)
 MEGABYTE = 2**20
 
 
-def test_shipped_and_shared_chunks_are_the_same_bytes(
+def test_shipped_and_shared_chunks_have_the_same_bytes(
     tmp_path: Path, small_raw: Path, one_ray: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "pipeline.tokenize.ship_chunks.BLOCK_BYTES", 70_000
-    )  # of which a chunk takes some
+    for name in ("BLOCK_BYTES", "_MIN_BLOCK_BYTES"):  # several blocks per chunk
+        monkeypatch.setattr(f"pipeline.tokenize.ship_chunks.{name}", 3000)
     machine = Machine(workers=1, work_dir=tmp_path / "ship", data="ship")
     tokenize(small_raw, tmp_path / "shipped", PARAMS, machine, CODE)
-    here = Machine(work_dir=tmp_path / "here")
-    tokenize_here(small_raw, tmp_path / "local", PARAMS, here)
+    tokenize_here(small_raw, tmp_path / "local", PARAMS, Machine(work_dir=tmp_path / "here"))
     assert len(hashes(tmp_path / "local")) > 15
     assert hashes(tmp_path / "shipped") == hashes(tmp_path / "local")
     assert list((Path(tempfile.gettempdir()) / "gpt2-shipped/tmp").iterdir()) == []
@@ -44,8 +42,8 @@ texts = st.lists(st.none() | st.text(max_size=60) | st.just("long " * 3000), max
 
 
 @given(st.lists(texts, max_size=5), st.integers(1, 5000))
-@settings(max_examples=50, deadline=None)
-def test_what_is_unpacked_is_what_was_packed(runs: list[list[str | None]], size: int) -> None:
+@settings(max_examples=50)
+def test_unpack_inverts_pack(runs: list[list[str | None]], size: int) -> None:
     batches, row = [], 7
     for run in runs:
         batches.append((row, pa.array(run, pa.string())))
@@ -60,9 +58,7 @@ def test_what_is_unpacked_is_what_was_packed(runs: list[list[str | None]], size:
 
 
 def node(name: str, cpus: int, store: int, alive: bool = True) -> dict[str, Any]:
-    resources = {"CPU": float(cpus), "object_store_memory": float(store)}
-    if not cpus:
-        del resources["CPU"]
+    resources = {"object_store_memory": float(store)} | ({"CPU": float(cpus)} if cpus else {})
     return {"NodeID": name, "Alive": alive, "Resources": resources}
 
 
@@ -71,25 +67,16 @@ def node(name: str, cpus: int, store: int, alive: bool = True) -> dict[str, Any]
     [
         ([node("home", 0, 2048 * MEGABYTE), node("a", 8, 2048 * MEGABYTE)], BLOCK_BYTES, 64),
         ([node("home", 2, 80 * MEGABYTE)], BLOCK_BYTES, 2),  # a local Ray
-        # A node of many CPUs and a small store makes the blocks short.
+        # A node with many CPUs and a small store shortens the blocks.
         ([node("home", 0, 1024 * MEGABYTE), node("a", 64, 640 * MEGABYTE)], MEGABYTE, 128),
         ([node("home", 0, 64 * MEGABYTE), node("a", 64, 1, alive=False)], BLOCK_BYTES, 2),
         ([node("home", 0, 1), node("a", 10**6, 1)], 2**16, 1),
     ],
 )
-def test_what_is_on_its_way_fills_no_store_more_than_half(
+def test_blocks_in_flight_take_at_most_half_of_any_store(
     nodes: list[dict[str, Any]], block: int, in_flight: int
 ) -> None:
-    assert budget(nodes, "home") == (block, in_flight)
-
-
-def stored(root: Path, small_raw: Path) -> tuple[str, dict[str, np.ndarray]]:
-    """A piece that a store holds: its key, and its files."""
-    manifest = tokenize_here(small_raw, root / "out", PARAMS, Machine(work_dir=root / "work"))
-    key = manifest.shards[0].parts[0].chunk_key
-    folder = root / "work" / "chunks" / key
-    files = {p.name: np.fromfile(p, np.uint8) for p in folder.iterdir() if p.name != "piece.json"}
-    return key, files
+    assert block_limits(nodes, "home") == (block, in_flight)
 
 
 def blocks_of(files: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
@@ -98,9 +85,12 @@ def blocks_of(files: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
             yield name, data[start : start + 1000]
 
 
-def test_a_piece_that_comes_damaged_or_cut_is_not_taken(tmp_path: Path, small_raw: Path) -> None:
-    key, files = stored(tmp_path, small_raw)
-    store = Store(tmp_path / "mine")
+def test_damaged_or_incomplete_piece_is_refused(tmp_path: Path, small_raw: Path) -> None:
+    work = tmp_path / "work"
+    manifest = tokenize_here(small_raw, tmp_path / "out", PARAMS, Machine(work_dir=work))
+    key, store = manifest.shards[0].parts[0].chunk_key, Store(tmp_path / "mine")
+    paths = [path for path in (work / "chunks" / key).iterdir() if path.name != "piece.json"]
+    files = {path.name: np.fromfile(path, np.uint8) for path in paths}
     flipped = files["train.bin"].copy()
     flipped[2000] ^= 1
     for bad in (
@@ -117,4 +107,4 @@ def test_a_piece_that_comes_damaged_or_cut_is_not_taken(tmp_path: Path, small_ra
         receive(blocks_of(files), "0" * 64, store)
     assert receive(blocks_of(files), key, store)["chunk_key"] == key
     assert hashes(tmp_path / "mine/chunks" / key).keys() == {*files, "piece.json"}
-    assert receive(iter(()), key, store)["chunk_key"] == key, "it stands there"
+    assert receive(iter(()), key, store)["chunk_key"] == key, "it is in the store already"

@@ -1,4 +1,4 @@
-"""Of source kind `tokens`: token files of others are linked or cut, indexed, and trained on."""
+"""Tests for source kind `tokens`: published token files are linked or cut, indexed and trained."""
 
 from __future__ import annotations
 
@@ -25,24 +25,15 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
 from pipeline.store import atomic
 from pipeline.store.store import Store
-from pipeline.tokenize.index_chunk import index_chunk, index_key, plan_token_chunks
+from pipeline.tokenize.from_tokens import TokenFileChunks
+from pipeline.tokenize.index_chunk import index_chunk
 from pipeline.tokenize.stage import tokenize
 from pipeline.verify import stage as verify
 from pipeline.verify.__main__ import main as verify_main
 from tests.support.foreign_tokens import write_llm_c
 from tests.support.hub import Hub
 from tests.support.repo import REPO
-from tests.support.small_data import (
-    CODE,
-    PARAMS,
-    flip,
-    hashes,
-    no_cluster,
-    run_here,
-    some_texts,
-    tokenize_here,
-    write_raw,
-)
+from tests.support.small_data import CODE, PARAMS, flip, hashes, no_cluster, piece_times, run_here
 from tests.support.training import Project as Training
 
 SIZES = TokenizeParams(shard_tokens=2000, val_per_10k=0)
@@ -50,25 +41,17 @@ RAW, TOKENS = verify.RAW, verify.TOKENS
 
 
 @pytest.fixture(scope="module")
-def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokens that this project made of text. Not to be changed."""
-    root = tmp_path_factory.mktemp("ours")
-    raw = write_raw(root / "raw", [some_texts(40, "first"), some_texts(25, "second")])
-    params = TokenizeParams(shard_tokens=2000, val_per_10k=1500)
-    tokenize_here(raw, root / "tokens", params, Machine(work_dir=root / "work"))
-    return root / "tokens"
-
-
-@pytest.fixture(scope="module")
-def published(ours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same tokens as others publish them, documents running on from file to file."""
+def published(small_tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same tokens as others publish them, with documents that continue in the next file."""
     root = tmp_path_factory.mktemp("published")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert, "_NPY_TOKENS", 3000)
         for to in ("nanogpt", "build-nanogpt"):
-            convert.convert(ours, to, root / to)
-    write_llm_c(root / "llm.c/fineweb_val_000000.bin", TokenStream(ours, "val")[:])
-    for number, part in enumerate(np.array_split(TokenStream(ours, "train")[:], 3), start=1):
+            convert.convert(small_tokens, to, root / to)
+    write_llm_c(root / "llm.c/fineweb_val_000000.bin", TokenStream(small_tokens, "val")[:])
+    for number, part in enumerate(
+        np.array_split(TokenStream(small_tokens, "train")[:], 3), start=1
+    ):
         write_llm_c(root / f"llm.c/fineweb_train_{number:06d}.bin", part)
     return root
 
@@ -78,11 +61,10 @@ Run = Callable[..., Manifest]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_ray: int) -> Run:
-    """Download and tokenize from some paths, in the current folder, a new one."""
-
+    """Return a function that downloads and tokenizes paths in a new current folder."""
     monkeypatch.setattr("pipeline.download.stage.cluster", no_cluster)
-    for stage in ("download", "tokenize"):
-        monkeypatch.setattr(f"pipeline.{stage}.run_tasks", run_here)
+    for module in ("download.stage", "tokenize.from_tokens"):
+        monkeypatch.setattr(f"pipeline.{module}.run_tasks", run_here)
     root = tmp_path / "project"
     root.mkdir()
     monkeypatch.chdir(root)
@@ -98,67 +80,61 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_ray: int) -> Run:
     return run
 
 
-def check_streams(ours: Path) -> None:
-    for split in SPLITS:
-        assert np.array_equal(TokenStream(TOKENS, split)[:], TokenStream(ours, split)[:])
-
-
 @pytest.mark.parametrize("kind", ["llm.c", "nanogpt", "build-nanogpt"])
-def test_published_tokens_are_the_same_stream_and_pass_verify(
-    run: Run, ours: Path, published: Path, kind: str
+def test_published_tokens_give_the_same_stream_and_pass_verify(
+    run: Run, small_tokens: Path, published: Path, kind: str
 ) -> None:
     manifest = run(published / kind)
-    check_streams(ours)
+    for split in SPLITS:
+        assert np.array_equal(TokenStream(TOKENS, split)[:], TokenStream(small_tokens, split)[:])
     raw = RawManifest.load(RAW)
     assert manifest.source == raw
     assert raw.source.kind == "tokens"
     assert sum(file.tokens or 0 for file in raw.files) == sum(
         totals.tokens for totals in manifest.totals.values()
     )
-    said = Manifest.load(ours)
-    for split, totals in manifest.totals.items():
-        assert totals.docs == said.totals[split].docs
-        assert totals.text_bytes == said.totals[split].text_bytes
+    for split, expected in Manifest.load(small_tokens).totals.items():
+        assert manifest.totals[split].docs == expected.docs
+        assert manifest.totals[split].text_bytes == expected.text_bytes
     verify_main()
     metrics = json.loads(verify.METRICS.read_text())
-    assert metrics["documents"] == 65
+    assert metrics["documents"] == 55
     assert metrics["duplicate_documents"] == metrics["val_documents_in_train"] == 0
     assert "token_count_agreement" not in metrics
-    # A document's place is its first token in the file: its EOT, or the token after the last one's.
+    # A document's position is its first token in the file: its EOT or, in nanoGPT's, the one after.
     for shard in manifest.shards:
         docs, tokens = read_docs(TOKENS / shard.name), TokenStream(TOKENS, shard.split)
         assert (tokens[:][np.asarray(docs[:, 0]) + _start(tokens, shard.name)] == EOT).all()
         if kind == "nanogpt" and shard.split == "train":
             source = np.fromfile(RAW / "train.bin", np.uint16)
-            assert all(place == 0 or source[place - 1] == EOT for place in docs[:, 1])
-    # Nothing is made twice.
-    before = {p: p.stat().st_mtime_ns for p in Path(".work/chunks").glob("*/record.json")}
+            assert all(at == 0 or source[at - 1] == EOT for at in docs[:, 1])
+    # Nothing is built twice.
+    before = piece_times()
     assert run(published / kind) == manifest
-    after = {p: p.stat().st_mtime_ns for p in Path(".work/chunks").glob("*/record.json")}
-    assert after == before
+    assert piece_times() == before
 
 
 def _start(stream: TokenStream, name: str) -> int:
     return int(stream.starts[[shard.name for shard in stream.shards].index(name)])
 
 
-def test_shards_of_llm_c_are_linked_and_others_are_cut(run: Run, published: Path) -> None:
+def test_llm_c_shards_are_linked_and_other_files_are_cut(run: Run, published: Path) -> None:
     manifest = run(published / "llm.c")
     train = sorted(RAW.glob("*train*"))
     assert len(train) == 3
     for number, path in enumerate(train):
         assert path.samefile(TOKENS / f"train-{number:05d}.bin")
-        assert not path.samefile(published / "llm.c" / path.name)  # the user's own stays his
+        assert not path.samefile(published / "llm.c" / path.name)  # the user's file is not linked
     first, second = (read_docs(TOKENS / f"train-{n:05d}.bin") for n in range(2))
     assert first[0].tolist() == [0, 0]
-    assert second[0, 0] > 0  # it begins in the midst of a document
+    assert second[0, 0] > 0  # it begins inside a document
     assert manifest.shards[1].docs == len(second)
     cut = run(published / "nanogpt")
     assert cut.totals["train"].shards > 5
 
 
 @pytest.mark.parametrize("kind", ["nanogpt", "build-nanogpt"])
-def test_content_does_not_depend_on_the_cutting(
+def test_content_does_not_depend_on_shard_size_or_block_size(
     run: Run, published: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     made = [run(published / kind, shard_tokens=size) for size in (1000, 2500, 10**6)]
@@ -170,7 +146,7 @@ def test_content_does_not_depend_on_the_cutting(
     assert run(published / kind, shard_tokens=1000) == made[0]
 
 
-def test_the_first_files_and_all_of_validation(run: Run, published: Path) -> None:
+def test_source_files_limits_training_files_only(run: Run, published: Path) -> None:
     assert split_of_file("val/fineweb_train_000001.bin") == "train"
     run(published / "llm.c", files=1)
     assert sorted(path.name for path in RAW.glob("*.bin")) == [
@@ -203,7 +179,7 @@ def cut_short(path: Path) -> None:
         ("a.txt", lambda path: path.write_text("x"), ["known format", ".bin, .npy"]),
     ],
 )
-def test_what_is_no_token_file_is_named(
+def test_unusable_file_is_named(
     run: Run, tmp_path: Path, name: str, write: Callable[[Path], None], words: list[str]
 ) -> None:
     folder = tmp_path / "in"
@@ -216,47 +192,45 @@ def test_what_is_no_token_file_is_named(
         assert word in str(error.value)
 
 
-def test_a_token_outside_the_vocabulary_is_found_wherever_it_is(
+def test_token_outside_the_vocabulary_is_found_beyond_the_first_check(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.format.foreign_tokens._LOOK", 100)
+    monkeypatch.setattr("pipeline.format.foreign_tokens._CHECKED_TOKENS", 100)
     tokens = np.arange(5000)
     tokens[4000] = 50257
     write_llm_c(tmp_path / "in/train.bin", tokens)
-    with pytest.raises(UserError, match=r"train\.bin: token 50257 is not of GPT-2's"):
+    with pytest.raises(UserError, match=r"train\.bin: token 50257 "):
         run(tmp_path / "in")
 
 
-def test_a_damaged_file_is_named_under_both_names_and_brought_anew(
+def test_damaged_file_is_named_under_both_names_and_downloaded_again(
     run: Run, published: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(published / "llm.c")
     before = hashes(TOKENS) | hashes(RAW)
-    records = {p: p.stat().st_mtime_ns for p in Path(".work/chunks").glob("*/record.json")}
+    records = piece_times()
     flip(TOKENS / "train-00001.bin", 3000, keep_mtime=True)
     with pytest.raises(SystemExit) as stopped:
         verify_main()
     assert stopped.value.code == 1
     out = capsys.readouterr().out
-    assert "data/tokens/train-00001.bin: sha256" in out
-    assert "data/raw/fineweb_train_000002.bin: is the same file as" in out
+    for name in ("data/tokens/train-00001.bin", "data/raw/fineweb_train_000002.bin"):
+        assert f"\n{name}: " in out
     assert not (RAW / "fineweb_train_000002.bin").exists()
     run(published / "llm.c")
     assert hashes(TOKENS) | hashes(RAW) == before
-    after = {p: p.stat().st_mtime_ns for p in Path(".work/chunks").glob("*/record.json")}
-    assert len([path for path in records if after[path] != records[path]]) == 1
+    after = piece_times()
+    assert len([key for key in records if after[key] != records[key]]) == 1
     verify_main()
 
 
-def test_a_file_that_rots_before_it_is_indexed_is_not_blessed(run: Run, published: Path) -> None:
+def test_file_damaged_before_indexing_is_refused(run: Run, published: Path) -> None:
     manifest = run(published / "llm.c")
     store = Store.open(Machine())
-    (chunk,) = (
-        c for c in plan_token_chunks(RAW, manifest.source.files, 2000) if "2.b" in c.file.path
-    )
-    key = index_key(chunk, "other code")
+    plan = TokenFileChunks(RAW, manifest.source, SIZES, store, "other code").plan()
+    ((chunk, key),) = (entry for entry in plan if "2.b" in entry[0].file.path)
     flip(RAW / chunk.file.path, 3000, keep_mtime=True)
-    with pytest.raises(RuntimeError, match=r"fineweb_train_000002\.bin was damaged"):
+    with pytest.raises(RuntimeError, match=r"fineweb_train_000002\.bin"):
         index_chunk(chunk, key, RAW, store)
     assert store.find("chunks", key) is None
     assert store.find("files", chunk.file.sha256) is None
@@ -264,7 +238,7 @@ def test_a_file_that_rots_before_it_is_indexed_is_not_blessed(run: Run, publishe
     assert run(published / "llm.c") == manifest
 
 
-def test_a_published_token_set_is_trained_on(
+def test_training_on_published_tokens(
     run: Run, published: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = run(published / "llm.c")
@@ -279,16 +253,16 @@ def test_a_published_token_set_is_trained_on(
     assert training.metrics()["val_loss"] < 11
 
 
-def test_a_token_set_of_the_hub(published: Path, tmp_path: Path) -> None:
-    """By fsspec; in a process of its own, for the client takes its endpoint once."""
+def test_token_files_of_a_hub_repository(published: Path, tmp_path: Path) -> None:
+    """By fsspec, in a process of its own because the client reads its endpoint only once."""
     script = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from pipeline.files import resolve\n"
-        "from pipeline.pieces import bring\n"
-        "from pipeline.store import Store\n"
+        "from pipeline.download.ingest import ingest\n"
+        "from pipeline.download.source_paths import resolve\n"
+        "from pipeline.store.store import Store\n"
         "for item in resolve(['hf://datasets/kjj0/fineweb10B-gpt2'], ['.bin']):\n"
-        "    print(item.path, item.identity, bring(item, 'text', Store(Path('.')), 20).sha256)\n"
+        "    print(item.path, item.identity, ingest(item, 'text', Store(Path('.')), 20).sha256)\n"
     )
     paths = sorted((published / "llm.c").iterdir())
     with Hub() as hub:
@@ -303,6 +277,6 @@ def test_a_token_set_of_the_hub(published: Path, tmp_path: Path) -> None:
             for _ in range(2)
         )  # fmt: skip
     assert first.returncode == 0, first.stderr
-    assert second.stdout == first.stdout  # the same version, known by its hash
+    assert second.stdout == first.stdout  # the same identity on both runs
     found = [(line.split()[0], line.split()[2]) for line in first.stdout.splitlines()]
     assert found == [(path.name, atomic.sha256_file(path)) for path in paths]

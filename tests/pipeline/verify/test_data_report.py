@@ -1,4 +1,4 @@
-"""Of pipeline.data_report and `verify --show`: what the data are like."""
+"""Tests for pipeline.verify.data_report, and for `pipeline.verify --show`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pipeline.format import tokenizer
-from pipeline.format.manifest import NAME, Manifest, RawManifest, Source, SourceFile
+from pipeline.format.manifest import Manifest
 from pipeline.format.parquet import FINEWEB_SCHEMA
 from pipeline.params import TokenizeParams
 from pipeline.runtime.machine import Machine
@@ -24,8 +22,8 @@ from pipeline.tokenize.encode_chunk import split_of
 from pipeline.verify import data_report
 from pipeline.verify import stage as verify
 from pipeline.verify.__main__ import main as verify_main
-from pipeline.verify.data_report import Copies, hosts, length_bins, source_facts
-from tests.support.small_data import PARAMS, tokenize_here
+from pipeline.verify.data_report import DuplicateCounter, hosts, source_facts
+from tests.support.small_data import PARAMS, describe, tokenize_here, write_manifest
 
 SIZES = TokenizeParams(shard_tokens=1000, val_per_10k=2500)
 TEXTS = [f"Text {i}. " + "more " * (5 * i) for i in range(60)]
@@ -48,17 +46,15 @@ ROWS[13]["url"] = None
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_ray: int) -> Path:
-    """Raw text, tokens and a store, as the current folder."""
+    """A new current folder with raw text, tokens and a store."""
     monkeypatch.chdir(tmp_path)
     files = []
     for number, rows in enumerate((ROWS[:25], ROWS[25:])):
         path = verify.RAW / f"part: {number}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist(rows, schema=FINEWEB_SCHEMA), path, row_group_size=7)
-        digest, size = atomic.sha256_file(path), path.stat().st_size
-        files.append(SourceFile(path=path.name, bytes=size, rows=len(rows), sha256=digest))
-    raw = RawManifest(source=Source(kind="test", repo="test", revision="1"), files=files)
-    atomic.write_json(verify.RAW / NAME, raw.model_dump())
+        files.append(describe(path, len(rows)))
+    write_manifest(verify.RAW, files)
     Path("params.yaml").write_text(PARAMS.format(shard_tokens=1000, val_per_10k=2500))
     tokenize_here(verify.RAW, verify.TOKENS, SIZES, Machine())
     return tmp_path
@@ -74,7 +70,7 @@ def report() -> dict[str, Any]:
     return metrics
 
 
-def test_what_the_report_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_and_tables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = report()
     texts = [str(row["text"]) for row in ROWS if row["text"]]
     lengths = [len(tokenizer.encode(text)) + 1 for text in texts]
@@ -99,7 +95,7 @@ def test_what_the_report_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert sum(bins.values()) == 59
     assert bins["256 to 511"] == sum(256 <= length < 512 for length in lengths)
     assert metrics["gigatoken_share"] + metrics["tiktoken_share"] == 1
-    # Engines are reported where the pieces say so.
+    # The engines come from the pieces in the store.
     for note in Path(".work/chunks").glob("*/engine.json"):
         note.unlink()
     assert not [key for key in report() if "share" in key]
@@ -117,7 +113,7 @@ def test_what_the_report_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert metrics["engine_differences"] == 1
 
 
-def test_a_source_without_these_columns_is_no_fault(tmp_path: Path) -> None:
+def test_source_without_metadata_columns_is_no_fault(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     counts = np.zeros(2, np.int32)
     pq.write_table(pa.table({"text": ["a", "b"], "url": [1, 2]}), path)
@@ -127,17 +123,6 @@ def test_a_source_without_these_columns_is_no_fault(tmp_path: Path) -> None:
     invalid = pa.array([b"http://\xff/", b"b"]).view(pa.string())
     pq.write_table(pa.table({"url": invalid}), path)
     assert source_facts(path, counts) == data_report.SourceFacts()
-
-
-def test_a_source_file_with_a_colon_is_named_and_removed(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = verify.RAW / "part: 1.parquet"
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(SystemExit):
-        verify_main()
-    assert "part: 1.parquet: sha256 " in capsys.readouterr().out
-    assert not path.exists()
 
 
 def test_hosts() -> None:
@@ -154,16 +139,8 @@ def test_hosts() -> None:
     assert found == [*addresses.values(), None]
 
 
-@given(st.lists(st.integers(1, 2**31 - 1), min_size=1))
-def test_length_bins(lengths: list[int]) -> None:
-    expected = np.zeros(32, int)
-    for length in lengths:
-        expected[length.bit_length() - 1] += 1
-    assert length_bins(np.array(lengths)).tolist() == expected.tolist()
-
-
-def test_many_names_are_counted_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_report, "_NAMES", 50)
+def test_names_are_counted_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_report, "_MAX_NAMES", 50)
     counter = data_report.SourceFacts().hosts
     for start in range(0, 2000, 20):
         rare = [f"rare{i}" for i in range(start, start + 20)]
@@ -172,23 +149,23 @@ def test_many_names_are_counted_in_bounded_memory(monkeypatch: pytest.MonkeyPatc
     assert counter["often"] == 500
 
 
-def test_copies_are_counted_whole_and_by_sample() -> None:
+def test_duplicates_are_counted_exactly_and_by_sample() -> None:
     rng = np.random.default_rng(1)
     texts = rng.integers(0, 2**64, 40_000, np.uint64)
     train = np.concatenate([texts[:30_000], texts[:10_000], texts[:5_000]])
     val = np.concatenate([texts[30_000:], texts[:2_000], texts[39_000:]])
     for limit, tolerance in ((10**6, 0.0), (20_000, 0.05)):
-        copies = Copies(limit)
+        counter = DuplicateCounter(limit)
         for part in np.array_split(rng.permutation(train), 7):
-            copies.add("train", part)
-        copies.add("val", val)
-        assert sum(len(p) for parts in copies._held.values() for p in parts) <= limit
-        repeated, shared = copies.count()
+            counter.add("train", part)
+        counter.add("val", val)
+        assert sum(len(p) for parts in counter._hashes.values() for p in parts) <= limit
+        repeated, shared = counter.count()
         assert repeated == pytest.approx(15_000 + 2_000 + 1_000, rel=tolerance)
         assert shared == pytest.approx(2_000, rel=3 * tolerance)
 
 
-def test_documents_are_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_prints_documents(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def show(count: int) -> str:
         capsys.readouterr()
         verify_main(["--show", str(count)])
@@ -198,11 +175,11 @@ def test_documents_are_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -
     shown = show(1000)
     assert shown.count("== ") == 59
     assert "part: 0.parquet row 20, " in shown
-    assert "One\\x1b[31m red\n" in shown  # no document steers the terminal
+    assert "One\\x1b[31m red\n" in shown  # a document cannot control the terminal
     assert "\x1b" not in shown
     assert show(5).count("== ") == 5
     assert f"{TEXTS[1]}".rstrip() in shown
     long = next(text for text in TEXTS[::-1] if split_of(text.encode(), 2500) == "train")
-    assert "characters more]\n" in shown
+    assert "characters]\n" in shown
     assert long not in shown
     assert not verify.VERIFIED.exists()
