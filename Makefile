@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(abspath $(VENV))/bin
 # The stages run `python`, torchrun and dvc of this environment.
 export PATH := $(BIN):$(PATH)
-# Tests wait more than they compute: two at a time, those of one file one after the other.
+# Tests wait more than they compute: two processes, each file in one of them.
 PARALLEL ?= -n 2 --dist loadfile
 # Without compiled files Ray takes 15 s to start, not 4.
 unexport PYTHONDONTWRITEBYTECODE
@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .PHONY: help run test test-slow soak rehearse gpu lint format lock clean
 
-help:  ## this list
+help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -22,56 +22,56 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# DVC works without git as well, where it is told so (an unpacked archive, say).
-run: $(VENV)/.installed  ## the whole pipeline of params.yaml: text, shards, model, metrics, report
+# Without a git repository (in an unpacked archive), DVC needs core.no_scm.
+run: $(VENV)/.installed  ## run the pipeline of params.yaml: text, shards, model, metrics, report
 	@if test "$$(git rev-parse --show-toplevel 2>/dev/null)" = "$(CURDIR)"; then \
 		dvc config --local --quiet --unset core.no_scm 2>/dev/null || true; \
 	else \
-		echo 'no git repository here: DVC goes without (core.no_scm); dvc exp and dvc diff need one'; \
+		echo 'no git repository here: DVC runs with core.no_scm; dvc exp and dvc diff need git'; \
 		dvc config --local core.no_scm true; \
 	fi
 	dvc repro
 	@echo
-	@echo 'The model     artifacts/checkpoint; in the Hugging Face layout: artifacts/hf'
-	@echo 'The metrics   metrics/{data,train,eval}.json; dvc metrics show; dvc plots show'
-	@echo 'The report    artifacts/report.html; some samples: artifacts/samples.md'
+	@echo 'Model         artifacts/checkpoint; in the Hugging Face layout: artifacts/hf'
+	@echo 'Metrics       metrics/{data,train,eval}.json; dvc metrics show; dvc plots show'
+	@echo 'Report        artifacts/report.html; samples: artifacts/samples.md'
 	@echo 'Sample text   python -m model.generate --checkpoint artifacts/checkpoint --prompt "The state of the Union is"'
-	@echo 'after         . $(VENV)/bin/activate'
+	@echo 'Environment   . $(VENV)/bin/activate'
 
-test: $(VENV)/.installed  ## the fast tests
+test: $(VENV)/.installed  ## run the fast tests
 	python -m pytest $(PARALLEL) -m 'not slow and not soak'
 
-test-slow: $(VENV)/.installed  ## the slow tests: full sizes, kills, whole pipelines
+test-slow: $(VENV)/.installed  ## run the slow tests: full sizes, kills, complete pipelines
 	python -m pytest $(PARALLEL) -m 'slow and not soak'
 
-soak: $(VENV)/.installed  ## what takes minutes more: silence, kills, downloads killed 20 times
+soak: $(VENV)/.installed  ## run the longest tests: many kills, lost hosts, full sizes (an hour)
 	python -m pytest -m soak
 	python -m tests.soak.download
 
-rehearse: $(VENV)/.installed  ## the preset fineweb-10b, whole, in small sizes, on this machine: 20 minutes
+rehearse: $(VENV)/.installed  ## rehearse the preset fineweb-10b in small sizes on this machine: 20 minutes
 	python -m tests.rehearse
 
-gpu: $(VENV)/.installed  ## on a machine with GPUs: the tests that need one, then the step's time
+gpu: $(VENV)/.installed  ## on a machine with GPUs: run the tests that need one, then time a step
 	python -m pytest -m gpu
 	python -m train.bench
 
-lint: $(VENV)/.installed  ## ruff and mypy
+lint: $(VENV)/.installed  ## run ruff and mypy
 	ruff check .
 	ruff format --check .
 	mypy
 
-format: $(VENV)/.installed  ## let ruff mend what it can
+format: $(VENV)/.installed  ## fix and format with ruff
 	ruff check --fix .
 	ruff format .
 
-# torch names its own CUDA packages exactly; leaving them out lets other CUDA builds be installed.
-lock:  ## resolve constraints.txt anew (needs uv)
-	{ echo '# Tested versions, for every Python from 3.10; `make lock` resolves them anew.'; \
+# torch pins its own CUDA packages; leaving them out allows other CUDA builds.
+lock:  ## resolve constraints.txt again (needs uv)
+	{ echo '# Tested versions, for every Python from 3.10; `make lock` resolves them again.'; \
 	  uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 \
 	    --no-annotate --no-header --quiet --constraint <(echo torch==2.13.0) \
 	    | grep -vE '^(nvidia|cuda|triton)'; } > constraints.txt.new
 	mv constraints.txt.new constraints.txt
 lock: SHELL := bash -o pipefail
 
-clean:  ## remove what the pipeline made (data, artifacts, store, DVC's cache); keep .venv
+clean:  ## remove what the pipeline made (data, artifacts, store, DVC cache); keep .venv
 	rm -rf data artifacts .work .dvc/cache .dvc/tmp metrics/live metrics/*.csv

@@ -1,4 +1,4 @@
-"""Text to token shards: sources, download, tokenizer, shard format, manifest, verify."""
+"""The data pipeline: text to token shards. Names for training: `Manifest` and `TokenStream`."""
 
 from pipeline.format.manifest import Manifest
 from pipeline.format.shards import TokenStream

@@ -1,5 +1,5 @@
-"""Run tasks on Ray; where they run decides no byte.
+"""Run tasks on Ray. Where they run decides no byte.
 
-`join` starts a local Ray or joins a cluster, `probe` checks that its nodes have the same versions
-and files, `tasks` runs a bounded number of tasks and repeats those that a node lost.
+`join` starts a local Ray or joins a cluster, `probe` checks that all nodes have the same versions,
+code and files, `tasks` runs a bounded number of tasks at a time and retries them.
 """

@@ -1,100 +1,89 @@
-"""Ray: a small local cluster, or the one that is named, found fit before any work."""
+"""Start a local Ray, or join a running cluster and check its nodes."""
 
 import contextlib
 import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import probe
-from pipeline.cluster.tasks import run_tasks
 from pipeline.runtime.errors import StageFailed, UserError
 from pipeline.runtime.machine import Machine
 from pipeline.store.store import Store
 
-__all__ = ["cluster", "run_tasks"]
-
-# Tasks return small records, which go through no object store; Ray takes no smaller one than 75 MB.
-# Ray's default would be a third of the memory. Where /dev/shm is smaller (64 MB in a container as
-# Docker starts it), Ray puts the store into its own folder in /tmp.
+# Tasks return small records, which bypass the object store; 75 MB is Ray's minimum, a third of the
+# memory its default. If /dev/shm is smaller (64 MB in a Docker container), Ray uses /tmp.
 _OBJECT_STORE_BYTES = 80 * 2**20
-# Ray's own count of a node's memory, which it holds tasks back by. What runs on this machine at
-# once is said by `workers`.
+# Ray holds tasks back by its own estimate of the node's memory; here `workers` is the limit.
 _MEMORY_BYTES = 2**40
 
-_ALWAYS = {
+_RAY_VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # `uv run` would have Ray rebuild the environment in every worker.
+    # Under `uv run` Ray would rebuild the environment in every worker.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Of tasks that were given up, at the end.
+    # Of tasks cancelled at the end.
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",
 }
-# By default it takes minutes until a link that went silent is noticed. The nodes need them as well
-# (docs/node-environment.sh).
 NODE_VARIABLES = {
     "RAY_grpc_client_keepalive_time_ms": "5000",
     "RAY_grpc_client_keepalive_timeout_ms": "5000",
 }
+"""Make Ray notice a silent link in seconds, not minutes; nodes need them too
+(docs/node-environment.sh)."""
 
 
 @contextlib.contextmanager
 def cluster(machine: Machine, files: Sequence[Path] = (), *, ships: bool = False) -> Iterator[int]:
-    """Have Ray up for the length of the block; yield the number of its CPUs.
+    """Run the block with Ray initialised; yield the number of CPUs.
 
-    Without an address a local Ray is started. Ray itself would join any cluster that happens to run
-    on the machine, so the address is always said. Where nothing is shared (`data: ship`) a stage
-    whose tasks open files runs on a local Ray, beside its files.
+    Without an address, start a local Ray. Ray itself would join any cluster that runs on the
+    machine, so it is always given an address. If nothing is shared (`data: ship`), a stage whose
+    tasks open files uses a local Ray, next to its files.
 
     Args:
-        files: that the tasks read where they run.
-        ships: whether the tasks open no file, but are sent what they need.
+        files: Files that the tasks read, at the same paths on all nodes.
+        ships: Whether tasks open no files but are sent what they need.
 
     Raises:
-        UserError: no cluster answers, or its nodes are unfit for the work.
+        UserError: No cluster answers, or its nodes differ from this machine.
+        StageFailed: The local Ray did not start.
     """
     address = machine.ray_address or os.environ.get("RAY_ADDRESS") or "local"
     if machine.data == "ship" and not ships:
         address = "local"
-    _set_defaults(_ALWAYS if address == "local" else _ALWAYS | NODE_VARIABLES)
+    variables = _RAY_VARIABLES if address == "local" else _RAY_VARIABLES | NODE_VARIABLES
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
     handler = signal.getsignal(signal.SIGTERM)
     with contextlib.ExitStack() as stack:
         if address == "local":
             _start(machine)
         else:
             store = Store.open(machine) if machine.data == "shared" else None
-            asked = stack.enter_context(probe.probing(store, files))
-            _join(address, asked)
+            node_probe = stack.enter_context(probe.open_probe(store, files))
+            _join(address, node_probe)
         import ray
 
-        # Ray puts its own handler in: a stopped stage would end as a fault, after a stack dump.
+        # Ray installs its own handler, which would end a stopped stage as a fault, with a dump.
         signal.signal(signal.SIGTERM, handler)
         try:
             if address != "local":
-                probe.ask_nodes(asked)
+                probe.check_nodes(node_probe)
             yield max(1, int(ray.cluster_resources().get("CPU", 0)))
         finally:
             ray.shutdown()
 
 
-def _set_defaults(variables: Mapping[str, str]) -> None:
-    for name, value in variables.items():
-        os.environ.setdefault(name, value)
-
-
 def _start(machine: Machine) -> None:
-    """Start a local Ray.
-
-    Raises:
-        StageFailed: It did not come up.
-    """
-    # Workers import this code, from this folder, whatever else is installed.
+    """Start a local Ray; raise `StageFailed` if it does not start."""
+    # Workers must import the code of this folder, even if another copy is installed.
     path = [str(Path.cwd()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path))
-    import ray  # here, for it takes a second and is not needed where nothing is left to do
+    import ray  # takes a second, so only if there is work
 
     try:
         ray.init(
@@ -105,49 +94,50 @@ def _start(machine: Machine) -> None:
             _memory=_MEMORY_BYTES,
             logging_level=logging.ERROR,
         )
-    except Exception as error:  # Ray has no class of its own for it
+    except Exception as error:  # Ray has no exception class for this
         reason = " ".join(str(error).split())
-        slow = (
-            "; is the machine overloaded? Ray gives up after 30 s" if "timed out" in reason else ""
-        )
+        slow = " (Ray gives up after 30 s: is the machine overloaded?)" * ("timed out" in reason)
         raise StageFailed(
-            f"Ray did not start on this machine ({reason[:200]}){slow}; what is finished is kept, "
-            "and the same command goes on from here"
+            f"Ray did not start on this machine: {reason[:200]}{slow}; finished work is kept, run "
+            "the same command again to resume"
         ) from error
 
 
-def _join(address: str, asked: probe.Probe) -> None:
-    """Join a running cluster; this code goes with the job.
+def _join(address: str, node_probe: probe.Probe) -> None:
+    """Join a running cluster and send it the code of the package `pipeline`.
 
-    The package alone is sent, and not the folder, in which data, store and history lie: the nodes
-    need nothing of the project but what `pip` installs.
+    Only the package is sent, not the project's folder with data, store and history.
+
+    Raises:
+        UserError: The cluster does not answer, or refuses this driver.
     """
     import ray
 
     if address.startswith("ray://"):
         raise UserError(
-            f"ray_address: {address} is Ray Client's; start the stage on a node of the cluster "
-            "(its head, say) with ray_address: HOST:6379, or send it there by `ray job submit`"
+            f"ray_address: {address}: Ray Client is not supported; run the stage on a node of the "
+            "cluster with ray_address: HOST:6379, or submit it with `ray job submit`"
         )
     host, _, port = address.rpartition(":")
-    if port.isdigit():  # Ray would try for half a minute, and speak of crashes
+    if port.isdigit():  # Ray would retry for 30 s, then report a crash
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         except OSError as error:
             raise UserError(
-                f"ray_address: no Ray cluster answers at {address} ({error}); start it, or correct "
-                "the address in machine.yaml or RAY_ADDRESS"
+                f"ray_address: no Ray cluster answers at {address} ({error}); start one there, or "
+                "correct the address in machine.yaml or RAY_ADDRESS"
             ) from None
     environment: dict[str, Any] = {
-        "py_modules": [str(Path(__file__).parents[1])],
+        "py_modules": [str(probe.PACKAGE)],
         "excludes": ["__pycache__"],
-        "env_vars": {probe.VARIABLE: probe.encode(asked)},
+        "env_vars": {probe.VARIABLE: probe.encode(node_probe)},
     }
     try:
         ray.init(address, logging_level=logging.ERROR, runtime_env=environment)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"ray_address: cannot join the Ray cluster at {address} ({reason[:300]}); is it up, is "
-            "this machine a node of it, and are RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH set as there?"
+            f"ray_address: cannot join the Ray cluster at {address} ({reason[:300]}); check that "
+            "it runs, that this machine is one of its nodes, and that RAY_AUTH_MODE and "
+            "RAY_AUTH_TOKEN_PATH are set as on the others"
         ) from None

@@ -1,7 +1,8 @@
-"""What is asked of every node before it works: the driver's versions, its code, and its files.
+"""Checks of every node before it works: versions, this project's code, and the shared files.
 
-The probe travels in the environment of the job's workers. All nodes of the cluster are asked at the
-start; a node that an autoscaler adds later is asked by the first task of each of its workers.
+The driver's values, a `Probe`, reach the nodes in the environment of the job's workers. All nodes
+of the cluster compare them at the start; a node that an autoscaler adds later compares them in the
+first task of each worker.
 """
 
 import contextlib
@@ -25,56 +26,57 @@ from typing import Any
 from pipeline.runtime.errors import UserError
 from pipeline.store.store import Store
 
-# What could change a byte of the result, or keep the job from running at all.
-PACKAGES = ("ray", "tiktoken", "gigatoken")
+PACKAGE = Path(__file__).parents[1]
+"""The folder of the package `pipeline`, whose code runs on the nodes."""
+DISTRIBUTIONS = ("ray", "tiktoken", "gigatoken")
+"""Those that could change a byte of the result, or stop the job from running at all."""
 VARIABLE = "PIPELINE_PROBE"
-_SECONDS = 120.0
-_ABSENT = "no"
+_TIMEOUT = 120.0
+_NOT_INSTALLED = "not installed"
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a node should find."""
+    """The driver's values, which every node must match."""
 
     versions: dict[str, str]
-    """Of Python, the packages, and this project's code."""
+    """Of Python, the distributions, and this project's code."""
     store: str = ""
-    """The store's folder; empty where nothing is shared."""
+    """Folder of the store; empty if the nodes share nothing."""
     nonce: str = ""
-    """Names a folder in the store that the driver made just now."""
+    """Name of a folder that the driver has just made in the store."""
     files: tuple[tuple[str, int], ...] = ()
-    """Files that the tasks read, and their bytes."""
+    """Files that the tasks read, and their sizes in bytes."""
 
     @property
     def folder(self) -> Path:
-        """Where the driver and the nodes leave their marks."""
+        """Folder in which the driver and the nodes write a file each."""
         return Path(self.store) / "tmp" / f"probe-{self.nonce}"
 
 
-def versions() -> dict[str, str]:
-    """What runs here."""
+def versions(package: Path = PACKAGE) -> dict[str, str]:
+    """Return the versions on this node; the code's is a hash of all modules below ``package``."""
     found = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
-    for package in PACKAGES:
+    for name in DISTRIBUTIONS:
         try:
-            found[package] = metadata.version(package)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[package] = _ABSENT
+            found[name] = _NOT_INSTALLED
     digest = hashlib.sha256()
-    folder = Path(__file__).parents[1]  # all of it: every room works on the nodes
-    for path in sorted(folder.rglob("*.py")):
-        name = path.relative_to(folder).as_posix()
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
         digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     found["this project's code"] = digest.hexdigest()[:12]
     return found
 
 
 @contextlib.contextmanager
-def probing(store: Store | None, files: Sequence[Path]) -> Iterator[Probe]:
-    """A probe for the length of the block: of the versions, and of what is shared, if anything is.
+def open_probe(store: Store | None, files: Sequence[Path]) -> Iterator[Probe]:
+    """Yield a probe of this machine; its folder in the store exists as long as the block runs.
 
     Args:
-        store: into which the tasks write; None where nothing is shared.
-        files: which the tasks read; the first and the last of them are looked at.
+        store: Store that the tasks write into; None if the nodes share nothing.
+        files: Files that the tasks read; only the first and the last are checked.
     """
     if store is None:
         yield Probe(versions())
@@ -84,7 +86,7 @@ def probing(store: Store | None, files: Sequence[Path]) -> Iterator[Probe]:
     probe = Probe(versions(), str(store.root), nonce, tuple(ends.items()))
     lock = store.root / "locks" / probe.folder.name
     try:
-        with store.lock("probe", nonce):  # and so nobody sweeps the folder away
+        with store.lock("probe", nonce):  # keeps `Store.sweep` from removing the folder
             probe.folder.mkdir(parents=True)
             (probe.folder / "driver").write_text(nonce)
             yield probe
@@ -93,128 +95,129 @@ def probing(store: Store | None, files: Sequence[Path]) -> Iterator[Probe]:
         lock.unlink(missing_ok=True)
 
 
-def complaints(probe: Probe, mark: str = "") -> tuple[list[str], list[str]]:
-    """What is wrong here, and what may be: each a few words.
+def compare(probe: Probe, reply: str = "") -> tuple[list[str], list[str]]:
+    """Compare this node with the driver; return errors and warnings, a few words each.
 
     Args:
-        mark: the name under which this node leaves word in the store; none, where it is empty.
+        reply: Name of the file that this node writes into the probe's folder; empty: none.
     """
-    wrong, doubtful = [], []
+    errors, warnings = [], []
     for name, found in versions().items():
-        if found != (wanted := probe.versions.get(name, _ABSENT)):
-            wrong.append(f"{name} {found} where the driver has {wanted}")
+        if found != (expected := probe.versions.get(name, _NOT_INSTALLED)):
+            errors.append(f"{name}: {found} here, {expected} on the driver")
     if probe.store:
         try:
             if (probe.folder / "driver").read_text() != probe.nonce:
                 raise FileNotFoundError
-            if mark:
-                (probe.folder / mark).write_text(probe.nonce)
+            if reply:
+                (probe.folder / reply).write_text(probe.nonce)
         except OSError as error:
-            reason = error.strerror or "it is another"
-            return [*wrong, f"no share in {probe.store} ({reason})"], []
+            reason = error.strerror or "a different folder"
+            return [*errors, f"{probe.store}: not shared with the driver ({reason})"], []
         if _can_lock(Path(probe.store) / "locks" / probe.folder.name):
-            doubtful.append("locks do not reach it: run one pipeline at a time on this store")
+            warnings.append("file locks do not reach it: run one pipeline at a time on this store")
     for path, size in probe.files:
         try:
             if (found_size := Path(path).stat().st_size) != size:
-                wrong.append(f"another {path} ({found_size:,} bytes, not {size:,})")
+                errors.append(f"{path}: {found_size:,} bytes here, {size:,} on the driver")
         except OSError as error:
-            wrong.append(f"no {path} ({error.strerror})")
-    return wrong, doubtful
+            errors.append(f"{path}: {error.strerror}")
+    return errors, warnings
 
 
 def _can_lock(path: Path) -> bool:
-    """Whether the driver's lock can be had here: then it holds on one machine only."""
+    """Return whether this node gets the lock that the driver holds."""
     with contextlib.suppress(OSError), open(path) as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     return False
 
 
-def ask_nodes(probe: Probe) -> None:
-    """Have every node that can run tasks look for what the probe names.
+def check_nodes(probe: Probe) -> None:
+    """Have every node that can run tasks compare itself with the driver.
 
     Raises:
-        UserError: naming each node that is unfit, and why, in one line.
+        UserError: Names each node that differs, and how, on one line.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    task: Any = ray.remote(num_cpus=0, max_retries=0)(complaints)
-    asked: dict[Any, dict[str, Any]] = {}
+    task: Any = ray.remote(num_cpus=0, max_retries=0)(compare)
+    nodes: dict[Any, dict[str, Any]] = {}
     for node in ray.nodes():
         if node["Alive"] and node["Resources"].get("CPU"):
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            on_node = task.options(name="probe", scheduling_strategy=there)
-            asked[on_node.remote(probe, node["NodeID"])] = node
-    unfit: list[str] = []
-    deadline = time.monotonic() + _SECONDS
-    for reference, node in asked.items():
+            affinity = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            on_node = task.options(name="probe", scheduling_strategy=affinity)
+            nodes[on_node.remote(probe, node["NodeID"])] = node
+    failures: list[str] = []
+    deadline = time.monotonic() + _TIMEOUT
+    for reference, node in nodes.items():
         address = node["NodeManagerAddress"]
         try:
-            wrong, doubtful = ray.get(reference, timeout=max(0, deadline - time.monotonic()))
+            errors, warnings = ray.get(reference, timeout=max(0, deadline - time.monotonic()))
         except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError):
-            continue  # lost in the meantime, and nothing of ours with it
+            continue  # lost since, before it had any work
         except ray.exceptions.GetTimeoutError:
-            unfit.append(f"{address} does not answer")
+            failures.append(f"{address} does not answer")
             continue
         except ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[-1]
             raise UserError(f"node {address} cannot run this project: {reason}") from None
-        if probe.store and not wrong and not (probe.folder / node["NodeID"]).exists():
-            wrong.append(f"what it writes into {probe.store} does not come here")
-        if wrong:
-            unfit.append(f"{address} has {'; '.join(wrong)}")
-        for doubt in doubtful:
-            print(f"warning: node {address}: {doubt}", flush=True)
-    if unfit:
-        raise UserError(_mend(probe, unfit))
+        if probe.store and not errors and not (probe.folder / node["NodeID"]).exists():
+            errors.append(f"{probe.store}: files written there do not appear on the driver")
+        if errors:
+            failures.append(f"{address} ({', '.join(errors)})")
+        for warning in warnings:
+            print(f"warning: node {address}: {warning}", flush=True)
+    if failures:
+        raise UserError(_message(probe, failures))
 
 
-def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, as a task: it looks first whether its worker's node is fit."""
+def with_node_check(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function of a task that first calls `check_this_node`."""
     if inspect.isgeneratorfunction(function):
 
         def stream(*args: Any) -> Iterator[Any]:
-            look_here()
-            # Not `yield from`: Ray sends into the generator what an inner iterator may not take.
+            check_this_node()
+            # Not `yield from`: Ray sends values into the generator that an inner one may not take.
             for value in function(*args):  # noqa: UP028
                 yield value
 
         return stream
 
     def call(*args: Any) -> Any:
-        look_here()
+        check_this_node()
         return function(*args)
 
     return call
 
 
 @functools.cache
-def look_here() -> None:
-    """In a worker: is this node as the job's driver wants it? Looked at once in its life.
+def check_this_node() -> None:
+    """Compare this worker's node with the driver, once in the worker's life.
 
     Raises:
-        UserError: it is not.
+        UserError: They differ.
     """
-    if told := os.environ.get(VARIABLE):
-        probe = decode(told)
-        if wrong := complaints(probe)[0]:
-            raise UserError(_mend(probe, [f"{socket.gethostname()} has {'; '.join(wrong)}"]))
+    if encoded := os.environ.get(VARIABLE):
+        probe = decode(encoded)
+        if errors := compare(probe)[0]:
+            raise UserError(_message(probe, [f"{socket.gethostname()} ({', '.join(errors)})"]))
 
 
 def encode(probe: Probe) -> str:
-    """The probe as the value of an environment variable."""
+    """Return the probe as the value of an environment variable."""
     return json.dumps(asdict(probe))
 
 
 def decode(text: str) -> Probe:
-    """What `encode` made."""
+    """Return the probe that was encoded by `encode`."""
     values = json.loads(text)
     return Probe(**values | {"files": tuple((path, size) for path, size in values["files"])})
 
 
-def _mend(probe: Probe, unfit: Sequence[str]) -> str:
-    shared = "see that it has the same folders at the same paths, or set data: ship in machine.yaml"
-    mends = ["install constraints.txt there", *([shared] if probe.store else [])]
-    return f"the cluster's nodes do not fit: {'; '.join(unfit)} ({'; '.join(mends)})"
+def _message(probe: Probe, failures: Sequence[str]) -> str:
+    fix = "install constraints.txt on them"
+    if probe.store:
+        fix += ", and share the same folders at the same paths or set data: ship in machine.yaml"
+    return f"cluster nodes differ from the driver: {'; '.join(failures)}; {fix}"

@@ -1,36 +1,35 @@
-"""Tasks on Ray: bounded in flight, the largest first, run again where they were lost.
+"""Run tasks on Ray: a bounded number at a time, the largest first, with retries.
 
-Two things end a task early, and are told apart. It is **lost** with its worker or its node (a spot
-instance that goes, a cut link, a worker killed): it is run again at once, elsewhere. Or it
-**fails** for a reason of its own: it is tried `TRIES` times, after what else there is to do, and
-named in the end, when all others are done. A mistake of the user's ends the run at once.
+A task can end early in two ways. It is **lost** with its worker or node (a spot instance that is
+reclaimed, a cut link, a killed worker): it is run again at once, elsewhere. Or it **fails** by an
+exception: it is tried up to `MAX_TRIES` times, after all other waiting tasks, and reported once all
+others are done. A `UserError` ends the run at once.
 
-Ray itself runs nothing again here: it would count a lost node as a failure, and could not run a
-task again whose text was freed when it was read.
+Ray's own retries are off: Ray counts a lost node as a failure, and cannot run a task again whose
+input was freed after it was read.
 """
 
 import re
 import socket
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pipeline.cluster.probe import guarded
+from pipeline.cluster.probe import with_node_check
 from pipeline.runtime.errors import StageFailed, UserError
 from pipeline.runtime.progress import Progress
 
-TRIES = 3
-# A task that takes its worker down with it each time looks like one that is lost each time.
-LOSSES = 10
+MAX_TRIES = 3
+# A task that kills its worker each time looks like one that is lost each time.
+MAX_LOSSES = 10
 
-_LOOK_SECONDS = 5.0
-# A head that is started again, with its state kept, has so long for it. Ray kills the driver itself
-# after 60 s without a head, by a line that nobody understands.
-_HEAD_SECONDS = 20.0
-# A result on its way that does not come for so long is lost.
-_RESULT_SECONDS = 120.0
+_POLL_SECONDS = 5.0
+# Time for a head to restart with its state. After 60 s without one Ray kills the driver, with an
+# obscure message.
+_HEAD_TIMEOUT = 20.0
+# A result that takes longer to arrive is lost.
+_RESULT_TIMEOUT = 120.0
 
 _COLOURS = re.compile(r"\x1b\[\d*m")
 
@@ -38,11 +37,11 @@ Collect = Callable[[int, Iterator[Any]], Any]
 
 
 class TaskError(Exception):
-    """What ``collect`` raises where a task's results are not right: it is tried again."""
+    """``collect`` got wrong results from a task, which is tried again."""
 
 
 class TasksFailed(StageFailed):
-    """Tasks that failed for reasons of their own, all others being done."""
+    """Some tasks failed; all others are done."""
 
 
 class ClusterLost(StageFailed):
@@ -63,29 +62,29 @@ def run_tasks(
     collect: Collect | None = None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[int, Any]]:
-    """Run ``function(*task)`` for each task on the cluster that is joined.
+    """Run ``function(*task)`` for each task on the cluster that `join.cluster` initialised.
 
     Args:
-        in_flight: how many at a time; None for twice what the cluster can run, as it grows and
-            shrinks: a queue that makes an autoscaler add nodes.
-        name: of the work, with which the tasks' names begin on Ray's dashboard.
-        num_cpus: of the cluster's CPUs that a task takes; a part of one where it mostly waits.
-        tick: called every second or so while tasks run, to look after their progress.
-        labels: of each task its own name; without, its number.
-        sizes: of each task; the largest are started first, so that the end of the run is not one
-            worker on one task.
-        memory: bytes that a task takes; 0 asks for none.
-        collect: takes a task's index and what it yields, and returns its result; for ``function``
-            that is a generator, which then is held back where nobody takes what it yields.
-        progress: shows how the tasks stand.
+        in_flight: Tasks submitted at a time; None: twice as many as the cluster can run as it grows
+            and shrinks, so that an autoscaler sees a queue and adds nodes.
+        name: Name of the work; the tasks' names on Ray's dashboard begin with it.
+        num_cpus: CPUs per task, less than one if it mostly waits.
+        tick: Called about every second while tasks run.
+        labels: Name of each task; empty: its index.
+        sizes: Size of each task: the largest start first, so that the run does not end with one
+            worker on one long task.
+        memory: Bytes per task to reserve; 0: none.
+        collect: Called with a task's index and the iterator of what ``function``, a generator,
+            yields; returns the task's result. A generator waits until its values are taken.
+        progress: Shows how many tasks run, wait and are done.
 
     Yields:
-        The index of a finished task, and what it returned.
+        The index of a finished task, and its result.
 
     Raises:
-        UserError: a task's own.
-        TasksFailed: at the end, naming each task that failed `TRIES` times.
-        ClusterLost: nothing can be done any more.
+        UserError: Raised by a task.
+        TasksFailed: After all others are done; names each task that failed `MAX_TRIES` times.
+        ClusterLost: No task can run any more.
     """
     if tasks:
         run = _Run(function, tasks, name, num_cpus, memory, labels, sizes, collect, progress)
@@ -111,13 +110,13 @@ class _Run:
 
         self.tasks, self.name, self.num_cpus = tasks, name, num_cpus
         self.labels, self.collect, self.progress = labels, collect, progress
-        # Ray fills a node before it turns to the next, which would not use the others' networks.
+        # By default Ray fills one node before the next, and would leave most networks idle.
         options: dict[str, Any] = {"max_retries": 0, "scheduling_strategy": "SPREAD"}
         if memory:
             options["memory"] = memory
         if collect is not None:
             options |= {"num_returns": "streaming", "_generator_backpressure_num_objects": 2}
-        self.remote: Any = ray.remote(num_cpus=num_cpus, **options)(guarded(function))
+        self.remote: Any = ray.remote(num_cpus=num_cpus, **options)(with_node_check(function))
         order = range(len(tasks))
         self.queue = deque(sorted(order, key=lambda i: -sizes[i]) if sizes else order)
         self.pending: dict[Any, int] = {}
@@ -139,14 +138,14 @@ class _Run:
                     self._start(self.queue.popleft())
                 waiting = list(self.pending)
                 ready, _ = ray.wait(waiting, num_returns=1, timeout=1, fetch_local=False)
-                if len(waiting) > 1 and ready:  # and whatever else is there by now
-                    most = len(waiting)
-                    ready, _ = ray.wait(waiting, num_returns=most, timeout=0, fetch_local=False)
-                self._look()
+                if len(waiting) > 1 and ready:  # take all others that are ready by now
+                    count = len(waiting)
+                    ready, _ = ray.wait(waiting, num_returns=count, timeout=0, fetch_local=False)
+                self._poll()
                 if tick is not None:
                     tick()
                 for reference in ready:
-                    yield from self._end(reference)
+                    yield from self._finish(reference)
         finally:
             for reference in self.pending:
                 ray.cancel(reference, force=True)
@@ -159,34 +158,34 @@ class _Run:
     def _label(self, index: int) -> str:
         return self.labels[index] if self.labels else str(index)
 
-    def _end(self, reference: Any) -> Iterator[tuple[int, Any]]:
-        """Yield what a task returned, or see to it that it is run again."""
+    def _finish(self, reference: Any) -> Iterator[tuple[int, Any]]:
+        """Yield a task's index and result, or queue it to run again."""
         import ray
 
         index = self.pending[reference]
         try:
             if self.collect is None:
                 self._wait(reference, fetch_local=True)
-                result = ray.get(reference, timeout=_RESULT_SECONDS)
+                result = ray.get(reference, timeout=_RESULT_TIMEOUT)
             else:
                 result = self.collect(index, self._values(reference))
         except (ray.exceptions.RayError, TaskError) as error:
             del self.pending[reference]
             if self.collect is not None:
                 ray.cancel(reference, force=True)
-            self._again(index, error)
-            self._count()
+            self._retry(index, error)
+            self._update_counts()
         else:
             del self.pending[reference]
             self.done += 1
-            self._count()
+            self._update_counts()
             yield index, result
 
     def _values(self, generator: Any) -> Iterator[Any]:
-        """What a streaming task yields."""
+        """Yield the values of a streaming task."""
         import ray
 
-        self._look()
+        self._poll()
         while True:
             self._wait(generator, fetch_local=False)
             try:
@@ -194,35 +193,35 @@ class _Run:
             except StopIteration:
                 return
             self._wait(reference, fetch_local=True)
-            yield ray.get(reference, timeout=_RESULT_SECONDS)
+            yield ray.get(reference, timeout=_RESULT_TIMEOUT)
 
     def _wait(self, reference: Any, fetch_local: bool) -> None:
-        """Wait for a result on its way, and look at the cluster meanwhile: it may never come."""
+        """Wait until a result arrives, and poll the cluster meanwhile: it may never arrive."""
         import ray
 
         begin = time.monotonic()
         while not ray.wait([reference], timeout=1, fetch_local=fetch_local)[0]:
-            if time.monotonic() - begin > _RESULT_SECONDS:
-                raise ray.exceptions.GetTimeoutError(f"nothing came for {_RESULT_SECONDS:.0f} s")
-            self._look()
+            if time.monotonic() - begin > _RESULT_TIMEOUT:
+                raise ray.exceptions.GetTimeoutError(f"no result for {_RESULT_TIMEOUT:.0f} s")
+            self._poll()
 
-    def _again(self, index: int, error: BaseException) -> None:
+    def _retry(self, index: int, error: BaseException) -> None:
         cause, label = _cause(error), self._label(index)
         if isinstance(cause, UserError):
             raise cause from None
-        count, most = (self.losses, LOSSES) if _is_loss(cause) else (self.tries, TRIES)
+        count, limit = (self.losses, MAX_LOSSES) if _is_loss(cause) else (self.tries, MAX_TRIES)
         count[index] = count.get(index, 0) + 1
-        if count[index] == most:
+        if count[index] == limit:
             self.failed[index] = error
-            self._say(f"{label} failed ({_reason(cause)}); the others go on")
+            self._log(f"{label} failed ({_reason(cause)}); the other tasks continue")
             return
         self.retried += 1
         if _is_loss(cause):
             self.queue.appendleft(index)
-            self._say(f"{label} was lost ({type(cause).__name__}); it is done again")
+            self._log(f"{label} was lost ({type(cause).__name__}); running it again")
         else:
             self.queue.append(index)
-            self._say(f"{label} failed ({_reason(cause)}); tried again later")
+            self._log(f"{label} failed ({_reason(cause)}); it will be retried later")
 
     def _raise_failed(self) -> None:
         if not self.failed:
@@ -231,96 +230,96 @@ class _Run:
         first = _COLOURS.sub("", str(failed[0][1])).strip()
         lines = [
             f"  {self._label(i)}, "
-            + (f"lost {LOSSES}" if self.losses.get(i) == LOSSES else f"tried {TRIES}")
+            + (f"lost {MAX_LOSSES}" if self.losses.get(i) == MAX_LOSSES else f"tried {MAX_TRIES}")
             + f" times: {_reason(_cause(error))}"
             for i, error in failed
         ]
         raise TasksFailed(
-            f"{self.name}: {len(lines)} of {len(self.tasks)} tasks failed; the others are done and "
-            "kept, and the same command does only these:\n"
+            f"{self.name}: {len(lines)} of {len(self.tasks)} tasks failed; the others are finished "
+            "and kept, run the same command again to retry only these:\n"
             + "\n".join(lines)
-            + f"\nThe first of them said:\n{first}"
+            + f"\nThe first error:\n{first}"
         )
 
-    def _look(self) -> None:
-        """Every few seconds: is the cluster there? And show how the tasks stand."""
-        for address in self.cluster.look():
-            self._say(f"node {address} is lost; what ran there is done again elsewhere")
+    def _poll(self) -> None:
+        """Every few seconds, check the cluster and show the task counts."""
+        for address in self.cluster.poll():
+            self._log(f"node {address} is lost; its tasks run again elsewhere")
         if self.progress is not None:
-            self._count()
-            self.progress.look()
+            self._update_counts()
+            self.progress.refresh()
 
-    def _count(self) -> None:
+    def _update_counts(self) -> None:
         if self.progress is None:
             return
         nodes, failed = self.cluster.nodes, len(self.failed)
         running = min(len(self.pending), int(self.cluster.cpus / self.num_cpus))
         waiting = len(self.tasks) - self.done - running - failed
-        self.progress.tasks = (
+        self.progress.task_counts = (
             f"{nodes} node{'s' if nodes != 1 else ''}: {running} running, {waiting} waiting, "
             f"{self.done} done, {self.retried} retried" + (f", {failed} failed" if failed else "")
         )
 
-    def _say(self, line: str) -> None:
+    def _log(self, line: str) -> None:
         if self.progress is not None:
-            self.progress.say(line)
+            self.progress.log(line)
         else:
-            print(f"{self.name}: {line}", file=sys.stdout, flush=True)
+            print(f"{self.name}: {line}", flush=True)
 
 
 class _Cluster:
-    """The cluster as it is, looked at every few seconds."""
+    """The live nodes of the cluster, polled every few seconds."""
 
     def __init__(self) -> None:
         import ray
 
         context = ray.get_runtime_context()
         host, _, port = context.gcs_address.rpartition(":")
-        self._head, self._home = (host.strip("[]"), int(port)), context.get_node_id()
-        self._seen = self._looked = time.monotonic()
-        self._alive = self._ask()
+        self._head, self._own_node = (host.strip("[]"), int(port)), context.get_node_id()
+        self._head_answered = self._polled = time.monotonic()
+        self._live = self._live_nodes()
 
     @property
     def nodes(self) -> int:
         """Nodes that can run tasks."""
-        return sum(cpus > 0 for _, cpus in self._alive.values())
+        return sum(cpus > 0 for _, cpus in self._live.values())
 
     @property
     def cpus(self) -> float:
         """CPUs of all nodes."""
-        return sum(cpus for _, cpus in self._alive.values())
+        return sum(cpus for _, cpus in self._live.values())
 
-    def look(self) -> list[str]:
-        """The addresses of nodes that were lost since the last look.
+    def poll(self) -> list[str]:
+        """Return the addresses of the nodes lost since the last poll.
 
         Raises:
-            ClusterLost: there is no head any more, or this machine is no node of it.
+            ClusterLost: The head is gone, or this machine is not one of its nodes any more.
         """
         now = time.monotonic()
-        if now - self._looked < _LOOK_SECONDS:
+        if now - self._polled < _POLL_SECONDS:
             return []
-        self._looked = now
+        self._polled = now
         try:
             socket.create_connection(self._head, timeout=2).close()
         except OSError as error:
-            if now - self._seen < _HEAD_SECONDS:
+            if now - self._head_answered < _HEAD_TIMEOUT:
                 return []
             raise ClusterLost(
                 f"the Ray cluster is gone: its head {self._head[0]}:{self._head[1]} has not "
-                f"answered for {now - self._seen:.0f} s ({error}); what is finished is kept, and "
-                "the same command goes on from here, on any cluster or none"
+                f"answered for {now - self._head_answered:.0f} s ({error}); finished work is kept, "
+                "run the same command to resume, on any cluster or none"
             ) from None
-        self._seen = now
-        before, self._alive = self._alive, self._ask()
-        if self._home not in self._alive:
+        self._head_answered = now
+        before, self._live = self._live, self._live_nodes()
+        if self._own_node not in self._live:
             raise ClusterLost(
-                "the Ray cluster has given this machine up: its node is dead (`ray start` joins it "
-                "again); what is finished is kept, and the same command goes on from here"
+                "the Ray cluster has declared this machine's node dead; join it again with "
+                "`ray start`; finished work is kept, run the same command to resume"
             )
-        return [address for key, (address, _) in before.items() if key not in self._alive]
+        return [address for key, (address, _) in before.items() if key not in self._live]
 
-    def _ask(self) -> dict[str, tuple[str, float]]:
-        """Node id -> address and CPUs, of the nodes that are alive."""
+    def _live_nodes(self) -> dict[str, tuple[str, float]]:
+        """Return node id -> (address, CPUs) of the live nodes."""
         import ray
 
         return {
@@ -331,7 +330,7 @@ class _Cluster:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What lies at the bottom: the task's own exception, also that of a task that it started."""
+    """Return the exception that the task raised, unwrapped from Ray's errors."""
     import ray
 
     while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
@@ -340,7 +339,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _is_loss(cause: BaseException) -> bool:
-    """Whether a task went with its worker, its node or its objects, not by its own doing."""
+    """Return whether a task was lost with its worker, node or objects, not by an exception."""
     from ray import exceptions
 
     return isinstance(

@@ -1,7 +1,13 @@
-"""Bring the source's text here, as parquet.
+"""Stage `download`: fetch the source's files, convert them to parquet, publish them in `data/raw`.
 
-`stage` picks the source and publishes; `hub` and `hub_configs` read a dataset repository,
-`local_files` local paths and URLs, `sample` the text that a package ships. `ingest` fetches one
-file: by `http` into a `partial_file`, then, where it is no parquet, through `to_parquet`;
-`row_groups` cuts groups that are too large.
+- `stage`: the stage itself: selects files, fetches them by Ray tasks, writes the manifest.
+- `hub`: source kind `hub`: the commit and files of a Hugging Face dataset repository.
+- `hub_configs`: the files of a repository's configuration, from its card and its file listing.
+- `source_paths`: source kinds `files` and `tokens`: local paths, globs and fsspec URLs.
+- `sample`: source kind `sample`: text shipped by a package.
+- `ingest`: one file from the source into the store: fetched, checked, converted if necessary.
+- `http`: a download over HTTP that resumes, retries and verifies the file's hash.
+- `partial_file`: the bytes of an unfinished download.
+- `to_parquet`: JSON Lines, CSV, text and Arrow files converted to parquet.
+- `row_groups`: parquet files with large row groups, rewritten with small ones.
 """

@@ -1,4 +1,7 @@
-"""`python -m pipeline.download`: bring the source's text to `data/raw`, as parquet."""
+"""`python -m pipeline.download`: download the source's files to `data/raw`."""
+
+import sys
+from collections.abc import Sequence
 
 from pipeline.download.stage import OUT, download
 from pipeline.params import SourceParams
@@ -8,8 +11,9 @@ from pipeline.runtime.params_file import load_section
 from pipeline.store.store import Store
 
 
-def main() -> None:
-    """Read the parameters, download, print one summary."""
+def main(argv: Sequence[str] = ()) -> None:
+    """Download as `params.yaml` says and print a summary."""
+    command.Parser(prog="python -m pipeline.download", description=main.__doc__).parse_args(argv)
     params = load_section("source", SourceParams)
     machine = Machine.load()
     manifest = download(params, Store.open(machine), OUT, machine)
@@ -23,4 +27,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(lambda: main(sys.argv[1:]))

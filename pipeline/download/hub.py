@@ -1,7 +1,8 @@
-"""Source `hub`: a commit of a dataset repository of the Hugging Face hub, and its files.
+"""Source `hub`: the files of a Hugging Face dataset repository at a commit.
 
-Three questions are asked, by the hub's own client: which commit a revision is, what the card says
-of the configurations, and what lies in the configuration's folder, with each file's size and hash.
+The hub's own client makes three kinds of requests: for the commit of the revision, for the card,
+which names the configurations, and for the listing of the configuration's folder, with the size and
+hash of each file.
 """
 
 import os
@@ -10,36 +11,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.download.http import PASSING, Patience, Refused, fetch, told_wait
+from pipeline.download.http import RETRY_STATUSES, Patience, Refused, fetch, retry_after
 from pipeline.download.hub_configs import find_files, read_card
-from pipeline.download.partial_file import Partial
-from pipeline.format.manifest import Source, stay_inside
+from pipeline.download.partial_file import PartialFile
+from pipeline.format.manifest import Source, check_relative
 from pipeline.params import SourceParams
 from pipeline.runtime.errors import UserError
 
 CARD = "README.md"
 DEFAULT_ENDPOINT = "https://huggingface.co"
 _TIMEOUT = 30.0  # seconds without a byte
-_CONNECTS = 3  # a hub that is never reached is a wrong address, or no network
+_MAX_CONNECTS = 3  # then the address is wrong, or there is no network
 
 T = TypeVar("T")
 
 
 def endpoint() -> str:
-    """The hub's address: `HF_ENDPOINT`, as the environment has it now."""
+    """Return the hub's address: the current value of `HF_ENDPOINT`, or the default."""
     return (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a repository at a commit."""
+    """A file of a repository at a commit; see `ingest.SourceItem`."""
 
     path: str
     size: int
     sha256: str | None
-    """What the hub says that it is; None for a small file, that is not in LFS."""
+    """The sha256 that the hub lists; None for a small file that is not in LFS."""
     git: str
-    """The name of its blob."""
+    """The git blob hash."""
     url: str
     repo: str
     commit: str
@@ -47,102 +48,98 @@ class HubFile:
 
     @property
     def identity(self) -> str:
-        """What its bytes are known by."""
+        """A name for the bytes: their sha256 or git blob hash."""
         return self.sha256 or f"git-{self.git}"
 
     @property
-    def here(self) -> None:
-        """It lies at the hub."""
-
-    def space(self, folder: Path) -> int:
-        """Bytes that it takes up on a disk."""
-        return self.size
+    def local_path(self) -> None:
+        """None: the file is remote."""
 
     def fetch(self, folder: Path, patience: float) -> tuple[Path, str]:
-        """Bring it into ``folder``, or what is missing of it there; its path and sha256.
+        """Download the file's missing bytes to ``folder``; return its path and sha256.
 
         Raises:
-            UserError: it cannot be had, or its bytes are wrong.
+            UserError: The hub refuses the file, or its bytes are wrong.
         """
-        with Partial(folder, self.size, git=self.sha256 is None) as partial:
+        with PartialFile(folder, self.size, git=self.sha256 is None) as partial:
             expected = self.sha256 or self.git
             try:
                 fetch(self.path, self.url, partial, expected, self.token, patience)
             except Refused as error:
-                where = f"{self.path}: " if not error.elsewhere else f"{self.path}: the storage: "
-                # Not this process's HF_ENDPOINT: on another node that is another.
+                where = f"{self.path}: storage: " if error.redirected else f"{self.path}: "
+                # Not from HF_ENDPOINT, which may differ on the node where this runs.
                 hub = self.url.partition("/datasets/")[0]
-                reason = refusal(error.status, error.code, self.repo, self.commit, self.token, hub)
+                reason = explain_refusal(
+                    error.status, error.code, self.repo, self.commit, self.token, hub
+                )
                 raise UserError(where + reason) from None
             return partial.path, partial.sha256
 
 
-def refusal(
+def explain_refusal(
     status: int, code: str | None, repo: str, revision: str, token: str | None, hub: str
 ) -> str:
-    """What to mend when the hub answers with a status of 400 or more, in one line.
-
-    Args:
-        code: its `X-Error-Code`.
-        hub: its address.
-    """
+    """Explain a refusal of ``hub`` with `X-Error-Code` ``code`` in one line, and how to fix it."""
     if code == "GatedRepo":
         state = "HF_TOKEN's account has no access" if token else "HF_TOKEN is not set"
         return (
-            f"source.repo: {repo} is gated and {state}: accept its conditions at "
+            f"source.repo: {repo} is gated and {state}; accept its conditions at "
             f"{hub}/datasets/{repo}, and set HF_TOKEN to a token of that account"
         )
     if code == "RevisionNotFound":
         return (
-            f"source.revision: {repo} has no branch, tag or commit {revision!r} (old ones "
-            f"vanish when a history is squashed); see {hub}/datasets/{repo}/commits/main"
+            f"source.revision: {repo} has no branch, tag or commit {revision!r} (squashing a "
+            f"history removes old commits); choose one of {hub}/datasets/{repo}/commits/main"
         )
     if code == "EntryNotFound":
         return f"{repo} has no such file at {revision}; check source.config and source.revision"
     if code == "RepoNotFound" or (status == 401 and not token):
         return (
-            f"source.repo: no dataset {repo!r} at {hub}, or it is private: check the name, and set "
-            f"HF_TOKEN to a token that may read it"
+            f"source.repo: {hub} has no dataset {repo!r}, or it is private; check the name, or set "
+            "HF_TOKEN to a token with read access"
         )
     if status == 401:
-        return f"{hub} does not accept the HF_TOKEN (401): make a new one at {hub}/settings/tokens"
+        return f"HF_TOKEN: rejected by {hub} (401); create a new token at {hub}/settings/tokens"
     if status == 403:
-        return f"{hub} forbids access to {repo} (403): set HF_TOKEN to a token that may read it"
+        return f"HF_TOKEN: no access to {repo} (403); set it to a token with read access"
     if status == 404:
-        return f"not found at {hub} (404): check source.repo {repo!r} and source.revision"
+        return f"not found at {hub} (404); check source.repo {repo!r} and source.revision"
     return f"{hub} answers HTTP {status}; check source.repo {repo!r} and HF_ENDPOINT"
 
 
 def resolve(params: SourceParams, patience: float) -> tuple[Source, list[HubFile]]:
-    """The commit that the parameters name, and the files of the configuration in it, by path.
+    """Find the commit that the parameters name, and the configuration's files, sorted by path.
 
     Raises:
-        UserError: the hub does not give them, or the parameters name what is not there.
+        UserError: The hub is unavailable, or has no such repository, revision or configuration.
     """
     from huggingface_hub import HfApi, get_token, hf_hub_url
     from huggingface_hub.hf_api import RepoFile
 
     repo, token = params.repo, get_token()
     api = HfApi(endpoint=endpoint(), token=token or False)
-    _bound_waits()
+    _set_timeouts()
 
-    def ask(call: Callable[[], T], what: str = "") -> T:
-        return _ask(call, params, token, patience, what)
+    def call(request: Callable[[], T], where: str = "") -> T:
+        return _call(request, params, token, patience, where)
 
-    commit = ask(lambda: api.dataset_info(repo, revision=params.revision, timeout=_TIMEOUT).sha)
+    commit = call(lambda: api.dataset_info(repo, revision=params.revision, timeout=_TIMEOUT).sha)
     if not commit:
-        raise UserError(f"{endpoint()} does not say which commit {params.revision!r} of {repo} is")
+        raise UserError(
+            f"source.revision: {endpoint()} names no commit for {params.revision!r} of {repo}; set "
+            "it to a commit, and check HF_ENDPOINT"
+        )
 
     def url(path: str) -> str:
         return hf_hub_url(repo, path, repo_type="dataset", revision=commit, endpoint=endpoint())
 
     entries: dict[str, RepoFile] = {}
 
-    def tree(folder: str, deep: bool) -> list[str]:
-        listed = ask(
+    def list_folder(folder: str, recursive: bool) -> list[str]:
+        listed = call(
             lambda: list(
                 api.list_repo_tree(
-                    repo, folder or None, recursive=deep, revision=commit, repo_type="dataset"
+                    repo, folder or None, recursive=recursive, revision=commit, repo_type="dataset"
                 )
             ),
             f"folder {folder!r}",
@@ -150,14 +147,16 @@ def resolve(params: SourceParams, patience: float) -> tuple[Source, list[HubFile
         files = [entry for entry in listed if isinstance(entry, RepoFile)]
         for entry in files:
             try:
-                stay_inside(entry.path)
+                check_relative(entry.path)
             except ValueError as error:
-                raise UserError(f"source.repo: the listing of {repo}: {error}; refused") from None
+                raise UserError(
+                    f"source.repo: the listing of {repo}: {error}; use another repository"
+                ) from None
             entries[entry.path] = entry
         return [entry.path for entry in files]
 
-    card = ask(lambda: _read(url(CARD), token))
-    paths = find_files(read_card(card, repo), params.config, repo, tree)
+    card = call(lambda: _read_text(url(CARD), token))
+    paths = find_files(read_card(card, repo), params.config, repo, list_folder)
     files = [
         HubFile(
             path=path,
@@ -174,24 +173,24 @@ def resolve(params: SourceParams, patience: float) -> tuple[Source, list[HubFile
     return Source(kind="hub", repo=repo, revision=commit, config=params.config), files
 
 
-def _bound_waits() -> None:
-    """Have the hub's client never wait for ever: its paged calls set no time-out."""
+def _set_timeouts() -> None:
+    """Set a timeout for all requests of the hub's client: its paged calls have none."""
     import httpx2
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import hf_request_event_hook
 
-    def bound(request: httpx2.Request) -> None:
+    def set_timeout(request: httpx2.Request) -> None:
         request.extensions["timeout"] = httpx2.Timeout(_TIMEOUT).as_dict()
 
     set_client_factory(
         lambda: httpx2.Client(
-            event_hooks={"request": [hf_request_event_hook, bound]}, follow_redirects=True
+            event_hooks={"request": [hf_request_event_hook, set_timeout]}, follow_redirects=True
         )
     )
 
 
-def _read(url: str, token: str | None) -> str:
-    """A small file of the repository as text; empty where there is none."""
+def _read_text(url: str, token: str | None) -> str:
+    """Return the text of a small file of the repository; empty if there is no such file."""
     from huggingface_hub.errors import EntryNotFoundError
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -203,39 +202,40 @@ def _read(url: str, token: str | None) -> str:
     return response.text
 
 
-def _ask(
-    call: Callable[[], T], params: SourceParams, token: str | None, seconds: float, what: str
+def _call(
+    request: Callable[[], T], params: SourceParams, token: str | None, seconds: float, where: str
 ) -> T:
-    """What a call of the hub's client returns, tried again where that may help."""
+    """Call the hub's client, with retries of temporary failures; return its result."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     patience, connects = Patience(endpoint(), seconds), 0
     while True:
         try:
-            return call()
+            return request()
         except HfHubHTTPError as error:
             status, headers = error.response.status_code, error.response.headers
-            if status not in PASSING:
-                revision = params.revision
-                code = headers.get("X-Error-Code")
-                reason = refusal(status, code, params.repo, revision, token, endpoint())
-                raise UserError(f"{what}: {reason}" if what else reason) from None
-            patience.wait(f"HTTP {status}", told_wait(headers))
+            if status not in RETRY_STATUSES:
+                code, repo, revision = headers.get("X-Error-Code"), params.repo, params.revision
+                reason = explain_refusal(status, code, repo, revision, token, endpoint())
+                raise UserError(f"{where}: {reason}" if where else reason) from None
+            patience.wait(f"HTTP {status}", retry_after(headers))
         except OfflineModeIsEnabled:
-            raise UserError("HF_HUB_OFFLINE is set, and the hub is to be asked: unset it") from None
+            raise UserError(
+                "HF_HUB_OFFLINE is set, but source.kind hub needs the network; unset it"
+            ) from None
         except httpx2.TransportError as error:
             connects += isinstance(error, httpx2.ConnectError)
             reason = type(error).__name__
-            if connects == _CONNECTS:
+            if connects == _MAX_CONNECTS:
                 raise UserError(
-                    f"{endpoint()} cannot be reached ({reason}): check the network, the proxy "
+                    f"{endpoint()} cannot be reached ({reason}); check the network, the proxy "
                     "(HTTPS_PROXY) and HF_ENDPOINT"
                 ) from None
             patience.wait(reason)
         except (ValueError, KeyError, TypeError, httpx2.InvalidURL) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{endpoint()} does not answer as a hub does ({reason}): check HF_ENDPOINT and "
+                f"{endpoint()} does not answer like a hub ({reason}); check HF_ENDPOINT and "
                 "source.repo"
             ) from None

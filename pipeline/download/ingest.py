@@ -1,10 +1,9 @@
-"""A source file, wherever it lies, as a piece of the store.
+"""Ingestion of one source file into the store: fetch it, check it, convert it if necessary.
 
 ```
-.work/partial/<identity>/      a file that arrives (see partial.py)
-.work/files/<sha256>/          data.parquet (tokens: data.bin, data.npy), as `data/raw` has it
-.work/origins/<identity>/      origin.json: the sha256 of the file that came of it, where the
-                               identity is not that sha256 itself
+.work/partial/<identity>/      an unfinished download (see partial_file.py)
+.work/files/<sha256>/          data.parquet, or data.bin or data.npy for tokens, as in `data/raw`
+.work/origins/<identity>/      origin.json: the sha256 of the stored file, if it is not the identity
 ```
 """
 
@@ -18,166 +17,169 @@ from typing import Protocol
 
 from pipeline.download import to_parquet
 from pipeline.download.partial_file import DATA
-from pipeline.download.row_groups import inspect, is_coarse, recut
+from pipeline.download.row_groups import has_large_groups, rewrite
 from pipeline.format.foreign_tokens import is_token_file, open_token_file
+from pipeline.format.parquet import check_text_column
 from pipeline.runtime.errors import UserError
 from pipeline.store import atomic
 from pipeline.store.store import Store
 
-PIECE = "data.parquet"
-_NOTE = "origin.json"
+PARQUET_NAME = "data.parquet"
+_ORIGIN = "origin.json"
 
 
-class Item(Protocol):
-    """A file of a source."""
+class SourceItem(Protocol):
+    """A file of a source, which can be fetched."""
 
     @property
     def path(self) -> str:
-        """Its path in the source, below which it lies in `data/raw`."""
+        """The path in the source, and in `data/raw`."""
 
     @property
     def size(self) -> int:
-        """Its bytes."""
+        """Bytes that `fetch` makes; an estimate will do: for progress, disk space, max_bytes."""
 
     @property
     def identity(self) -> str:
-        """What its bytes are known by before they are had: a sha256, or a name of our own."""
+        """A name for the bytes, known before they are fetched: their sha256 or another key.
+
+        It holds a version where `fetch` makes the bytes itself.
+        """
 
     @property
-    def here(self) -> Path | None:
-        """The file itself, where it lies on a disk of this machine."""
-
-    def space(self, folder: Path) -> int:
-        """Bytes that it takes up on the disk of ``folder`` when it is had there."""
+    def local_path(self) -> Path | None:
+        """The path of a local file, which all nodes must see; None for a remote file."""
 
     def fetch(self, folder: Path, patience: float) -> tuple[Path, str]:
-        """Have its bytes here: their path and sha256; ``folder`` survives the process."""
+        """Make the bytes available locally, and return their path and sha256.
+
+        Args:
+            folder: A folder for an unfinished download, which survives the process.
+            patience: Seconds without a new byte after which to give up.
+        """
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A file in the store."""
+class StoredFile:
+    """A source file in the store."""
 
     sha256: str
     origin: str | None = None
-    """The sha256 of what it was made from, where it was not taken as it was."""
+    """The sha256 of the original file, if the stored one was converted or rewritten from it."""
 
 
-def key_of(item: Item, column: str) -> str:
-    """The key of what comes of an item; that of a converted file also names the column."""
-    if _is_taken(item.path):
+def item_key(item: SourceItem, column: str) -> str:
+    """Return the store key of an item; for a file to be converted it covers the text column."""
+    if _is_used_as_is(item.path):
         return item.identity
     return atomic.sha256_json([item.identity, column, to_parquet.VERSION])
 
 
-def published_path(item: Item) -> str:
-    """Where the item's file lies in `data/raw`."""
-    return item.path if _is_taken(item.path) else f"{item.path}.parquet"
+def raw_path(item: SourceItem) -> str:
+    """Return the path of the item's file in `data/raw`."""
+    return item.path if _is_used_as_is(item.path) else f"{item.path}.parquet"
 
 
-def _is_taken(path: str) -> bool:
-    """Whether a file is taken as it is; else it becomes parquet."""
+def _is_used_as_is(path: str) -> bool:
     return is_token_file(path) or to_parquet.suffix_of(path) in to_parquet.PARQUET
 
 
-def piece_path(store: Store, file: str, sha256: str) -> Path:
-    """Where the bytes of a file of `data/raw` lie in the store."""
-    return store.root / "files" / sha256 / _name_in_piece(file)
+def stored_path(store: Store, file: str, sha256: str) -> Path:
+    """Return the path in the store of a file of `data/raw`."""
+    return store.root / "files" / sha256 / _stored_name(file)
 
 
-def _name_in_piece(file: str) -> str:
-    return f"data{PurePosixPath(file.lower()).suffix}" if is_token_file(file) else PIECE
+def _stored_name(file: str) -> str:
+    return f"data{PurePosixPath(file.lower()).suffix}" if is_token_file(file) else PARQUET_NAME
 
 
-def arrived(item: Item, column: str, store: Store) -> int:
-    """How many bytes of an item have been fetched, by this run or one before."""
+def bytes_fetched(item: SourceItem, column: str, store: Store) -> int:
+    """Return how many bytes of an item were fetched by this run or an earlier one."""
     try:
-        return (store.root / "partial" / key_of(item, column) / DATA).stat().st_size
+        return (store.root / "partial" / item_key(item, column) / DATA).stat().st_size
     except FileNotFoundError:
         return 0
 
 
-def find(item: Item, column: str, store: Store) -> Kept | None:
-    """What the store has of an item; None where it is to be fetched."""
-    key = key_of(item, column)
+def find_stored(item: SourceItem, column: str, store: Store) -> StoredFile | None:
+    """Return an item's file in the store; None if it must be fetched."""
+    key = item_key(item, column)
     if (folder := store.find("origins", key)) is not None:
-        kept = Kept(**json.loads((folder / _NOTE).read_text()))
+        stored = StoredFile(**json.loads((folder / _ORIGIN).read_text()))
     else:
-        kept = Kept(key)
-    return kept if store.find("files", kept.sha256) is not None else None
+        stored = StoredFile(key)
+    return stored if store.find("files", stored.sha256) is not None else None
 
 
-def bring(item: Item, column: str, store: Store, patience: float) -> Kept:
-    """Fetch a file and make it a piece of the store, whole and checked.
+def ingest(item: SourceItem, column: str, store: Store, patience: float) -> StoredFile:
+    """Fetch a file, check it, and add it to the store.
 
     Raises:
-        UserError: naming the file, where it cannot be had or holds no text.
+        UserError: The file, which is named, cannot be fetched or has no text; or the disk is full.
     """
-    key = key_of(item, column)
+    key = item_key(item, column)
     with store.lock("partial", key):
-        if not store.fresh and (kept := find(item, column, store)) is not None:
-            return kept  # made by another run in the meantime
+        if not store.fresh and (stored := find_stored(item, column, store)) is not None:
+            return stored  # added by another process in the meantime
         folder = store.folder("partial", key)
         try:
-            kept = _settle(item, column, store, folder, patience)
+            stored = _fetch_and_convert(item, column, store, folder, patience)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise UserError(
-                f"{item.path}: the disk of {store.root} is full; make room, and run it again"
+                f"{item.path}: the disk of {store.root} is full; free some space and run the same "
+                "command to resume"
             ) from None
-        if kept.sha256 != key:
-            _note(store, key, kept)
+        if stored.sha256 != key:
+            with store.lock("origins", key), store.make("origins", key) as piece:
+                origin = {"sha256": stored.sha256, "origin": stored.origin}
+                atomic.write_json(piece / _ORIGIN, origin)
         shutil.rmtree(folder)
-    return kept
+    return stored
 
 
-def _settle(item: Item, column: str, store: Store, folder: Path, patience: float) -> Kept:
+def _fetch_and_convert(
+    item: SourceItem, column: str, store: Store, folder: Path, patience: float
+) -> StoredFile:
     path, sha256 = item.fetch(folder, patience)
-    made = folder / "made.parquet"
+    converted = folder / "made.parquet"
     if is_token_file(item.path):
         open_token_file(path, item.path)
-        keep(store, path, sha256, _name_in_piece(item.path))
-        return Kept(sha256)
+        add_to_store(store, path, sha256, _stored_name(item.path))
+        return StoredFile(sha256)
     if to_parquet.suffix_of(item.path) not in to_parquet.PARQUET:
-        to_parquet.to_parquet(path, item.path, column, made)
-        inspect(made, item.path, column)
+        to_parquet.to_parquet(path, item.path, column, converted)
+        check_text_column(converted, item.path, column)
     else:
-        inspect(path, item.path, column)
-        if not is_coarse(path):
-            keep(store, path, sha256)
-            return Kept(sha256)
-        recut(path, made)
-    kept = Kept(atomic.sha256_file(made), origin=sha256)
-    keep(store, made, kept.sha256)
-    return kept
+        check_text_column(path, item.path, column)
+        if not has_large_groups(path):
+            add_to_store(store, path, sha256)
+            return StoredFile(sha256)
+        rewrite(path, converted)
+    stored = StoredFile(atomic.sha256_file(converted), origin=sha256)
+    add_to_store(store, converted, stored.sha256)
+    return stored
 
 
-def keep(store: Store, path: Path, sha256: str, name: str = PIECE) -> None:
-    """Make a file of known sha256 a piece; one that is not the store's own stays where it is.
-
-    Args:
-        name: what it is called within the piece.
-    """
+def add_to_store(store: Store, path: Path, sha256: str, name: str = PARQUET_NAME) -> None:
+    """Add a file of known sha256 to the store as ``name``; a file outside the store is copied."""
     with store.lock("files", sha256):
         if not store.fresh and store.find("files", sha256) is not None:
             return
-        # Of 2 GB this takes seconds, and a kill in the midst of `make` costs the whole file.
+        # Takes seconds for 2 GB: if done within `make`, a kill would cost the complete file.
         atomic.fsync_file(path)
         with store.make("files", sha256, {name: sha256}) as piece:
             if path.is_relative_to(store.root):
                 try:
-                    os.link(path, piece / name)  # not moved: a kill before the end would lose it
+                    os.link(path, piece / name)  # not renamed: a kill would lose the file
                 except OSError:
                     os.rename(path, piece / name)
                 return
-            # The user's own file is copied: DVC would make a link of it read-only, and a change in
-            # it would be one in the store.
+            # Not linked: DVC would make the user's own file read-only, and the user's changes to it
+            # would change the store.
             shutil.copyfile(path, piece / name)
             if atomic.sha256_file(piece / name) != sha256:
-                raise UserError(f"{path}: it changed while it was copied; run again")
-
-
-def _note(store: Store, key: str, kept: Kept) -> None:
-    with store.lock("origins", key), store.make("origins", key) as piece:
-        atomic.write_json(piece / _NOTE, {"sha256": kept.sha256, "origin": kept.origin})
+                raise UserError(
+                    f"{path}: the file changed while it was copied; run the same command again"
+                )

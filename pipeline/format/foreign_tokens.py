@@ -1,4 +1,4 @@
-"""Token files that others publish: what they are, and where their documents lie.
+"""Token files published by other projects: their layouts, and how each delimits documents.
 
 ```
 llm.c, modded-nanogpt   .bin   256 int32 (see shards.py), uint16 tokens; EOT before a document
@@ -6,8 +6,8 @@ nanoGPT                 .bin   uint16 tokens and nothing else; EOT after a docum
 build-nanogpt           .npy   NumPy's header, uint16 tokens; EOT before a document
 ```
 
-A document may begin in one file of the first and the last kind and end in the next: what stands
-before a file's first EOT continues a document of the file before.
+In the first and last layout a document may continue in the next file: tokens before the first EOT
+of a file belong to the last document of the file before.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ from pipeline.runtime.errors import UserError
 
 SUFFIXES = (".bin", ".npy")
 
-_LOOK = 1 << 20
+_CHECKED_TOKENS = 1 << 20
+_REMOVE = "remove the file from source.paths"
 
 
 @dataclass(frozen=True)
@@ -31,37 +32,34 @@ class TokenFile:
 
     path: Path
     offset: int
-    """Bytes before its first token."""
+    """Bytes before the first token."""
     tokens: int
     is_shard: bool
-    """Whether it is laid out as our shards are, so that it can serve as one."""
+    """Whether the file has the layout of our shards and can be used as one."""
     eot_after: bool
-    """Whether `<|endoftext|>` ends a document, and does not begin it."""
+    """Whether `<|endoftext|>` ends a document rather than beginning it."""
 
     def read(self) -> np.ndarray:
-        """Its tokens, mapped: (tokens,) uint16."""
+        """Return the memory-mapped tokens: (tokens,) uint16."""
         shape = (self.tokens,)
         return np.memmap(self.path, TOKEN_DTYPE, "r", offset=self.offset, shape=shape)
 
 
 def is_token_file(path: str) -> bool:
-    """Whether a file's name says that tokens are in it."""
+    """Return whether the file name has the suffix of a token file."""
     return PurePosixPath(path.lower()).suffix in SUFFIXES
 
 
 def split_of_file(path: str) -> Split:
-    """Validation where the file's name, without its folders, has `val` in it."""
+    """Return "val" if the file name, without its folders, contains `val`; else "train"."""
     return "val" if "val" in PurePosixPath(path).name.lower() else "train"
 
 
 def open_token_file(path: Path, name: str) -> TokenFile:
-    """Find out what a token file is, from its first bytes and its size.
-
-    Args:
-        name: what the file is called in messages.
+    """Detect the layout of a token file from its name in the source, first bytes and size.
 
     Raises:
-        UserError: it is of no known kind, or cut short, or holds no tokens of GPT-2.
+        UserError: The layout is unknown, the file is truncated, or its tokens are not GPT-2's.
     """
     size = path.stat().st_size
     header = np.fromfile(path, "<i4", 3)
@@ -70,32 +68,35 @@ def open_token_file(path: Path, name: str) -> TokenFile:
     elif len(header) == 3 and header[0] == MAGIC:
         if header[1] != VERSION:
             raise UserError(
-                f"{name}: llm.c's version {header[1]}, only {VERSION} has uint16 tokens"
+                f"{name}: llm.c format version {header[1]}, but only version {VERSION} has uint16 "
+                f"tokens; {_REMOVE}"
             )
         file = TokenFile(path, HEADER_BYTES, int(header[2]), is_shard=True, eot_after=False)
     else:
         n_tokens, odd = divmod(size, TOKEN_DTYPE.itemsize)
         if odd:
-            raise UserError(f"{name}: no uint16 tokens, for it has {size} bytes; leave it out")
+            raise UserError(f"{name}: {size} bytes cannot be uint16 tokens; {_REMOVE}")
         first = np.fromfile(path, TOKEN_DTYPE, 1)
         file = TokenFile(path, 0, n_tokens, is_shard=False, eot_after=bool((first != EOT).all()))
     expected = file.offset + file.tokens * TOKEN_DTYPE.itemsize
-    if file.tokens < 1 or size != expected:
+    if size != expected:
         raise UserError(
-            f"{name}: {size} bytes, its header says {expected} and {file.tokens} tokens; "
-            "have it fetched anew, or leave it out"
+            f"{name}: {size} bytes, but the header gives {file.tokens} tokens in {expected} bytes; "
+            "download the file again, or remove it from source.paths"
         )
-    if (largest := int(file.read()[:_LOOK].max())) >= N_VOCAB:
-        raise UserError(f"{name}: token {largest} is not of GPT-2's vocabulary; leave it out")
+    if file.tokens < 1:
+        raise UserError(f"{name}: {size} bytes, no tokens; {_REMOVE}")
+    if (largest := int(file.read()[:_CHECKED_TOKENS].max())) >= N_VOCAB:
+        raise UserError(f"{name}: token {largest} is outside GPT-2's vocabulary; {_REMOVE}")
     return file
 
 
 def _open_npy(path: Path, name: str) -> TokenFile:
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # whatever numpy's parser meets
+    except Exception as error:  # NumPy's parser raises many types
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name}: not readable as .npy ({reason}); leave it out") from None
+        raise UserError(f"{name}: not readable as .npy ({reason}); {_REMOVE}") from None
     if not isinstance(tokens, np.memmap) or tokens.dtype != TOKEN_DTYPE or tokens.ndim != 1:
-        raise UserError(f"{name}: it holds no one-dimensional array of uint16; leave it out")
+        raise UserError(f"{name}: not a one-dimensional uint16 array; {_REMOVE}")
     return TokenFile(path, tokens.offset, len(tokens), is_shard=False, eot_after=False)

@@ -1,7 +1,7 @@
-"""The two manifests: what was fetched (`data/raw`) and what it became (`data/tokens`).
+"""The manifests: `data/raw/manifest.json` (source files), `data/tokens/manifest.json` (shards).
 
-They are written last, so a folder with a manifest is whole. They hold no clock time, no host name
-and no absolute path: the same inputs give the same bytes anywhere. Readers ignore unknown keys and
+A manifest is written last, so a folder with a manifest is complete. It holds no clock time, host
+name or absolute path: the same inputs give the same bytes anywhere. Readers ignore unknown keys and
 refuse an unknown major ``schema_version``.
 """
 
@@ -20,20 +20,24 @@ Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 
 
-def stay_inside(path: str) -> str:
-    """The path itself; ValueError where it could leave the folder that it is relative to."""
+def check_relative(path: str) -> str:
+    """Return ``path`` unchanged.
+
+    Raises:
+        ValueError: The path is absolute or could leave the folder it is relative to.
+    """
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\\" in path or "\0" in path:
         raise ValueError(f"path {path!r} leaves the folder")
     return path
 
 
-RelativePath = Annotated[str, AfterValidator(stay_inside)]
+RelativePath = Annotated[str, AfterValidator(check_relative)]
 
 
-def _known_major(version: str) -> str:
+def _check_major_version(version: str) -> str:
     if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
-        raise ValueError(f"schema_version {version} is not known here (this is {SCHEMA_VERSION})")
+        raise ValueError(f"schema_version {version} is not supported (this is {SCHEMA_VERSION})")
     return version
 
 
@@ -45,52 +49,54 @@ M = TypeVar("M", bound="_Manifest")
 
 
 class _Manifest(_Record):
-    schema_version: Annotated[str, AfterValidator(_known_major)] = SCHEMA_VERSION
+    schema_version: Annotated[str, AfterValidator(_check_major_version)] = SCHEMA_VERSION
 
     @classmethod
     def load(cls: type[M], folder: Path | str) -> M:
-        """The manifest of ``folder``.
+        """Read the manifest of ``folder``.
 
         Raises:
-            UserError: there is none, or it cannot be read.
+            UserError: The manifest is missing or invalid.
         """
         path = Path(folder) / NAME
         try:
             return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
-            raise UserError(f"{path}: no such file; `dvc repro` makes it") from None
+            raise UserError(f"{path}: no such file; run `dvc repro` to create it") from None
         except ValidationError as error:
             detail = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in detail["loc"])
-            raise UserError(f"{path}: {where}: {detail['msg']}; `dvc repro` mends it") from None
+            reason = f"{where}: {detail['msg']}"
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; `dvc repro` makes it anew") from None
+            reason = str(error.strerror)
         except ValueError as error:
-            raise UserError(f"{path}: not JSON ({error}); `dvc repro` mends it") from None
+            reason = f"not JSON ({error})"
+        raise UserError(f"{path}: {reason}; run `dvc repro` to rebuild it")
 
 
 class SourceFile(_Record):
-    """A file of `data/raw`: parquet, or tokens where they come as tokens."""
+    """A file of `data/raw`: parquet, or a token file of source kind `tokens`."""
 
     path: RelativePath
     bytes: int
     rows: int
+    """Rows of a parquet file; 0 for a token file."""
     sha256: str
     origin: str | None = None
-    """The sha256 of the file that this one was made from, where it was not taken as it was."""
+    """The sha256 of the original file, if this one was converted or rewritten from it."""
     tokens: int | None = None
-    """Of a token file, which has no rows."""
+    """Tokens of a token file; None for parquet."""
 
 
 class Source(_Record):
-    """Where the files come from."""
+    """The origin of the files."""
 
     kind: str
     repo: str
     revision: str
-    """What pins the bytes: a commit, a package's version, or a hash over the files' hashes."""
+    """Pins the bytes: a commit, a package version, or a hash over the files' hashes."""
     config: str | None = None
-    """The configuration of a repository of the hub."""
+    """The configuration of a Hugging Face dataset repository."""
 
 
 class RawManifest(_Manifest):
@@ -102,20 +108,19 @@ class RawManifest(_Manifest):
 
 
 class Part(_Record):
-    """A run of whole documents of a shard that comes from one chunk."""
+    """Consecutive documents of a shard that come from one chunk."""
 
     chunk_key: str
     path: RelativePath
     """The source file."""
     rows: tuple[int, int]
-    """The chunk's first row in the source file, and the row after its last; of a token file:
-    its first token there, and the token after its last."""
+    """The chunk's rows [start, stop) in the source file; for a token file its tokens."""
     tokens: int
     docs: int
 
 
 class ChunkRecord(_Record):
-    """The commit record of a chunk, in the order of the source."""
+    """The commit record of a chunk; records are listed in source order."""
 
     name: RelativePath
     chunk_key: str
@@ -123,7 +128,7 @@ class ChunkRecord(_Record):
 
 
 class Shard(_Record):
-    """One token file and its sidecar of documents."""
+    """A token file and its document index."""
 
     name: RelativePath
     split: Split
@@ -136,12 +141,12 @@ class Shard(_Record):
 
     @property
     def docs_name(self) -> str:
-        """The name of the sidecar of documents."""
+        """The file name of the document index."""
         return str(PurePosixPath(self.name).with_suffix(".docs.npy"))
 
 
 class Tokenizer(_Record):
-    """What turned text into tokens."""
+    """The tokenizer that produced the tokens."""
 
     name: str
     ranks_sha256: str
@@ -162,7 +167,7 @@ class Manifest(_Manifest):
     """`data/tokens/manifest.json`."""
 
     dataset_key: str
-    """A hash of the content of both splits: see `pipeline.tokenize.encode_chunk`."""
+    """A hash of the content of both splits: see `pipeline.tokenize.chunk_record`."""
     format: str
     dtype: str
     tokenizer: Tokenizer
@@ -172,4 +177,4 @@ class Manifest(_Manifest):
     shards: list[Shard]
     totals: dict[Split, Totals]
     skipped: dict[str, int]
-    """Documents left out, by reason."""
+    """Number of skipped documents by reason."""

@@ -1,6 +1,6 @@
-"""How a command runs: parameters, machine settings, exit status, progress.
+"""Common behaviour of all commands: parameters, machine settings, exit status, progress.
 
-`command` ends a command with the right status, `errors` are the ends that need no traceback,
-`params_file` reads sections of params.yaml, `machine` machine.yaml and the environment, `progress`
-shows long work.
+`command` sets the exit status, `errors` defines the exceptions that need no traceback,
+`params_file` reads sections of params.yaml, `machine` reads machine.yaml and the environment,
+`progress` reports long work.
 """

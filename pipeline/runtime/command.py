@@ -1,5 +1,6 @@
-"""How a command ends: exit statuses, signals, and no orphans."""
+"""Exit statuses and signals of all commands."""
 
+import argparse
 import contextlib
 import ctypes
 import os
@@ -16,12 +17,19 @@ DONE, FAULT, USER_ERROR, STOPPED = 0, 1, 2, 3
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """Have Linux send this process SIGTERM when the process that started it dies.
+class Parser(argparse.ArgumentParser):
+    """A parser that reports a wrong flag in one line, `error: ...`, and exits with status 2."""
 
-    DVC does not forward SIGTERM: without this, its stage would go on as an orphan. The setting
-    survives `exec`. Done only under DVC or torchrun, whose children have no life of their own; a
-    command started by hand under `nohup` outlives its shell.
+    def error(self, message: str) -> NoReturn:
+        """Override argparse, which also prints the usage."""
+        self.exit(USER_ERROR, f"error: {message} (see --help)\n")
+
+
+def die_with_parent() -> None:
+    """Have Linux send this process SIGTERM when its parent dies.
+
+    DVC does not forward SIGTERM, so its stage would be orphaned. The setting survives `exec`. It is
+    made under DVC and torchrun only: a command started by hand under `nohup` outlives its shell.
     """
     supervised = "DVC_STAGE" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if supervised and sys.platform == "linux":
@@ -29,15 +37,15 @@ def die_with_parent() -> None:
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """What asks this command to stop, besides Ctrl-C.
+    """Return the signals, other than SIGINT, that stop this command.
 
-    SIGUSR1 is Slurm's warning, by custom. SIGHUP says that the terminal or the connection is gone,
-    which a command under `nohup` outlives; but a worker of torchrun obeys, for it has no terminal,
-    and is only sent what torchrun passes on.
+    SIGUSR1 is the usual warning of Slurm. SIGHUP means that the terminal is gone: a command
+    under `nohup` ignores it, a torchrun worker does not, because torchrun forwards it on purpose.
     """
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    outlives = ignored and "TORCHELASTIC_RUN_ID" not in os.environ
-    return (signal.SIGTERM, signal.SIGUSR1, *(() if outlives else (signal.SIGHUP,)))
+    if ignored and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return signal.SIGTERM, signal.SIGUSR1
+    return signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP
 
 
 def _raise_stopped(signum: int, frame: FrameType | None) -> None:
@@ -45,27 +53,24 @@ def _raise_stopped(signum: int, frame: FrameType | None) -> None:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a command's ``main`` and exit with the status that its end deserves.
+    """Run ``main`` and exit.
 
-    0: done; 1: a fault, with its traceback; 2: the user's mistake, one line on stderr;
-    3: stopped by a signal, the same command resumes.
+    Status 0: done. 1: a fault, with its traceback. 2: a mistake of the user, one line on stderr.
+    3: stopped by a signal; the same command resumes.
     """
     die_with_parent()
     for number in stop_signals():
         signal.signal(number, _raise_stopped)
     try:
         main()
-    except UserError as error:
+    except (UserError, StageFailed) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR)
-    except StageFailed as failed:
-        print(f"error: {failed}", file=sys.stderr, flush=True)
-        sys.exit(FAULT)
+        sys.exit(USER_ERROR if isinstance(error, UserError) else FAULT)
     except KeyboardInterrupt:  # also Stopped
-        if "TORCHELASTIC_RUN_ID" not in os.environ:  # of many workers, the one above them speaks
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # the launcher reports for all workers
             fresh = " without GPT2_FRESH" if os.environ.get("GPT2_FRESH") else ""
-            said = f"stopped; the same command{fresh} goes on from here"
-            with contextlib.suppress(OSError):  # the terminal may be what has gone
-                print(said, file=sys.stderr, flush=True)
+            message = f"stopped; run the same command{fresh} to resume"
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print(message, file=sys.stderr, flush=True)
         sys.exit(STOPPED)
     sys.exit(DONE)

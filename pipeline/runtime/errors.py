@@ -1,19 +1,19 @@
-"""The ways in which a command ends early that need no traceback."""
+"""Exceptions that end a command without a traceback."""
 
 
 class UserError(ValueError):
-    """A mistake of the user's: one line that names the key, file or flag, and the mend.
+    """A mistake of the user: one line that names the key, file or flag and how to fix it.
 
-    Commands print it on stderr without a traceback and exit with status 2.
+    Commands print it on stderr and exit with status 2.
     """
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the command to stop: what is finished is kept, exit status 3.
+    """A signal stopped the command: finished work is kept, exit status 3.
 
-    A `KeyboardInterrupt`, for Ray lets no other exception out of its waiting.
+    It is a `KeyboardInterrupt` because Ray's waits let no other exception through.
     """
 
 
 class StageFailed(Exception):
-    """A fault that its lines say in full: printed without a traceback, exit status 1."""
+    """A fault whose message explains it: printed without a traceback, exit status 1."""

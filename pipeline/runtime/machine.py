@@ -1,8 +1,8 @@
-"""What this machine has: settings that change no data, and nothing but rounding.
+"""Machine settings: they change no data, and no weights beyond rounding.
 
 They come from `machine.yaml` (optional, ignored by git) and from environment variables
-`GPT2_<KEY>`, which win. They stand in no stage's `params`, `deps` or `cmd`, so a bigger machine
-invalidates nothing.
+`GPT2_<KEY>`, which override the file. No stage has them in its `params`, `deps` or `cmd`, so moving
+to another machine invalidates no result.
 """
 
 import os
@@ -24,16 +24,16 @@ PREFIX = "GPT2_"
 
 
 def project_root() -> Path:
-    """Where `machine.yaml` and the store are looked for.
+    """Return the folder of `machine.yaml` and the store.
 
-    DVC names the main checkout in `DVC_ROOT`, also for the experiments that it runs in a workspace
-    of their own, where ignored files are absent. Without DVC it is the current folder.
+    DVC sets `DVC_ROOT` to the main checkout, even for experiments that run in a temporary workspace
+    without ignored files. Without DVC it is the current folder.
     """
     return Path(os.environ.get("DVC_ROOT") or ".").absolute()
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: of the machine's, those of its affinity (Linux)."""
+    """Return the number of cores in this process's CPU affinity (Linux), or of the machine."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
@@ -50,66 +50,66 @@ class Machine(BaseSettings):
     )
 
     workers: int | None = Field(default=None, ge=1)
-    """Ray worker processes of the data stages on this machine; null: one a core."""
+    """Ray worker processes of the data stages on this machine; null: one per core."""
 
     ray_address: str | None = None
-    """A running Ray cluster to join, host:port; null: `RAY_ADDRESS`, else a local Ray."""
+    """Address (host:port) of the Ray cluster to join; null: `RAY_ADDRESS`, else a local Ray."""
 
     data: Literal["shared", "ship"] = "shared"
-    """How the nodes of a cluster have their data: repository, store and DVC's cache at the same
-    paths on each (shared), or sent to them by this machine, which also takes in what they make
-    (ship)."""
+    """How the nodes of a cluster get their data. shared: repository, store and DVC's cache are at
+    the same paths on every node; ship: this machine sends text to the nodes and receives tokens."""
 
     work_dir: Path | None = None
-    """Where the store of finished and half-finished pieces lies; null: `.work` in the project."""
+    """Folder of the store of finished and unfinished pieces; null: `.work` in the project."""
 
     engine: Literal["gigatoken", "tiktoken"] = "gigatoken"
-    """What tokenizes: gigatoken where it is installed and proven equal; or tiktoken alone."""
+    """Tokenizer. gigatoken: where it is installed and proven equal to tiktoken, else tiktoken;
+    tiktoken: tiktoken only."""
 
     check_fraction: float = Field(default=0.002, ge=0, le=1)
-    """Of the documents that gigatoken encodes, the part that tiktoken encodes as well, to compare;
-    in each chunk one at least. 0: none."""
+    """Fraction of the documents encoded by gigatoken that tiktoken encodes as well, to compare the
+    two; at least one document per chunk. 0: none."""
 
     parallel_downloads: int = Field(default=4, ge=1)
-    """Source files that are fetched at the same time."""
+    """Source files downloaded at the same time."""
 
     patience: float = Field(default=600.0, gt=0)
-    """Seconds for which a download goes on trying without a new byte, waits included."""
+    """Seconds for which a download is retried without a new byte, waits included."""
 
     processes: int | None = Field(default=None, ge=1)
-    """Training processes on this machine; null: one a GPU, or 2 on a CPU with 2 cores or more."""
+    """Training processes on this machine; null: one per GPU, or 2 on a CPU with 2 or more cores."""
 
     cores: int | None = Field(default=None, ge=1)
-    """Cores that one training on a CPU takes, and is bound to (Linux); null: all."""
+    """Cores of one training run on a CPU, which is pinned to them (Linux); null: all."""
 
     micro_batch: int | None = Field(default=None, ge=1)
-    """Sequences that a process computes at a time; null: chosen to divide the batch."""
+    """Sequences per process in one forward pass; null: chosen to divide the batch."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model is computed; auto: cuda where there is a GPU."""
+    """Device of the model; auto: cuda if there is a GPU, else cpu."""
 
     compile: bool | None = None
-    """Whether the model is compiled by torch.compile; null: on a GPU only."""
+    """Compile the model with torch.compile; null: on a GPU only."""
 
     restarts: int = Field(default=0, ge=0)
-    """Times that training is started again, from its last checkpoint, when a process has died."""
+    """Times that training restarts from its last checkpoint after a process died."""
 
     timeout: float = Field(default=900.0, gt=0)
     """Seconds that a training process waits for another before it ends the run."""
 
     overlap: bool = False
-    """Cut a compiled model in several graphs, to send gradients while others are computed."""
+    """Split a compiled model into several graphs, to send gradients while others are computed."""
 
     checkpoint_activations: bool = False
-    """Train with less memory and a third more arithmetic: activations are computed a second time
-    in the backward pass instead of being kept (gpt2-xl). The results are the same."""
+    """Recompute activations in the backward pass instead of keeping them: less memory, a third
+    more arithmetic, the same results (gpt2-xl)."""
 
     loss_chunk: int | None = Field(default=None, ge=1)
-    """Tokens whose logits are held at a time in training; null: about twice the model's width.
-    More are faster on a GPU that has memory left (docs/gpu.md)."""
+    """Tokens whose logits are in memory at a time in training; null: about twice the model's width.
+    More is faster on a GPU with memory to spare (docs/gpu.md)."""
 
     fresh: bool = False
-    """Make everything anew, ignoring the finished pieces of the store."""
+    """Rebuild everything, ignoring the finished pieces in the store."""
 
     @classmethod
     def settings_customise_sources(
@@ -120,17 +120,17 @@ class Machine(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments win over the environment, and the environment over `machine.yaml`."""
+        """Take arguments first, then the environment, then `machine.yaml`."""
         path = project_root() / "machine.yaml"
         file = InitSettingsSource(settings_cls, read_yaml(path) if path.exists() else {})
         return init_settings, env_settings, file
 
     @classmethod
     def load(cls) -> "Machine":
-        """The settings in force here.
+        """Read the settings of this machine.
 
         Raises:
-            UserError: an unknown key or variable, or an impossible value.
+            UserError: An unknown key or variable, or an invalid value.
         """
         for variable in os.environ:
             key = variable.removeprefix(PREFIX).lower()
@@ -148,5 +148,5 @@ class Machine(BaseSettings):
 
     @property
     def worker_count(self) -> int:
-        """Worker processes of a local Ray: as set, else one for each core."""
+        """Worker processes of a local Ray: `workers`, or one per core."""
         return self.workers or usable_cores()

@@ -1,4 +1,4 @@
-"""`params.yaml`, the whole truth of a result: one frozen, validated section a stage."""
+"""Reading `params.yaml`: one frozen, validated section per stage."""
 
 import difflib
 from pathlib import Path
@@ -11,14 +11,14 @@ from ruamel.yaml.error import YAMLError
 from pipeline.runtime.errors import UserError
 
 PARAMS = Path("params.yaml")
-LONGEST_SHOWN = 80  # characters of a value in a message
 SECTIONS = ("source", "tokenize", "verify", "model", "train", "evaluate")
+_MAX_VALUE_CHARS = 80  # of a value in a message
 
 S = TypeVar("S", bound="Section")
 
 
 class Section(BaseModel):
-    """A section of `params.yaml`: frozen, and refusing keys that it does not know."""
+    """A section of `params.yaml`: frozen; unknown keys are refused."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -31,27 +31,27 @@ class Section(BaseModel):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Read a YAML file that holds a mapping; empty if the file is.
 
     Raises:
-        UserError: the file is missing, is no YAML, or holds no mapping.
+        UserError: The file is missing, is not YAML, or holds no mapping.
     """
     try:
         value = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run this from the project's folder") from None
+        raise UserError(f"{path}: no such file; run this in the project's folder") from None
     except (YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not readable as YAML: {reason}") from None
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise UserError(f"{path}: expected `key: value` lines")
+        raise UserError(f"{path}: not a mapping; write `key: value` lines")
     return value
 
 
 def nearest(key: str, known: list[str] | tuple[str, ...]) -> str:
-    """A hint for an unknown ``key``: the most similar known one, or what is known."""
+    """Return a hint for an unknown ``key``: the most similar known key, or all known keys."""
     match = difflib.get_close_matches(key, known, n=1)
     if match:
         return f"did you mean {match[0]}?"
@@ -60,13 +60,10 @@ def nearest(key: str, known: list[str] | tuple[str, ...]) -> str:
 
 
 def validate(cls: type[S], values: dict[str, Any], where: str) -> S:
-    """``values`` as a section.
-
-    Args:
-        where: what the values are called in messages, e.g. ``params.yaml: train``.
+    """Validate ``values`` as a section; ``where`` is its name in messages: `params.yaml: train`.
 
     Raises:
-        UserError: naming the first key that is unknown or has an impossible value.
+        UserError: Names the first key that is unknown or has an invalid value.
     """
     try:
         return cls.model_validate(values)
@@ -75,9 +72,9 @@ def validate(cls: type[S], values: dict[str, Any], where: str) -> S:
 
 
 def first_error(error: ValidationError, where: str, cls: type[BaseModel]) -> str:
-    """The first of a pydantic error's findings, in one line that names the key and the mend."""
+    """Return a pydantic error's first problem: one line that names the key and how to fix it."""
     details = error.errors(include_url=False)
-    # A misspelt key is both unknown and missing; the first says how to mend it.
+    # A misspelt key is both unknown and missing; the former comes with a suggestion.
     detail = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
     # A location such as ("prompts", 3) is reported as train.prompts.3; a model validator has none.
     key = ".".join([where, *(str(part) for part in detail["loc"])])
@@ -89,16 +86,16 @@ def first_error(error: ValidationError, where: str, cls: type[BaseModel]) -> str
     if detail["type"] in ("value_error", "assertion_error"):
         return f"{key}: {message}"
     given = repr(detail["input"])
-    if len(given) > LONGEST_SHOWN:
-        given = given[:LONGEST_SHOWN] + "…"
-    return f"{key}: {message[0].lower()}{message[1:]} (it is {given})"
+    if len(given) > _MAX_VALUE_CHARS:
+        given = given[:_MAX_VALUE_CHARS] + "…"
+    return f"{key}: {message[0].lower()}{message[1:]} (got {given})"
 
 
 def load_section(name: str, cls: type[S], path: Path = PARAMS) -> S:
-    """Section ``name`` of the parameters file.
+    """Read section ``name`` of the parameters file.
 
     Raises:
-        UserError: on a missing file or section, an unknown key, or an impossible value.
+        UserError: A missing file or section, an unknown key, or an invalid value.
     """
     params = read_yaml(path)
     for section in params:
@@ -106,6 +103,6 @@ def load_section(name: str, cls: type[S], path: Path = PARAMS) -> S:
             raise UserError(f"{path}: {section}: unknown section; {nearest(section, SECTIONS)}")
     values = params.get(name)
     if not isinstance(values, dict):
-        state = "holds no `key: value` lines" if name in params else "is missing"
+        state = "is not a mapping" if name in params else "is missing"
         raise UserError(f"{path}: section {name} {state}; `git checkout {path}` restores it")
     return validate(cls, values, f"{path}: {name}")

@@ -2,30 +2,29 @@
 
 import sys
 import time
-from types import TracebackType
 
 from tqdm import tqdm
 
 
 class Progress:
-    """Counts finished work.
+    """Count and show finished work.
 
     Args:
-        what: the work's name, which begins each line.
-        total: units to do.
-        unit: the unit's name, e.g. "tokens".
-        every: seconds between lines where there is no terminal.
+        name: Name of the work, at the start of each line.
+        total: Units to do.
+        unit: Name of the unit, e.g. "tokens".
+        every: Seconds between lines without a terminal.
     """
 
-    def __init__(self, what: str, total: int, unit: str, every: float = 5.0) -> None:
-        self.what, self.total, self.unit, self.every = what, total, unit, every
+    def __init__(self, name: str, total: int, unit: str, every: float = 5.0) -> None:
+        self.name, self.total, self.unit, self.every = name, total, unit, every
         self.done = 0
-        self.tasks = ""
-        """How the tasks stand, shown at the end of each line; `run_tasks` says it."""
+        self.task_counts = ""
+        """Tasks running, waiting and done, at the end of each line; `run_tasks` sets it."""
         self._note = ""
         self._started = self._printed = time.monotonic()
         self._bar = (
-            tqdm(total=total, desc=what, unit=unit, unit_scale=True, file=sys.stderr)
+            tqdm(total=total, desc=name, unit=unit, unit_scale=True, file=sys.stderr)
             if sys.stderr.isatty()
             else None
         )
@@ -33,41 +32,36 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.close()
 
     def advance(self, units: int, note: str = "") -> None:
-        """Count ``units`` more as done; ``note`` is shown behind them."""
+        """Count ``units`` more as done; ``note``, unless empty, replaces the text after them."""
         self.done += units
         self._note = note or self._note
         if self._bar is not None:
             self._bar.set_postfix_str(self._notes(), refresh=False)
             self._bar.update(units)
         elif time.monotonic() - self._printed >= self.every or (
-            units and self.done >= self.total  # the last of them
+            units and self.done >= self.total  # the last units
         ):
             self._print()
 
-    def look(self) -> None:
-        """Show how things stand, if it is time to, where nothing was done lately."""
+    def refresh(self) -> None:
+        """Show the current state although no unit was done, if a line is due."""
         if self._bar is not None:
             self._bar.set_postfix_str(self._notes())
         else:
             self.advance(0)
 
-    def say(self, line: str) -> None:
-        """Print a line of its own, beside the bar where there is one."""
-        tqdm.write(f"{self.what}: {line}", file=sys.stdout)
+    def log(self, line: str) -> None:
+        """Print a separate line without breaking the bar."""
+        tqdm.write(f"{self.name}: {line}", file=sys.stdout)
         sys.stdout.flush()
 
     def _notes(self) -> str:
-        return ", ".join(filter(None, (self._note, self.tasks)))
+        return ", ".join(filter(None, (self._note, self.task_counts)))
 
     def _print(self) -> None:
         self._printed = time.monotonic()
@@ -76,7 +70,7 @@ class Progress:
         share = 100 * self.done / max(self.total, 1)
         notes = self._notes()
         print(
-            f"{self.what}: {share:3.0f} %, {self.done:,} of {self.total:,} {self.unit}, "
+            f"{self.name}: {share:3.0f} %, {self.done:,} of {self.total:,} {self.unit}, "
             f"{rate:,.0f}/s, ETA {left} s{', ' + notes if notes else ''}",
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: write to a temporary name, fsync, rename."""
+"""Atomic file writes: write to a temporary name, fsync, rename."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable: a rename is not, until its folder is synced."""
+    """Flush the entries of ``folder`` to disk: a rename is durable only after this."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -17,13 +17,13 @@ def fsync_folder(folder: Path) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Make the bytes of a file that was written and closed durable."""
+    """Flush a written and closed file to disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path``; a reader, or a crash, sees the old file or the new one."""
+    """Write ``data`` to ``path`` atomically: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -38,18 +38,18 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def json_bytes(value: Any) -> bytes:
-    """The one way this project writes JSON: sorted keys, two spaces, a final newline, no NaN."""
+    """Encode ``value`` as in all JSON files of this project: sorted keys, indent 2, no NaN."""
     text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
     return text.encode() + b"\n"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON to ``path``, atomically."""
+    """Write ``value`` as JSON to ``path`` atomically."""
     write_bytes(path, json_bytes(value))
 
 
 def sha256_file(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
+    """Return the sha256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -58,6 +58,6 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """The sha256 of a JSON value, independent of the order of its keys: a key for the store."""
+    """Return the sha256 of a JSON value, regardless of key order: a key for the store."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,14 +1,14 @@
-"""The store `.work/`: finished pieces addressed by content, and the folders of unfinished runs.
+"""The store `.work/`: finished pieces addressed by content, and folders of unfinished runs.
 
 ```
-.work/<kind>/<key>/            a piece: its files, and piece.json, which makes it complete
-.work/tmp/<kind>-<key>/        a piece being made, renamed into place when it is whole
-.work/locks/<kind>-<key>       one flock a key: two experiments never make a piece twice
+.work/<kind>/<key>/            a piece: its files, and piece.json, written last
+.work/tmp/<kind>-<key>/        a piece being made, renamed into place when complete
+.work/locks/<kind>-<key>       one flock per key, so that no piece is made twice at a time
 ```
 
-`piece.json` keeps size, mtime and sha256 of each file. A file whose size or mtime differs is
-hashed again; a bad piece is discarded and made anew. Outs of DVC stages are hard links to these
-files, so a bad file is made writable before it is unlinked: so DVC also replaces its cached object.
+`piece.json` records size, mtime and sha256 of each file. A file whose size or mtime differs is
+hashed again; a damaged piece is discarded and rebuilt. Outs of DVC stages are hard links to these
+files, so a damaged file is made writable before it is unlinked, see `unlink_damaged`.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ INDEX = "piece.json"
 
 
 class Store:
-    """Pieces of finished work under one folder."""
+    """Finished pieces of work in one folder; ``fresh``: stages rebuild existing pieces."""
 
     def __init__(self, root: Path, fresh: bool = False) -> None:
         self.root = root
@@ -35,28 +35,35 @@ class Store:
 
     @classmethod
     def open(cls, machine: Machine) -> "Store":
-        """The store of this project: `machine.work_dir`, else `.work` beside `dvc.yaml`."""
+        """Open this project's store: `machine.work_dir`, else `.work` beside `dvc.yaml`.
+
+        Raises:
+            UserError: The folder cannot be created.
+        """
         root = project_root() / (machine.work_dir or Path(".work")).expanduser()
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"work_dir: cannot use {root}: {error.strerror}") from None
+            raise UserError(
+                f"work_dir: cannot create {root} ({error.strerror}); set it to a writable folder "
+                "in machine.yaml or GPT2_WORK_DIR"
+            ) from None
         store = cls(root.absolute(), machine.fresh)
         store.sweep()
         return store
 
     def folder(self, kind: str, key: str) -> Path:
-        """A working folder that grows under its key, such as a training run's."""
+        """Create the folder of unfinished work, such as a training run; return its path."""
         folder = self.root / kind / key
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     @contextlib.contextmanager
     def lock(self, kind: str, key: str, wait: bool = True) -> Iterator[None]:
-        """Hold the key's lock; it is released by the kernel when the process dies.
+        """Hold the key's lock. The kernel releases it when the process dies.
 
         Raises:
-            UserError: ``wait`` is false and another process holds it.
+            UserError: ``wait`` is false and another process holds the lock.
         """
         path = self.root / "locks" / f"{kind}-{key}"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,12 +72,12 @@ class Store:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise UserError(
-                    f"another process works on {kind}/{key[:12]}; wait until it ends"
+                    f"another process is working on {kind}/{key[:12]}; wait until it ends"
                 ) from None
             yield
 
     def find(self, kind: str, key: str) -> Path | None:
-        """The folder of a complete piece; None where there is none, or its bytes have changed."""
+        """Return the folder of a complete piece, or None if it is missing or damaged."""
         folder = self.root / kind / key
         index_path = folder / INDEX
         try:
@@ -98,25 +105,25 @@ class Store:
         if touched:
             atomic.write_json(index_path, index)
         else:
-            os.utime(index_path)  # used now: `--prune --older-than` goes by it
+            os.utime(index_path)  # last use, for `--prune --older-than`
         return folder
 
     def sha256(self, kind: str, key: str) -> dict[str, str]:
-        """The sha256 of each file of a piece that was found, by name, as its index has them."""
+        """Return file name -> sha256 of a complete piece, as recorded in its index."""
         index = json.loads((self.root / kind / key / INDEX).read_text())
         return {name: entry["sha256"] for name, entry in index.items()}
 
     @contextlib.contextmanager
     def make(self, kind: str, key: str, hashes: Mapping[str, str] | None = None) -> Iterator[Path]:
-        """Yield an empty folder; what is in it when the block ends well becomes the piece.
+        """Yield an empty folder; its files become the piece if the block raises nothing.
 
-        The caller holds the key's lock. A piece that is there already is replaced.
+        The caller holds the key's lock. An existing piece is replaced.
 
         Args:
-            hashes: the sha256 of files, by name, that are known when the block ends.
+            hashes: File name -> sha256 of files already hashed; may be filled within the block.
         """
         temporary = self.root / "tmp" / f"{kind}-{key}"
-        shutil.rmtree(temporary, ignore_errors=True)  # a dead process's
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a dead process
         temporary.mkdir(parents=True)
         try:
             yield temporary
@@ -139,17 +146,17 @@ class Store:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def discard(self, kind: str, key: str) -> None:
-        """Remove a piece, if it is there; its files are made writable first (see the module)."""
+        """Remove a piece, if it exists, with `unlink_damaged`."""
         folder = self.root / kind / key
         if not folder.exists():
             return
         (folder / INDEX).unlink(missing_ok=True)
         for path in folder.iterdir():
-            unlink_bad(path)
+            unlink_damaged(path)
         folder.rmdir()
 
     def sweep(self) -> None:
-        """Remove what dead processes left half-made: whatever nobody holds the lock of."""
+        """Remove incomplete pieces of dead processes: those whose lock is free."""
         for path in (self.root / "tmp").glob("*-*"):
             kind, key = path.name.split("-", 1)
             with contextlib.suppress(UserError), self.lock(kind, key, wait=False):
@@ -157,8 +164,8 @@ class Store:
 
 
 def _warn_damaged(kind: str, key: str, name: str) -> None:
-    # Left as it is: whoever makes the piece anew, under its lock, replaces it.
-    print(f"warning: {kind}/{key[:12]}/{name} in the store is damaged; making it anew")
+    # Not removed here: the process that rebuilds the piece, under its lock, replaces it.
+    print(f"warning: {kind}/{key[:12]}/{name} in the store is damaged; it will be rebuilt")
 
 
 def _is_index(index: object) -> bool:
@@ -169,27 +176,28 @@ def _is_index(index: object) -> bool:
 
 
 def merged_key(chunk_keys: Sequence[str]) -> str:
-    """The key of the shard that the validation documents of these chunks are merged into."""
+    """Return the key of the shard of the merged validation documents of these chunks."""
     return atomic.sha256_json(list(chunk_keys))
 
 
-def unlink_bad(path: Path) -> None:
-    """Unlink a damaged file, its inode made writable first.
+def unlink_damaged(path: Path) -> None:
+    """Make a damaged file writable, then unlink it.
 
-    DVC trusts a cached object that is read-only; the cache holds the same inode by hard link, and
-    mode 0644 makes DVC hash it, find it changed, and replace it.
+    DVC's cache holds the same inode by hard link. DVC trusts a read-only object, but hashes one of
+    mode 0644 again, finds that it changed, and replaces it.
     """
     path.chmod(0o644)
     path.unlink()
 
 
 def publish(files: Mapping[str, Path | bytes], out: Path) -> None:
-    """Make ``out`` a folder of exactly ``files``: name within it -> file to hard-link, or bytes.
+    """Replace ``out`` by a folder of exactly ``files``, built aside and renamed into place.
 
-    Where links do not work (another file system) the files are copied. The folder is built under
-    a temporary name and put in place by rename.
+    Args:
+        files: Path within the folder -> file to hard-link (or copy, on another file system), or
+            bytes to write.
     """
-    temporary, old = (out.with_name(f".{out.name}.{word}") for word in ("new", "old"))
+    temporary, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("new", "old"))
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     for name, source in files.items():
@@ -212,17 +220,10 @@ def publish(files: Mapping[str, Path | bytes], out: Path) -> None:
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
-    """Refuse work that the disk cannot hold, before it starts.
-
-    Args:
-        needed: bytes that the work will write.
-
-    Raises:
-        UserError: naming the folder, the bytes needed and the bytes free.
-    """
+    """Raise a `UserError` unless ``folder`` has room for the ``needed`` bytes of ``what``."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{folder}: {what} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-            "make room, or set work_dir in machine.yaml to a bigger disk"
+            f"{folder}: {what} needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; "
+            "free some space, or set work_dir in machine.yaml to a folder on a larger disk"
         )

@@ -1,8 +1,9 @@
-"""Of pipeline.probe: what a node says of itself. On real nodes: test_hosts.py."""
+"""Tests for pipeline.cluster.probe on this machine. On several hosts: test_hosts.py."""
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,57 +11,73 @@ import pytest
 from pipeline.cluster import probe
 from pipeline.runtime.errors import UserError
 from pipeline.store.store import Store
+from tests.support.repo import REPO
 
 
-def test_the_drivers_own_machine_is_fit(tmp_path: Path) -> None:
+def test_driver_passes_its_own_probe(tmp_path: Path) -> None:
     files = [tmp_path / "a", tmp_path / "b"]
     for path in files:
         path.write_text("text")
     store = Store(tmp_path / "store")
-    with probe.probing(store, files) as asked:
-        assert asked.versions["python"].startswith("3.")
-        assert probe.decode(probe.encode(asked)) == asked
-        assert probe.complaints(asked, "node-1") == ([], [])
-        assert (asked.folder / "node-1").exists()
-        Store(tmp_path / "store").sweep()  # another run's, at the same time
-        assert asked.folder.exists()
-    assert not asked.folder.exists()
+    with probe.open_probe(store, files) as opened:
+        assert opened.versions["python"].startswith("3.")
+        assert probe.decode(probe.encode(opened)) == opened
+        assert probe.compare(opened, "node-1") == ([], [])
+        assert (opened.folder / "node-1").exists()
+        Store(tmp_path / "store").sweep()  # of another pipeline that starts now
+        assert opened.folder.exists()
+    assert not opened.folder.exists()
     assert list((store.root / "locks").iterdir()) == []
 
 
-def test_what_differs_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("text")
-    with probe.probing(Store(tmp_path / "store"), [tmp_path / "a"]) as asked:
-        other = asked.versions | {"tiktoken": "0.0.1", "this project's code": "0123"}
-        wrong, _ = probe.complaints(dataclasses.replace(asked, versions=other))
-        assert [line.split()[0] for line in wrong] == ["tiktoken", "this"]
-        assert "where the driver has 0.0.1" in wrong[0]
-        (tmp_path / "a").write_text("another text")
-        assert probe.complaints(asked)[0] == [f"another {tmp_path / 'a'} (12 bytes, not 4)"]
-        (tmp_path / "a").unlink()
-        assert probe.complaints(asked)[0] == [f"no {tmp_path / 'a'} (No such file or directory)"]
-        (asked.folder / "driver").write_text("of another driver, that has this path too")
-        assert probe.complaints(asked)[0] == [f"no share in {asked.store} (it is another)"]
+@pytest.mark.parametrize("module", ["params.py", "tokenize/encode_chunk.py", "format/shards.py"])
+def test_code_of_every_room_is_compared(tmp_path: Path, module: str) -> None:
+    package = tmp_path / "pipeline"
+    shutil.copytree(REPO / "pipeline", package, ignore=shutil.ignore_patterns("__pycache__"))
+    assert probe.versions(package) == probe.versions()
+    with open(package / module, "a") as file:
+        file.write("# changed\n")
+    changed = probe.versions(package)
+    differs = {name for name, found in probe.versions().items() if changed[name] != found}
+    assert differs == {"this project's code"}
 
 
-def test_locks_that_do_not_reach_are_doubtful(tmp_path: Path) -> None:
-    with probe.probing(Store(tmp_path), []) as asked:
-        lock = tmp_path / "locks" / asked.folder.name
-        lock.unlink()  # the same name, and another file: as on a mount without locks
+def test_every_difference_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text("text")
+    with probe.open_probe(Store(tmp_path / "store"), [path]) as opened:
+        other = opened.versions | {"tiktoken": "0.0.1", "this project's code": "0123"}
+        errors, _ = probe.compare(dataclasses.replace(opened, versions=other))
+        assert [line.split()[0] for line in errors] == ["tiktoken:", "this"]
+        assert "0.0.1" in errors[0]
+        path.write_text("another text")
+        (error,) = probe.compare(opened)[0]
+        assert error.startswith(f"{path}: 12 bytes ")
+        path.unlink()
+        (error,) = probe.compare(opened)[0]
+        assert error.startswith(f"{path}: ")
+        (opened.folder / "driver").write_text("another driver with the same path")
+        (error,) = probe.compare(opened)[0]
+        assert error.startswith(f"{opened.store}: ")
+
+
+def test_locks_that_do_not_reach_a_node_are_only_a_warning(tmp_path: Path) -> None:
+    with probe.open_probe(Store(tmp_path), []) as opened:
+        lock = tmp_path / "locks" / opened.folder.name
+        lock.unlink()  # a new file of the same name has no lock, as on a mount without locks
         lock.touch()
-        wrong, doubtful = probe.complaints(asked)
-        assert wrong == []
-        assert doubtful[0].startswith("locks do not reach it")
+        errors, warnings = probe.compare(opened)
+        assert (errors, len(warnings)) == ([], 1)
 
 
-def test_a_worker_of_a_late_node_looks_before_its_first_task(
+def test_worker_of_a_node_added_later_checks_it_before_its_first_task(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    probe.look_here.cache_clear()
-    with probe.probing(Store(tmp_path), []) as asked:
-        monkeypatch.setenv(probe.VARIABLE, probe.encode(asked))
-        assert probe.guarded(len)([1, 2]) == 2
-    probe.look_here.cache_clear()
-    with pytest.raises(UserError, match=r"^the cluster's nodes do not fit: .* has no share in "):
-        probe.guarded(len)([])
-    probe.look_here.cache_clear()
+    probe.check_this_node.cache_clear()
+    with probe.open_probe(Store(tmp_path), []) as opened:
+        monkeypatch.setenv(probe.VARIABLE, probe.encode(opened))
+        assert probe.with_node_check(len)([1, 2]) == 2
+    probe.check_this_node.cache_clear()
+    with pytest.raises(UserError, match=str(tmp_path)):
+        probe.with_node_check(len)([])
+    probe.check_this_node.cache_clear()

@@ -1,4 +1,4 @@
-"""Of pipeline.download on a Ray cluster whose nodes share the storage: every node downloads."""
+"""Tests for `pipeline.download` on a Ray cluster with shared storage: every node downloads."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 from tests.support.downloads import Project, sample_files
 from tests.support.hub import Hub
 
-pytestmark = pytest.mark.soak  # in CI test_hosts.py has a cluster
+pytestmark = pytest.mark.soak  # CI covers clusters in test_hosts.py
 
 MEGABYTE = 2**20
 
 
-def raylets_that_download(address: str) -> set[int]:
-    """The cluster's raylets, one a node, whose workers download at this moment."""
+def downloading_raylets(address: str) -> set[int]:
+    """Return the pids of the cluster's raylets, one per node, with a downloading worker."""
     found = set()
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or [""]
@@ -47,11 +47,10 @@ def test_downloads_spread_over_the_nodes(tmp_path: Path, monkeypatch: pytest.Mon
             process = project.start(RAY_ADDRESS=cluster.address, RAY_AUTH_MODE="disabled")
             nodes: set[int] = set()
             while process.poll() is None:
-                nodes |= raylets_that_download(cluster.address)
+                nodes |= downloading_raylets(cluster.address)
                 time.sleep(0.2)
             project.end(process)
             assert len(nodes) == 2
-            for path, data in files.items():
-                assert (project.raw / path).read_bytes() == data
+            project.check(files)
     finally:
         cluster.shutdown()

@@ -1,4 +1,4 @@
-"""Of pipeline.download and pipeline.sources: the sample that needs no network."""
+"""Tests for pipeline.download.stage and pipeline.download.sample, with source kind `sample`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.store.store import Store
 from tests.support.small_data import flip, hashes
 
 
-def test_the_sample(sample_raw: Path) -> None:
+def test_the_sample_has_fineweb_columns_and_matches_its_manifest(sample_raw: Path) -> None:
     manifest = RawManifest.load(sample_raw)
     assert sorted(hashes(sample_raw)) == sorted(
         ["manifest.json", *(f.path for f in manifest.files)]
@@ -40,28 +40,28 @@ def test_the_sample(sample_raw: Path) -> None:
     assert "Fellow" in first["text"][:200]
     assert first["url"].startswith("https://www.presidency.ucsb.edu/")
     assert first["token_count"] == len(tokenizer.encode(first["text"]))
-    # Each file spans the centuries: one file alone is a fair sample.
+    # Each file spans the centuries.
     for table in tables:
         dates = table.column("date").to_pylist()
         assert min(dates) < "1795"
         assert max(dates) > "2010"
 
 
-def test_fewer_files_are_the_first_of_all_and_damage_is_mended(
+def test_fewer_files_are_the_first_ones_and_a_damaged_one_is_replaced(
     sample_raw: Path, tmp_path: Path
 ) -> None:
     store, out = Store(tmp_path / "work"), tmp_path / "raw"
     manifest = download(SourceParams(files=1), store, out, Machine())
-    whole = RawManifest.load(sample_raw)
-    assert manifest.files == whole.files[:1]
-    assert manifest.source == whole.source
+    complete = RawManifest.load(sample_raw)
+    assert manifest.files == complete.files[:1]
+    assert manifest.source == complete.source
     path = out / manifest.files[0].path
     assert path.read_bytes() == (sample_raw / path.name).read_bytes()
     assert list((store.root / "tmp").iterdir()) == []
-    # A damaged file of the store, which is the same inode, is replaced by the next run.
+    # Damages the file in the store as well: it is the same inode.
     leftover = store.root / "tmp" / "source-sample" / "half.parquet"
     leftover.parent.mkdir()
-    leftover.write_bytes(b"of a killed run")
+    leftover.write_bytes(b"from a killed run")
     flip(path, 5000)
     os.utime(path, ns=(7, 7))
     assert download(SourceParams(files=1), store, out, Machine()) == manifest

@@ -1,4 +1,4 @@
-"""Of pipeline.parquet: any run of rows, whatever the batches and row groups."""
+"""Tests for pipeline.format.parquet."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def test_read_batches_yields_exactly_the_rows(tmp_path: Path, group: int, batch:
             assert rows == dict(enumerate(texts[start:stop], start)), (start, stop)
 
 
-def test_row_groups_are_those_of_the_footer(tmp_path: Path) -> None:
+def test_row_groups_returns_rows_and_bytes_from_the_footer(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write_parquet(path, [f"{i:050d}" for i in range(100)], group=40)
     groups = row_groups(path, "text")
     assert [rows for rows, _ in groups] == [40, 40, 20]
-    # Plain bytes and a length of 4 each, and some air for pages and dictionaries.
+    # 50 bytes and a length of 4 per row, with a margin for pages and dictionaries.
     assert all(50 * rows < size < 70 * rows + 500 for rows, size in groups)

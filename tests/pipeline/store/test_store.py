@@ -1,20 +1,24 @@
-"""Of pipeline.store: what counts as a finished piece, and what becomes of the rest."""
+"""Tests for pipeline.store: pieces, locks, published folders, and `python -m pipeline.store`."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from pipeline.params import TokenizeParams
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
 from pipeline.store.__main__ import main
-from pipeline.store.store import INDEX, Store, publish, require_space, unlink_bad
+from pipeline.store.store import INDEX, Store, publish, require_space, unlink_damaged
 from tests.support.repo import REPO
 from tests.support.small_data import flip, tokenize_here
 
@@ -31,23 +35,19 @@ def make(store: Store, content: bytes = b"twelve bytes", key: str = "abc") -> Pa
     return store.root / "chunks" / key
 
 
-def test_an_intact_piece_is_found(store: Store) -> None:
+def test_intact_piece_is_found_and_a_new_mtime_recorded(store: Store) -> None:
     assert store.find("chunks", "abc") is None
     folder = make(store)
     assert store.find("chunks", "abc") == folder
     assert (folder / "a.bin").read_bytes() == b"twelve bytes"
     assert list((store.root / "tmp").iterdir()) == []
-
-
-def test_a_touched_piece_is_hashed_once_and_kept(store: Store) -> None:
-    folder = make(store)
     os.utime(folder / "a.bin", ns=(5, 5))
     assert store.find("chunks", "abc") == folder
     assert json.loads((folder / INDEX).read_text())["a.bin"]["mtime_ns"] == 5
 
 
-def test_a_found_piece_is_not_hashed_again(store: Store) -> None:
-    """By design the index is believed while size and mtime agree; `verify` hashes always."""
+def test_file_with_recorded_size_and_mtime_is_not_hashed(store: Store) -> None:
+    """By design: `verify` is the stage that hashes every byte."""
     folder = make(store)
     flip(folder / "a.bin", 3, keep_mtime=True)
     assert store.find("chunks", "abc") == folder
@@ -58,10 +58,7 @@ def flip_a(folder: Path) -> None:
 
 
 def truncate_a(folder: Path) -> None:
-    os.truncate(folder / "a.bin", 4)
-
-
-def truncate_a_and_keep_its_mtime(folder: Path) -> None:
+    """The size alone differs: the mtime is kept."""
     status = (folder / "a.bin").stat()
     os.truncate(folder / "a.bin", 4)
     os.utime(folder / "a.bin", ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -71,48 +68,34 @@ def remove_b(folder: Path) -> None:
     (folder / "b.bin").unlink()
 
 
-def index_of(content: str):
-    def damage(folder: Path) -> None:
-        (folder / INDEX).write_text(content)
-
-    damage.__name__ = f"index {content[:12]!r}"
-    return damage
+INDICES = ("", "[", "[]", '{"a.bin": {}}', '{"a.bin": 3}')
 
 
-DAMAGES = [
-    flip_a, truncate_a, truncate_a_and_keep_its_mtime, remove_b, index_of(""), index_of("{"),
-    index_of("[]"), index_of("null"), index_of('{"a.bin": {}}'), index_of('{"a.bin": 3}'),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
-def test_a_damaged_piece_is_not_found_and_can_be_made_anew(
-    store: Store, damage, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("damage", [flip_a, truncate_a, remove_b, *INDICES])
+def test_damaged_piece_is_not_found_and_can_be_rebuilt(
+    store: Store, damage: str | Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make(store)
-    damage(folder)
+    if isinstance(damage, str):
+        (folder / INDEX).write_text(damage)
+    else:
+        damage(folder)
     assert store.find("chunks", "abc") is None
     assert "chunks/abc/" in capsys.readouterr().out
     make(store)
     assert store.find("chunks", "abc") == folder
 
 
-def test_a_failed_make_leaves_nothing(store: Store) -> None:
-    with pytest.raises(KeyError), store.make("chunks", "abc") as folder:  # noqa: PT012
-        (folder / "a.bin").write_bytes(b"half")
-        raise KeyError
-    assert store.find("chunks", "abc") is None
-    assert list((store.root / "tmp").iterdir()) == []
+def test_failed_make_leaves_nothing_and_keeps_the_existing_piece(store: Store) -> None:
+    for key, existing in (("abc", make(store)), ("new", None)):
+        with pytest.raises(KeyError), store.make("chunks", key) as folder:  # noqa: PT012
+            (folder / "a.bin").write_bytes(b"half")
+            raise KeyError
+        assert store.find("chunks", key) == existing
+        assert list((store.root / "tmp").iterdir()) == []
 
 
-def test_a_failed_make_keeps_the_piece_that_stood_there(store: Store) -> None:
-    folder = make(store)
-    with pytest.raises(KeyError), store.make("chunks", "abc"):
-        raise KeyError
-    assert store.find("chunks", "abc") == folder
-
-
-def test_make_removes_what_a_dead_process_left_of_the_piece(store: Store) -> None:
+def test_make_removes_files_left_by_a_dead_process(store: Store) -> None:
     dead = store.root / "tmp" / "chunks-abc"
     dead.mkdir(parents=True)
     (dead / "c.bin").write_bytes(b"half")
@@ -120,7 +103,7 @@ def test_make_removes_what_a_dead_process_left_of_the_piece(store: Store) -> Non
     assert list((store.root / "tmp").iterdir()) == []
 
 
-def test_what_dead_processes_left_is_swept_and_what_lives_is_not(store: Store) -> None:
+def test_sweep_removes_only_pieces_whose_lock_is_free(store: Store) -> None:
     for name in ("chunks-dead", "chunks-alive"):
         (store.root / "tmp" / name).mkdir(parents=True)
     with store.lock("chunks", "alive"):
@@ -128,7 +111,7 @@ def test_what_dead_processes_left_is_swept_and_what_lives_is_not(store: Store) -
         assert [path.name for path in (store.root / "tmp").iterdir()] == ["chunks-alive"]
 
 
-def test_make_replaces_the_remains_of_a_killed_discard(store: Store) -> None:
+def test_make_replaces_a_partly_discarded_piece(store: Store) -> None:
     folder = make(store)
     (folder / INDEX).unlink()
     assert store.find("chunks", "abc") is None
@@ -136,8 +119,8 @@ def test_make_replaces_the_remains_of_a_killed_discard(store: Store) -> None:
     assert (folder / "a.bin").read_bytes() == b"new"
 
 
-def test_a_discarded_file_is_writable_where_it_is_linked(store: Store, tmp_path: Path) -> None:
-    """DVC trusts a read-only object in its cache: mode 0644 has it hash and replace the object."""
+def test_discarded_file_is_writable_in_the_dvc_cache(store: Store, tmp_path: Path) -> None:
+    """DVC trusts read-only objects in its cache; it hashes and replaces those of mode 0644."""
     folder = make(store)
     cached = tmp_path / "cached"
     os.link(folder / "a.bin", cached)
@@ -145,12 +128,12 @@ def test_a_discarded_file_is_writable_where_it_is_linked(store: Store, tmp_path:
     store.discard("chunks", "abc")
     assert cached.stat().st_mode & 0o777 == 0o644
     assert not folder.exists()
-    store.discard("chunks", "abc")  # nothing there: nothing done
-    unlink_bad(cached)
+    store.discard("chunks", "abc")  # no such piece: no error
+    unlink_damaged(cached)
     assert not cached.exists()
 
 
-def test_publish_leaves_exactly_the_files(tmp_path: Path) -> None:
+def test_published_folder_has_exactly_the_given_files(tmp_path: Path) -> None:
     source = tmp_path / "piece.bin"
     source.write_bytes(b"piece")
     out = tmp_path / "data" / "tokens"
@@ -159,7 +142,7 @@ def test_publish_leaves_exactly_the_files(tmp_path: Path) -> None:
     (out / "stale.bin").write_text("old")
     crashed = out.with_name(".tokens.new")
     crashed.mkdir()
-    (crashed / "half.bin").write_text("of a killed run")
+    (crashed / "half.bin").write_text("left by a killed run")
     publish({"train-0.bin": source, "chunks/0.json": source, "manifest.json": b"{}"}, out)
     names = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
     assert names == ["chunks/0.json", "manifest.json", "train-0.bin"]
@@ -167,54 +150,46 @@ def test_publish_leaves_exactly_the_files(tmp_path: Path) -> None:
     assert [p.name for p in out.parent.iterdir()] == ["tokens"]
 
 
-def test_publish_replaces_a_link_and_not_what_it_points_to(tmp_path: Path) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "precious").write_text("keep")
+def test_publish_replaces_a_symbolic_link_but_not_its_target(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "file").write_text("keep")
     out = tmp_path / "out"
-    out.symlink_to(elsewhere)
+    out.symlink_to(target)
     publish({"manifest.json": b"{}"}, out)
     assert not out.is_symlink()
     assert [p.name for p in out.iterdir()] == ["manifest.json"]
-    assert (elsewhere / "precious").read_text() == "keep"
+    assert (target / "file").read_text() == "keep"
 
 
 def test_publish_copies_to_another_file_system(tmp_path: Path) -> None:
     memory = Path("/dev/shm")
     if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
-        pytest.skip("no second file system here")
-    source = tmp_path / "piece.bin"
-    source.write_bytes(b"piece")
-    out = memory / f"gpt2-test-{os.getpid()}"
-    try:
-        publish({"train.bin": source}, out)
-        assert (out / "train.bin").read_bytes() == b"piece"
-        assert (out / "train.bin").stat().st_mtime_ns == source.stat().st_mtime_ns
-        (out / "train.bin").write_bytes(b"other")
-        assert source.read_bytes() == b"piece"
-    finally:
-        publish({}, out)
-        out.rmdir()
+        pytest.skip("needs a second file system")
+    (tmp_path / "piece.bin").write_bytes(b"piece")
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        publish({"train.bin": tmp_path / "piece.bin"}, Path(folder, "out"))
+        assert Path(folder, "out/train.bin").read_bytes() == b"piece"
 
 
 HOLD = """\
 import sys, time
 from pathlib import Path
-from pipeline.store import Store
+from pipeline.store.store import Store
 with Store(Path(sys.argv[1])).lock("chunks", "abc"):
     print("held", flush=True)
     time.sleep(60)
 """
 
 
-def test_a_lock_holds_off_a_second_process_until_the_first_dies(store: Store) -> None:
+def test_lock_excludes_other_processes_until_its_holder_dies(store: Store) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(store.root)], cwd=REPO, stdout=subprocess.PIPE, text=True
     )
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="another process works on chunks/abc"):  # noqa: SIM117
+        with pytest.raises(UserError, match="chunks/abc"):  # noqa: SIM117
             with store.lock("chunks", "abc", wait=False):
                 pass
         with store.lock("chunks", "another", wait=False):
@@ -226,16 +201,15 @@ def test_a_lock_holds_off_a_second_process_until_the_first_dies(store: Store) ->
         pass
 
 
-def test_require_space(tmp_path: Path) -> None:
+def test_lack_of_space_is_an_error_that_names_work_dir(tmp_path: Path) -> None:
     require_space(tmp_path, 1, "a test")
-    with pytest.raises(UserError, match=r"a test needs 1000000000\.0 GB .* work_dir"):
+    with pytest.raises(UserError, match=r"1000000000\.0 GB.* work_dir"):
         require_space(tmp_path, 10**18, "a test")
 
 
-def test_the_store_lies_in_the_project_wherever_dvc_runs(
+def test_experiments_in_a_temporary_workspace_use_the_store_of_the_main_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An experiment in a workspace of its own shares the store of the main checkout."""
     workspace = tmp_path / "workspace"
     workspace.mkdir()
     monkeypatch.chdir(workspace)
@@ -248,58 +222,45 @@ def test_the_store_lies_in_the_project_wherever_dvc_runs(
     assert Store.open(Machine(work_dir=Path("~/work"))).root == tmp_path / "home" / "work"
 
 
-def test_a_work_dir_that_cannot_be_is_named(tmp_path: Path) -> None:
+def test_unusable_work_dir_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="work_dir: cannot use"):
+    with pytest.raises(UserError, match="work_dir"):
         Store.open(Machine(work_dir=tmp_path / "file"))
-
-
-@pytest.fixture
-def filled(
-    tmp_path: Path, small_raw: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Store, set[Path]]:
-    """A project whose tokens are published, and a store that also holds what nothing names."""
-    from pipeline.params import TokenizeParams
-
-    monkeypatch.chdir(tmp_path)
-    Path("data").mkdir()
-    machine = Machine(workers=1)
-    params = TokenizeParams(shard_tokens=3000, val_per_10k=1500)
-    tokenize_here(small_raw, tmp_path / "data" / "tokens", params, machine)
-    store = Store.open(machine)
-    named = {*(store.root / "chunks").iterdir(), *(store.root / "merged").iterdir()}
-    make(store, key="unnamed")
-    store.folder("runs", "unnamed")
-    return store, named
 
 
 def pieces(store: Store) -> set[Path]:
     return {p for kind in ("chunks", "merged", "runs") for p in (store.root / kind).iterdir()}
 
 
-def test_prune_keeps_what_the_outs_are_made_of(
-    filled: tuple[Store, set[Path]], capsys: pytest.CaptureFixture[str]
+def test_prune_keeps_the_pieces_of_the_outs_and_young_pieces(
+    tmp_path: Path,
+    small_raw: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    store, named = filled
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    params = TokenizeParams(shard_tokens=3000, val_per_10k=1500)
+    tokenize_here(small_raw, Path("data/tokens"), params, Machine(workers=1))
+    store = Store.open(Machine())
+    used = {*(store.root / "chunks").iterdir(), *(store.root / "merged").iterdir()}
+    make(store, key="unused")
+    store.folder("runs", "unused")
     everything = pieces(store)
-    assert len(everything) == len(named) + 2
     main([])
     assert pieces(store) == everything
-    assert f"chunks   {len([p for p in named if p.parent.name == 'chunks']) + 1:6} pieces" in (
-        capsys.readouterr().out
-    )
-    main(["--prune", "--older-than", "1"])
-    assert pieces(store) == everything  # all of it is younger
+    chunks = len([p for p in everything if p.parent.name == "chunks"])
+    assert re.search(rf"^ +chunks +{chunks} ", capsys.readouterr().out, re.MULTILINE)
     old = time.time() - 3 * 86400
     for path in (*store.root.glob("*/*/*"), *store.root.glob("*/*")):
         os.utime(path, (old, old))
     main(["--prune", "--older-than", "4"])
     assert pieces(store) == everything
     main(["--prune", "--older-than", "2"])
-    assert pieces(store) == named
+    assert pieces(store) == used
 
 
-def test_prune_wants_an_age(filled: tuple[Store, set[Path]]) -> None:
+def test_prune_without_an_age_exits_with_status_2() -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--prune"])
     assert stopped.value.code == 2

@@ -1,13 +1,11 @@
-"""Of kind files: local paths, globs and URLs, other formats, and files that are written anew."""
+"""Tests for source kind `files`: local paths, globs and URLs, and conversion to parquet."""
 
 from __future__ import annotations
 
 import gzip
-import http.server
 import json
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.download import row_groups, to_parquet
-from pipeline.download.local_files import PathFile, resolve
-from pipeline.download.stage import download, first_of
+from pipeline.download.source_paths import PathFile, resolve
+from pipeline.download.stage import download, select_items
 from pipeline.format.manifest import RawManifest
 from pipeline.format.parquet import FINEWEB_SCHEMA
 from pipeline.params import SourceParams
@@ -26,6 +24,7 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
 from pipeline.store import atomic
 from pipeline.store.store import Store
+from tests.support.hub import FINEWEB, Hub
 from tests.support.small_data import hashes, no_cluster, run_here
 
 Fetch = Callable[..., RawManifest]
@@ -33,8 +32,7 @@ Fetch = Callable[..., RawManifest]
 
 @pytest.fixture
 def fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fetch:
-    """Run the stage on paths, its tasks in this process; the manifest of `tmp_path / "raw"`."""
-
+    """Return a function that runs the stage on paths, in this process, to `tmp_path / "raw"`."""
     monkeypatch.setattr("pipeline.download.stage.cluster", no_cluster)
     monkeypatch.setattr("pipeline.download.stage.run_tasks", run_here)
     store = Store(tmp_path / "work")
@@ -49,7 +47,7 @@ def fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fetch:
 
 def no_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("nothing is to be done")
+        raise AssertionError("the stage fetches a file again")
 
     monkeypatch.setattr("pipeline.download.stage.run_tasks", refuse)
 
@@ -61,30 +59,31 @@ def write_parquet(path: Path, texts: Sequence[str | None], column: str = "text")
 
 
 def texts_of(path: Path, column: str = "text") -> list[Any]:
-    texts: list[Any] = pq.read_table(path).column(column).to_pylist()
-    return texts
+    return list(pq.read_table(path).column(column).to_pylist())
 
 
-def test_parquet_is_taken_as_it_is_and_once(
+def test_parquet_is_copied_unchanged_and_only_once(
     fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = [write_parquet(tmp_path / f"in/{d}/part.parquet", [d, "x"]) for d in ("a", "b")]
+    originals = [write_parquet(tmp_path / f"in/{d}/part.parquet", [d, "x"]) for d in ("a", "b")]
     manifest = fetch(tmp_path / "in")
     assert [file.path for file in manifest.files] == ["a/part.parquet", "b/part.parquet"]
-    assert [file.sha256 for file in manifest.files] == [atomic.sha256_file(path) for path in here]
+    assert [file.sha256 for file in manifest.files] == [
+        atomic.sha256_file(path) for path in originals
+    ]
     assert [(file.rows, file.origin) for file in manifest.files] == [(2, None)] * 2
     assert str(tmp_path) not in (tmp_path / "raw/manifest.json").read_text()
-    # Copied: what DVC does to the mode of data/raw must not reach the user's own file.
-    assert not (tmp_path / "raw/a/part.parquet").samefile(here[0])
-    # By a glob, again: the same, without reading a byte of them.
+    # Not linked: DVC changes the mode of data/raw, which must not affect the user's file.
+    assert not (tmp_path / "raw/a/part.parquet").samefile(originals[0])
+    # The same files by a glob: nothing is read again.
     no_tasks(monkeypatch)
     assert fetch(tmp_path / "in/*/*.parquet") == manifest
-    # A file alone has no folder.
-    assert [file.path for file in fetch(here[1]).files] == ["part.parquet"]
+    # A single file has no folder in its path.
+    assert [file.path for file in fetch(originals[1]).files] == ["part.parquet"]
     assert sorted(hashes(tmp_path / "raw")) == ["manifest.json", "part.parquet"]
 
 
-def test_a_changed_file_is_seen(fetch: Fetch, tmp_path: Path) -> None:
+def test_a_changed_file_is_fetched_again(fetch: Fetch, tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", ["one"])
     old = fetch(path)
     write_parquet(path, ["two", "three"])
@@ -126,7 +125,9 @@ def as_zst(data: bytes) -> bytes:
         ("a.arrow", as_arrow(stream=False)),
     ],
 )
-def test_other_formats_become_parquet(fetch: Fetch, tmp_path: Path, name: str, data: bytes) -> None:
+def test_other_formats_are_converted_to_parquet(
+    fetch: Fetch, tmp_path: Path, name: str, data: bytes
+) -> None:
     path = tmp_path / "in" / name
     path.parent.mkdir()
     path.write_bytes(data)
@@ -144,7 +145,7 @@ def test_other_formats_become_parquet(fetch: Fetch, tmp_path: Path, name: str, d
         assert rows[2]["url"] == "5"
 
 
-def test_csv_keeps_what_pandas_would_read_as_numbers(fetch: Fetch, tmp_path: Path) -> None:
+def test_csv_text_is_not_parsed_as_numbers_or_nulls(fetch: Fetch, tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('body,token_count\n007,5\nNA,\n"two\nlines",3\n')
     manifest = fetch(path, text_column="body")
@@ -155,7 +156,9 @@ def test_csv_keeps_what_pandas_would_read_as_numbers(fetch: Fetch, tmp_path: Pat
     assert table.column("token_count").to_pylist() == [5, None, 3]
 
 
-def test_a_line_of_a_txt_is_a_document_and_formats_mix(fetch: Fetch, tmp_path: Path) -> None:
+def test_each_line_of_a_txt_file_is_a_document_and_formats_mix(
+    fetch: Fetch, tmp_path: Path
+) -> None:
     (tmp_path / "b.txt").write_text("one\ntwo\n")
     write_parquet(tmp_path / "a.parquet", ["three"])
     manifest = fetch(tmp_path / "b.txt", tmp_path / "a.parquet")
@@ -163,7 +166,7 @@ def test_a_line_of_a_txt_is_a_document_and_formats_mix(fetch: Fetch, tmp_path: P
     assert texts_of(tmp_path / "raw/b.txt.parquet") == ["one", "two"]
 
 
-def test_a_converted_file_is_made_once_for_a_text_column(
+def test_a_file_is_converted_once_per_text_column(
     fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.jsonl"
@@ -179,104 +182,96 @@ def test_a_converted_file_is_made_once_for_a_text_column(
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [
-        ("a.jsonl", b"{no json", ["a.jsonl", "json"]),
-        ("a.jsonl.gz", b"no gzip", ["a.jsonl.gz"]),
-        ("a.jsonl", b'{"a": 1, "b": 2}\n', ["a.jsonl", "'text'", "text_column", "a, b"]),
-        ("a.jsonl", b"", ["a.jsonl", "empty"]),
-        ("a.csv", b"text\n", ["a.csv", "rows"]),
-        ("a.parquet", b"no parquet", ["a.parquet", "parquet"]),
-        ("a.docx", b"what is it", ["a.docx", "known format"]),
+        ("a.jsonl", b"{no json", []),
+        ("a.jsonl.gz", b"no gzip", []),
+        ("a.jsonl", b'{"a": 1, "b": 2}\n', ["'text'", "source.text_column", "a, b"]),
+        ("a.jsonl", b"", []),
+        ("a.csv", b"text\n", []),
+        ("a.parquet", b"no parquet", []),
+        ("a.docx", b"unknown", ["source.paths", ".parquet"]),
     ],
 )
-def test_what_cannot_be_read_is_named(
+def test_an_unreadable_file_is_named_in_one_line(
     fetch: Fetch, tmp_path: Path, name: str, data: bytes, words: list[str]
 ) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError) as error:
         fetch(tmp_path / name)
     assert "\n" not in str(error.value)
-    for word in words:
+    for word in [name, *words]:
         assert word in str(error.value)
     assert not (tmp_path / "raw").exists()
 
 
-def test_parquet_without_text_is_named_and_the_others_are_kept(
+def test_parquet_without_text_is_named_and_other_files_are_kept(
     fetch: Fetch, tmp_path: Path
 ) -> None:
     good = write_parquet(tmp_path / "in/a.parquet", ["one"])
     write_parquet(tmp_path / "in/b.parquet", ["one"], column="body")
-    with pytest.raises(UserError, match=r"b\.parquet: no column 'text'.*text_column.*: body, n$"):
+    with pytest.raises(UserError, match=r"b\.parquet.*'text'.*source\.text_column.*body, n$"):
         fetch(tmp_path / "in")
     assert (tmp_path / "work/files" / atomic.sha256_file(good) / "data.parquet").exists()
-    with pytest.raises(UserError, match=r"a\.parquet: column 'n' holds int64, not strings"):
+    with pytest.raises(UserError, match=r"a\.parquet.*'n'.*int64.*source\.text_column"):
         fetch(good, text_column="n")
-    with pytest.raises(UserError, match=r"c\.parquet: no rows"):
+    with pytest.raises(UserError, match=r"c\.parquet"):
         fetch(write_parquet(tmp_path / "c.parquet", []))
 
 
 @pytest.mark.parametrize(
     ("paths", "word"),
     [
-        (["{here}/nothing.parquet"], "no such file"),
-        (["{here}/no*.parquet"], "no file of a known format"),
-        (["unknown://host/a.parquet"], "unknown"),
-        (["{here}/a/x.parquet", "{here}/b/x.parquet"], "both be x.parquet"),
+        (["{here}/nothing.parquet"], "nothing.parquet"),
+        (["{here}/no*.parquet"], "no*.parquet"),
+        (["unknown://host/a.parquet"], "unknown://host"),
+        (["{here}/a/x.parquet", "{here}/b/x.parquet"], "b/x.parquet"),
         (["http://127.0.0.1:9/a.parquet"], "127.0.0.1:9"),
     ],
 )
-def test_a_path_that_names_nothing(tmp_path: Path, paths: list[str], word: str) -> None:
+def test_a_path_that_names_no_file_is_an_error(tmp_path: Path, paths: list[str], word: str) -> None:
     for folder in "ab":
         write_parquet(tmp_path / folder / "x.parquet", ["one"])
-    with pytest.raises(UserError, match=r"^source\.paths: ") as error:
+    with pytest.raises(UserError, match=r"source\.paths") as error:
         resolve([path.format(here=tmp_path) for path in paths])
     assert word in str(error.value)
 
 
-def test_a_file_on_the_web(fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_fetched_from_urls_and_only_once(
+    fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_parquet(tmp_path / "in/a.parquet", ["one"])
     (tmp_path / "in/b.jsonl").write_text('{"text": "two"}\n')
-    served: list[str] = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *args: Any) -> None:
-            served.append(str(args[0]))
-
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "in"))
-    )
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    try:
-        manifest = fetch(f"{url}/a.parquet?signature=x", f"{url}/b.jsonl")
+    with Hub() as hub:
+        names = ("a.parquet", "b.jsonl")
+        hub.repo().commit({name: (tmp_path / "in" / name).read_bytes() for name in names})
+        folder = f"{hub.endpoint}/datasets/{FINEWEB}/resolve/main"
+        urls = [f"{folder}/a.parquet?signature=x", f"{folder}/b.jsonl"]
+        manifest = fetch(*urls)
         assert [file.path for file in manifest.files] == ["a.parquet", "b.jsonl.parquet"]
         assert texts_of(tmp_path / "raw/b.jsonl.parquet") == ["two"]
-        assert any(line.startswith("GET /a.parquet") for line in served)
-        served.clear()
+        assert hub.sent()["a.parquet"]
+        hub.clear_requests()
         no_tasks(monkeypatch)
-        assert fetch(f"{url}/a.parquet?signature=x", f"{url}/b.jsonl") == manifest
-        assert not any(line.startswith("GET /a.parquet") for line in served)
-    finally:
-        server.shutdown()
-        server.server_close()
+        assert fetch(*urls) == manifest
+        assert not hub.sent()
 
 
-def test_a_part_of_the_files() -> None:
+def test_files_max_bytes_and_max_tokens_select_the_first_files() -> None:
     files = [PathFile(f"{i}.parquet", f"/{i}.parquet", 100, "", True) for i in range(5)]
 
-    def taken(**source: Any) -> int:
-        return len(first_of(files, SourceParams(kind="hub", **source)))
+    def selected(**source: Any) -> int:
+        return len(select_items(files, SourceParams(kind="hub", **source)))
 
-    assert taken() == 5
-    assert taken(files=2) == 2
-    assert taken(max_bytes=299) == 2
-    assert taken(max_bytes=300) == 3
-    assert taken(max_bytes=1) == 1  # at least one
-    assert taken(max_tokens=64) == 2  # 32 for each 100 bytes
-    assert taken(max_tokens=63) == 1
-    assert taken(files=4, max_bytes=350, max_tokens=10_000) == 3
+    assert selected() == 5
+    assert selected(files=2) == 2
+    assert selected(max_bytes=299) == 2
+    assert selected(max_bytes=300) == 3
+    assert selected(max_bytes=1) == 1  # at least one
+    assert selected(max_tokens=64) == 2  # 32 per 100 bytes
+    assert selected(max_tokens=63) == 1
+    assert selected(files=4, max_bytes=350, max_tokens=10_000) == 3
 
 
-def test_row_groups_that_are_too_large_are_cut_once(
+def test_large_row_groups_are_rewritten_once(
     fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(row_groups, "MAX_GROUP_BYTES", 100_000)
@@ -297,8 +292,8 @@ def test_row_groups_that_are_too_large_are_cut_once(
 
 
 @pytest.mark.slow
-def test_a_huge_row_group_is_cut_in_bounded_memory(tmp_path: Path) -> None:
-    """1 GB of text in one row group; what Arrow takes for it is measured by Arrow."""
+def test_a_huge_row_group_is_rewritten_in_bounded_memory(tmp_path: Path) -> None:
+    """1 GB of text in one row group; the memory is the growth of the resident set."""
     source, target = tmp_path / "a.parquet", tmp_path / "b.parquet"
     schema = pa.schema([("text", pa.string())])
     with pq.ParquetWriter(source, schema, use_dictionary=False) as writer:
@@ -306,28 +301,26 @@ def test_a_huge_row_group_is_cut_in_bounded_memory(tmp_path: Path) -> None:
         rows = [f"{i} {text}" for i in range(10_000)]
         writer.write_table(pa.table({"text": rows * 30}, schema=schema), row_group_size=300_000)
     assert pq.read_metadata(source).num_row_groups == 1
-    assert row_groups.is_coarse(source)
-    before = psutil.Process().memory_info().rss
-    most = 0
+    assert row_groups.has_large_groups(source)
+    sizes = [psutil.Process().memory_info().rss]
     stop = threading.Event()
 
     def watch() -> None:
-        nonlocal most
         while not stop.wait(0.02):
-            most = max(most, psutil.Process().memory_info().rss - before)
+            sizes.append(psutil.Process().memory_info().rss)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        row_groups.recut(source, target)
+        row_groups.rewrite(source, target)
     finally:
         stop.set()
         watcher.join()
     assert pq.read_metadata(target).num_row_groups == 300
-    assert most < 250 * 2**20, most
+    assert max(sizes) - sizes[0] < 250 * 2**20
 
 
-def test_names_say_the_format() -> None:
+def test_the_format_suffix_ignores_case_and_compression() -> None:
     assert to_parquet.suffix_of("a/b.v1.JSONL.gz") == ".jsonl"
     assert to_parquet.suffix_of("a/b.parquet") == ".parquet"
     assert to_parquet.suffix_of("a/b.tar.gz") == ".tar"
