@@ -1,19 +1,30 @@
-"""GPT-2 from first principles.
+"""GPT-2 (Radford et al. 2019) from first principles, in PyTorch.
 
-Read in this order: `config.py` (the sizes), `layers.py` (linear, LayerNorm, GELU, embedding),
-`attention.py`, `gpt.py` (the whole model), `loss.py` (cross-entropy), `init.py` (initial weights),
-`generation.py` (sampling). The rest is formats and commands: `size.py`, `checkpoint.py`, `hf.py`,
-`tokenizer_files.py`, and `generate.py`, `export.py`, `import_hf.py` on the command line. What was
-measured stands in `docs/model.md`.
+Reading order:
 
-A first reading takes about 20 minutes: leave `config.py` and `generation.py` for later, in
-`attention.py` all from "documents" on, in `gpt.py` all from "text" on.
+    config.py      sizes and options
+    layers.py      linear, LayerNorm, GELU, embedding
+    attention.py   causal self-attention, document masks, KV cache
+    gpt.py         the model; starts with a list of its features
+    loss.py        cross-entropy that never holds all logits
+    init.py        initial weights
+    generation.py  sampling
 
-In every shape comment: B batch, T time (tokens of a sequence), S time so far (with a cache), C
-channels (`n_embd`), H heads, D = C / H width of a head, V vocabulary, P vocabulary padded, L
-layers; in the loss N = B T tokens, R tokens of a chunk.
+The other modules are formats (`checkpoint.py`, `hf.py`, `tokenizer_files.py`), parameter and FLOP
+counts (`size.py`) and commands (`generate.py`, `export.py`, `import_hf.py`). Measurements are in
+`docs/model.md`.
 
-Importing this package loads no torch: ``GPT`` is imported when it is first used.
+A first reading takes about 20 minutes if you skip `config.py`, `generation.py`, `attention.py` from
+"documents" on and `gpt.py` from "text" on.
+
+Letters in shape comments:
+
+    B  batch                      C  channels (`n_embd`)         V  vocabulary
+    T  tokens per sequence        H  heads                       P  vocabulary, padded
+    S  tokens so far (KV cache)   D  channels per head (C / H)   L  layers
+    N  tokens per batch (B T)     R  tokens per loss chunk
+
+Importing this package does not import torch: `GPT` is imported on first use.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -27,7 +38,7 @@ __all__ = ["GPT", "GPTConfig"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``GPT`` on first use (PEP 562)."""
+    """Import `GPT` on first use (PEP 562)."""
     if name == "GPT":
         from model.gpt import GPT
 

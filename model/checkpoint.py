@@ -1,8 +1,8 @@
-"""The folder in which a model is kept: `model.safetensors` and `state.json`.
+"""Checkpoint folder of a model: `model.safetensors` and `state.json`.
 
-`model.safetensors` holds the parameters under their names in `GPT.state_dict()`, float32, the tied
-table once. `state.json` holds the config under "model", beside whatever else its writer (the
-training) keeps there. No pickle is involved: reading a checkpoint runs no code of it.
+`model.safetensors` holds the parameters under their names in `GPT.state_dict()`, in float32, the
+tied table once. `state.json` holds the config under "model"; training adds keys of its own. There
+is no pickle, so loading a checkpoint runs no code.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ STATE = "state.json"
 
 
 def read(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The config and the parameters of a checkpoint, on the CPU.
+    """Read the config and the parameters of a checkpoint, on the CPU.
 
     Raises:
-        FormatError: A file is missing or unreadable, or the config is not one.
+        FormatError: A file is missing or unreadable, or the config is invalid.
     """
-    state = read_json(folder / STATE, f"is {folder} a checkpoint?")
+    state = read_json(folder / STATE, "give the folder of a checkpoint")
     if not isinstance(state.get("model"), dict):
-        raise FormatError(f"{folder / STATE} has no section 'model': is {folder} a checkpoint?")
+        raise FormatError(f"{folder / STATE} has no key 'model': give the folder of a checkpoint")
     try:
         config = GPTConfig.from_dict(state["model"])
     except ConfigError as error:
         raise FormatError(f"{folder / STATE}: {error}") from error
     path = folder / WEIGHTS
     if not path.is_file():
-        raise FormatError(f"{path} does not exist: is {folder} a whole checkpoint?")
+        raise FormatError(f"{path} does not exist: give the folder of a complete checkpoint")
     try:
         return config, load_file(path)
     except (SafetensorError, OSError) as error:
@@ -49,9 +49,9 @@ def read(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
 def write(
     folder: Path, config: GPTConfig, parameters: dict[str, Tensor], extra: dict[str, Any]
 ) -> None:
-    """Writes a checkpoint for `read`; `extra` goes into `state.json` beside the config.
+    """Write a checkpoint; `extra` holds further keys of `state.json`.
 
-    `state.json` comes last: a folder that was not finished is not taken for a checkpoint.
+    `state.json` is written last, so an unfinished folder is not taken for a checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / WEIGHTS, parameters)
@@ -59,7 +59,7 @@ def write(
 
 
 def read_json(path: Path, hint: str) -> dict[str, Any]:
-    """The object in a JSON file; a `FormatError` with `hint` where there is none."""
+    """Read a JSON object; if there is none, raise a `FormatError` that ends with `hint`."""
     if not path.is_file():
         raise FormatError(f"{path} does not exist: {hint}")
     try:
@@ -67,39 +67,39 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise FormatError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise FormatError(f"{path} holds no JSON object: {hint}")
+        raise FormatError(f"{path} is not a JSON object: {hint}")
     return value
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes readable JSON with sorted keys."""
+    """Write indented JSON with sorted keys."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file as UTF-8, with the line ends of `text`."""
-    _replace(path, lambda part: part.write_bytes(text.encode()))
+    """Write a text file in UTF-8, line endings unchanged."""
+    _write_atomically(path, lambda part: part.write_bytes(text.encode()))
 
 
 def save_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file."""
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    _replace(path, lambda part: save_file(whole, part, metadata))
+    """Write a safetensors file."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    _write_atomically(path, lambda part: save_file(contiguous, part, metadata))
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes under another name, then renames.
+def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write to a temporary name, then rename.
 
-    A file is there whole or not at all, also after a power cut; and one that is hard-linked (to
-    DVC's cache) is replaced, never written into.
+    The file is complete or absent, even after a power failure. A file hard-linked to DVC's cache is
+    replaced, never modified.
     """
     part = path.with_name(f".{path.name}.part")
     write(part)
     _sync(part)
     part.replace(path)
-    _sync(path.parent)  # a rename is durable only when its folder is
+    _sync(path.parent)  # makes the rename durable
 
 
 def _sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the three commands share: how a mistake is told."""
+"""Command line of the model's commands: flags, errors and exit status."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from model.errors import ModelError
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a wrong flag in one line, `error: ...`, and leaves with status 2."""
+    """A parser that reports a wrong flag in one line, `error: ...`, and exits with status 2."""
 
     def error(self, message: str) -> NoReturn:
-        """Overrides argparse's, which prints the usage as well."""
+        """Override argparse, which also prints the usage."""
         self.exit(2, f"error: {message} (see --help)\n")
 
 
 def count(text: str) -> int:
-    """The type of a flag: a whole number of at least 1."""
+    """Parse a flag: an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: not a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, not {text}")
     return int(text)
 
 
 def positive(text: str) -> float:
-    """The type of a flag: a number above 0."""
+    """Parse a flag: a finite number above 0."""
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: not a number above 0")
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
     return value
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Runs a command. Exit status: 0 done, 2 the user's mistake in one line, 3 interrupted."""
+    """Run a command. Exit status: 0 done, 2 user error, reported in one line, 3 interrupted."""
     try:
         main()
         sys.stdout.flush()
@@ -53,6 +53,6 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(3)
-    except BrokenPipeError:  # whoever read the text has enough, `| head` say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
+    except BrokenPipeError:  # the reader of the output has closed it, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
     sys.exit(0)

@@ -1,4 +1,4 @@
-"""The numbers that define a GPT-2, validated once and then fixed."""
+"""Sizes and options of a GPT-2, validated and immutable."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from model.errors import ConfigError
 
 EOT = 50256
-"""Id of `<|endoftext|>`, the last of GPT-2's 50257 tokens: it stands before every document."""
+"""Id of `<|endoftext|>`, the last of GPT-2's 50257 tokens; every document starts with it."""
 
 PAD_MULTIPLE = 128
-"""The head is multiplied in this many rows at a time by fast kernels (50257 -> 50304)."""
+"""The table of tokens is padded to a multiple of this for fast kernels (50257 -> 50304)."""
 
 _SIZES = {
     # Radford et al. 2019, table 2: n_layer, n_head, n_embd
@@ -26,24 +26,22 @@ _SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
-    """Size and options of a GPT-2. Letters are those of the shape comments.
+    """Sizes and options of a GPT-2, with the letters of the shape comments.
 
     Attributes:
         n_layer: Number of transformer blocks (L).
-        n_head: Attention heads a block (H); divides `n_embd`.
+        n_head: Attention heads per block (H); divides `n_embd`.
         n_embd: Width of the residual stream (C).
-        block_size: Longest sequence in tokens (of T); the number of learned positions.
-        vocab_size: Number of different tokens (V). Logits have this width.
-        document_positions: Positions restart at 0 with each document, where `documents` are given.
-        loss_chunk: Rows (tokens) of logits computed at a time in the loss. None chooses: all at
-            once while the logits are small, else as many as bound them (see `loss.py`). Changes
-            rounding only.
-        checkpoint_activations: Keep only each block's input for the backward pass, and compute the
-            rest again there: a third more arithmetic for far less memory (gpt2-xl). Changes no
-            result.
+        block_size: Longest sequence in tokens (largest T); the number of learned positions.
+        vocab_size: Number of tokens in the vocabulary (V), and width of the logits.
+        document_positions: Restart positions at 0 for each document, if `documents` are given.
+        loss_chunk: Tokens per chunk of the loss (R). None chooses, and so does 0 (`loss.py`).
+            Changes rounding only.
+        checkpoint_activations: Keep only the input of each block for the backward pass, and
+            recompute the rest: a third more FLOPs for far less memory. Changes no result.
 
     Raises:
-        ConfigError: A value out of its range; the message names the field.
+        ConfigError: A value is out of range; the message names the field.
     """
 
     n_layer: int
@@ -58,10 +56,10 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
             _require_count(name, getattr(self, name))
-        if self.loss_chunk == 0:  # another way to write "choose"
+        if self.loss_chunk == 0:
             object.__setattr__(self, "loss_chunk", None)
         if self.loss_chunk is not None:
-            _require_count("loss_chunk", self.loss_chunk, or_else=" or null to choose")
+            _require_count("loss_chunk", self.loss_chunk, alternative=", or null to choose")
         for name in ("document_positions", "checkpoint_activations"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
@@ -73,35 +71,33 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding (P): `vocab_size` up to a multiple of 128, for speed only."""
+        """Rows of the token table (P): `vocab_size` rounded up to a multiple of 128, for speed."""
         return -(-self.vocab_size // PAD_MULTIPLE) * PAD_MULTIPLE
 
     @classmethod
     def named(cls, name: str, **overrides: Any) -> GPTConfig:
-        """A published size: `gpt2` (124M), `-medium` (355M), `-large` (774M), `-xl` (1.6B).
+        """Return a published size: `gpt2` (124M), `-medium` (355M), `-large` (774M), `-xl` (1.6B).
 
-        Args:
-            name: One of the four.
-            **overrides: Fields to change, e.g. `block_size=256`.
+        `overrides` change fields, e.g. `block_size=256`.
 
         Raises:
-            ConfigError: An unknown name or field.
+            ConfigError: The name or a field is unknown.
         """
         if name not in _SIZES:
-            raise ConfigError(f"no model size {name!r}: choose one of {', '.join(_SIZES)}")
+            raise ConfigError(f"unknown model size {name!r}: choose one of {', '.join(_SIZES)}")
         n_layer, n_head, n_embd = _SIZES[name]
         return cls.from_dict({"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` gives the same config back."""
+        """Return the fields as plain values for JSON; the inverse of `from_dict`."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GPTConfig:
-        """The config of `to_dict`; fields with defaults may be absent.
+        """Build a config from `to_dict`; fields with defaults may be absent.
 
         Raises:
-            ConfigError: An unknown key (the nearest right one is named), or a missing one.
+            ConfigError: A key is missing or unknown; for an unknown one the nearest is suggested.
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for key in values:
@@ -119,7 +115,7 @@ class GPTConfig:
         return cls(**values)
 
 
-def _require_count(name: str, value: object, or_else: str = "") -> None:
-    # bool is an int in Python, but n_layer=True is a mistake
+def _require_count(name: str, value: object, alternative: str = "") -> None:
+    # bool is a subclass of int, but n_layer=True is a mistake
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be a whole number of at least 1{or_else}, not {value!r}")
+        raise ConfigError(f"{name} must be an integer of at least 1{alternative}, not {value!r}")

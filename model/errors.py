@@ -1,13 +1,13 @@
-"""Errors that are the user's to mend: one line each, naming the thing and the mend."""
+"""Errors that the user can fix: one line, naming the problem, the place and the fix."""
 
 
 class ModelError(ValueError):
-    """Base of all errors below; the commands print it as one line and leave with status 2."""
+    """Base of the errors below; commands print it as one line and exit with status 2."""
 
 
 class ConfigError(ModelError):
-    """A model size that cannot be, or an argument outside its range."""
+    """An impossible model size, or an argument out of range."""
 
 
 class FormatError(ModelError):
-    """A folder of weights that is incomplete, or holds something else than it should."""
+    """A folder of weights that is incomplete or invalid."""

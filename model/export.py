@@ -1,10 +1,11 @@
-"""Writes a checkpoint in the Hugging Face layout.
+"""Export a checkpoint to the Hugging Face layout.
 
 python -m model.export --checkpoint DIR --out DIR
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from model.command import Parser, run
@@ -13,17 +14,17 @@ from model.gpt import GPT
 from model.tokenizer_files import write_tokenizer
 
 
-def main() -> None:
-    """Reads the flags, writes the model and the tokenizer files."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the flags; write the model and the tokenizer files."""
     parser = Parser(
         prog="python -m model.export",
-        description="Write a checkpoint as transformers.GPT2LMHeadModel and lm_eval read it.",
+        description="Export a checkpoint for transformers.GPT2LMHeadModel and lm_eval.",
     )
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
-    from pipeline.format import tokenizer  # text is this command's edge, not the model's
+    from pipeline.format import tokenizer  # only commands know text
 
     gpt = GPT.from_checkpoint(args.checkpoint)
     gpt.to_hf(args.out)

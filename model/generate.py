@@ -1,6 +1,6 @@
-"""Samples text: `python -m model.generate --checkpoint DIR --prompt "..."`.
+"""Sample text: `python -m model.generate --checkpoint DIR --prompt "..."`.
 
-DIR is a training checkpoint or a folder in the Hugging Face layout. The text appears as it is made.
+DIR is a training checkpoint or a folder in the Hugging Face layout. Text is printed token by token.
 """
 
 from __future__ import annotations
@@ -21,65 +21,67 @@ from model.gpt import GPT
 
 
 def load(folder: Path) -> GPT:
-    """The model of a training checkpoint or of a folder in the Hugging Face layout.
+    """Load a training checkpoint or a folder in the Hugging Face layout.
 
     Raises:
-        FormatError: It is neither.
+        FormatError: The folder is neither.
     """
     if not folder.is_dir():
-        raise FormatError(f"--checkpoint {folder} is no folder: give one with a trained model")
+        raise FormatError(f"--checkpoint {folder} is not a folder: give one with a trained model")
     if (folder / checkpoint.STATE).exists():
         return GPT.from_checkpoint(folder)
     if (folder / "config.json").exists():
         return GPT.from_hf(folder)
     raise FormatError(
-        f"--checkpoint {folder} holds no model: neither {checkpoint.STATE} nor config.json is there"
+        f"--checkpoint {folder} has neither {checkpoint.STATE} nor config.json: "
+        "give a folder with a trained model"
     )
 
 
-def as_text(tokens: Iterable[int], decode_bytes: Callable[[Sequence[int]], bytes]) -> Iterator[str]:
-    """Text of tokens as they come. Bytes of an unfinished character wait for the rest."""
+def decode_stream(
+    tokens: Iterable[int], decode_bytes: Callable[[Sequence[int]], bytes]
+) -> Iterator[str]:
+    """Decode tokens one by one; the bytes of an incomplete character wait for the next token."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:
         yield decoder.decode(decode_bytes([token]))
     yield decoder.decode(b"", final=True)
 
 
-def main() -> None:
-    """Reads the flags, loads the model, streams to standard output."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the flags, load the model, and stream to standard output."""
     parser = Parser(
         prog="python -m model.generate", description="Sample text from a trained GPT-2."
     )
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--prompt", default="", help="text to go on from; empty begins a document")
+    parser.add_argument("--prompt", default="", help="text to continue; default: start a document")
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
     parser.add_argument("--top-k", type=int, metavar="K")
     parser.add_argument("--top-p", type=float, metavar="P")
-    parser.add_argument("--seed", type=int, help="repeat a sample")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    args = parser.parse_args()
+    parser.add_argument("--seed", type=int, help="makes the text reproducible")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if available)")
+    args = parser.parse_args(argv)
 
-    # text is this command's edge; the model itself knows tokens only
-    from pipeline.format import tokenizer
+    from pipeline.format import tokenizer  # only commands know text
 
     device = _device(args.device)
     gpt = load(args.checkpoint)
     if gpt.config.vocab_size != EOT + 1:
         raise ConfigError(
-            f"the model has {gpt.config.vocab_size} tokens, GPT-2's text has {EOT + 1}: "
-            "use gpt.generate from Python"
+            f"--checkpoint {args.checkpoint} has {gpt.config.vocab_size} tokens, GPT-2's tokenizer "
+            f"{EOT + 1}: use GPT.generate from Python"
         )
     gpt.to(device)
-    prompt = [EOT, *tokenizer.encode(args.prompt)]  # as every document began in training
+    prompt = [EOT, *tokenizer.encode(args.prompt)]  # as documents start in training
     steps = stream(
         gpt, [prompt], args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed
     )
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter is no fault
+        sys.stdout.reconfigure(errors="replace")  # for terminals without Unicode
     print(args.prompt, end="", flush=True)
     new = (token for (token,) in steps if token is not None and token != EOT)
-    for piece in as_text(new, tokenizer.decode_bytes):
+    for piece in decode_stream(new, tokenizer.decode_bytes):
         print(piece, end="", flush=True)
     print()
 
@@ -91,8 +93,8 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).partition("\n")[0]
-        raise ConfigError(f"--device {name} cannot be used: {first}") from error
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"--device {name} is not available: {reason}") from error
     return device
 
 

@@ -1,9 +1,21 @@
-"""GPT-2 (Radford et al. 2019): a stack of pre-LayerNorm transformer blocks over learned positions.
+"""GPT-2 (Radford et al. 2019): a decoder-only transformer.
 
     tokens -> wte + wpe -> [ x + attn(ln_1(x)),  x + mlp(ln_2(x)) ] x L -> ln_f -> wteᵀ -> logits
 
-The output head is the embedding table again (tied weights). Parameters carry the names of the field
-(`h.0.attn.c_attn.weight`); `Linear` weights are [out, in].
+Notable features:
+
+- LayerNorm before attention and MLP, not after, and once more before the head (arXiv 2002.04745)
+- learned absolute positions; biases in all linear maps; no dropout
+- tanh approximation of GELU (arXiv 1606.08415)
+- tied weights: the output head is the token embedding table (arXiv 1608.05859)
+- token table padded from 50,257 to 50,304 rows for fast products; logits exclude the padding
+- loss in chunks of tokens: the B*T*V logits are never in memory at once (`loss.py`)
+- optional: attention within documents only, FlexAttention when compiled for CUDA (arXiv 2412.05496)
+- optional: activation checkpointing per block (arXiv 1604.06174)
+- `implementation="explicit"` runs the mathematics of every layer instead of PyTorch's kernels
+- initial weights depend on the seed and the parameter's name alone (`init.py`)
+
+Parameters have their usual names (`h.0.attn.c_attn.weight`); `Linear` weights are [out, in].
 """
 
 from __future__ import annotations
@@ -20,10 +32,10 @@ from torch.utils.checkpoint import checkpoint
 from model import checkpoint as checkpoint_format
 from model import generation, hf
 from model.attention import (
+    CacheUpdate,
     CausalSelfAttention,
     KVCache,
     Mask,
-    Recall,
     document_mask,
     document_positions,
 )
@@ -35,10 +47,7 @@ from model.loss import Reduction, cross_entropy, linear_cross_entropy
 
 
 class MLP(Module):
-    """Two linear maps with a GELU between, four times as wide inside. Output: that of `Linear`.
-
-    Each token by itself: what attention has gathered is worked on here.
-    """
+    """Two linear maps with a GELU between, 4 C wide, on each token alone. Output: as `Linear`."""
 
     def __init__(self, config: GPTConfig, implementation: Implementation = "fused") -> None:
         super().__init__()
@@ -49,14 +58,15 @@ class MLP(Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         x = self.gelu(self.c_fc(x))  # (B, T, 4 C)
-        return self.c_proj(x)
+        x = self.c_proj(x)  # (B, T, C)
+        return x
 
 
 class Block(Module):
-    """Communication, then computation, each added to the residual stream. Output: float32.
+    """Attention, then MLP, each added to the residual stream. Output: float32.
 
-    LayerNorm stands before each (Radford et al. 2019), not after it as in Vaswani et al.: from the
-    embeddings to the head runs a path of additions alone, on which gradients pass unchanged.
+    LayerNorm comes before each (Radford et al. 2019), not after as in Vaswani et al.: the path from
+    the embeddings to the head consists of additions only, so gradients pass through it unchanged.
     """
 
     def __init__(self, config: GPTConfig, implementation: Implementation = "fused") -> None:
@@ -66,9 +76,11 @@ class Block(Module):
         self.ln_2 = LayerNorm(config.n_embd, implementation)
         self.mlp = MLP(config, implementation)
 
-    def forward(self, x: Tensor, mask: Mask = None, recall: Recall | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Mask = None, update_cache: CacheUpdate | None = None
+    ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.attn(self.ln_1(x), mask, recall)
+        x = x + self.attn(self.ln_1(x), mask, update_cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -76,19 +88,17 @@ class Block(Module):
 class GPT(Module):
     """The language model.
 
-    `GPT(config)` has the weights of `init.py`, unless it is built on the meta device; use
-    `GPT.initialised`, `from_checkpoint` or `from_hf` where a second copy of the weights would not
-    fit.
+    `GPT(config)` draws the initial weights, except on the meta device. `GPT.initialised`,
+    `from_checkpoint` and `from_hf` never hold a second copy of the weights.
 
     Args:
         config: Sizes and options.
-        implementation: "fused" kernels, or the "explicit" mathematics. The results differ by
-            rounding only; explicit holds all attention scores and all logits, and is meant for
-            reading and tests.
-        seed: Decides the initial weights.
+        implementation: "fused" kernels, or the "explicit" mathematics for reading and testing. They
+            differ by rounding only, but explicit stores all attention scores and all logits.
+        seed: Seed of the initial weights.
 
     Attributes:
-        checkpoint_activations: As in the config, and may be set at any time.
+        checkpoint_activations: As in the config; may be changed at any time.
         loss_chunk: Likewise.
     """
 
@@ -111,7 +121,7 @@ class GPT(Module):
         if not self.wte.weight.is_meta:
             initialise(self, config, seed)
 
-    # -- the model itself --------------------------------------------------------------------------
+    # -- forward -----------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -120,22 +130,22 @@ class GPT(Module):
         reduction: Reduction = "mean",
         documents: Tensor | None = None,
     ) -> Tensor:
-        """Logits of the next token, or, given the next tokens, the loss.
+        """Return the logits of the next token, or the loss if `targets` are given.
 
         Args:
             tokens: (B, T) int64, T up to `block_size`.
-            targets: (B, T) int64, the token after each; -100 where it does not count.
-            reduction: "mean" over the targets that count (0 if none does), "sum", or "none".
-            documents: (B, T) int64 document ids. Given, no token sees another document's, and
-                positions restart with each (unless `config.document_positions` is false).
+            targets: (B, T) int64, the token after each; -100 is ignored.
+            reduction: "mean" over targets that are not ignored (0 if all are), "sum", or "none".
+            documents: (B, T) int64 document ids. If given, attention stays within a document, and
+                positions restart at each (unless `config.document_positions` is false).
 
         Returns:
-            Without targets: logits (B, T, V), of `Linear`'s type, V = `vocab_size` (never padded).
-            With: the loss, float32, a scalar in nats, or (B, T) for "none" with 0 where ignored.
-            The B*T*V logits are never held (see `loss.py`).
+            Without targets: logits (B, T, V) in the dtype of `Linear`, without the padding.
+            With targets: the loss in nats, float32; a scalar, or (B, T) for "none", 0 where
+            ignored.
 
         Raises:
-            ConfigError: A sequence longer than `block_size`, shapes that differ, an unknown
+            ConfigError: A sequence longer than `block_size`, mismatched shapes, or an unknown
                 reduction.
         """
         x = self.hidden(tokens, documents)  # (B, T, C)
@@ -151,7 +161,7 @@ class GPT(Module):
     def hidden(
         self, tokens: Tensor, documents: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """What the head reads: (B, T) int64 -> (B, T, C) float32. `cache` holds earlier tokens."""
+        """Return the head's input: (B, T) int64 -> (B, T, C) float32. `cache`: earlier tokens."""
         T = tokens.shape[1]
         if self.config.block_size < T:
             raise ConfigError(f"a sequence of {T} tokens: block_size is {self.config.block_size}")
@@ -166,22 +176,23 @@ class GPT(Module):
             if self.config.document_positions:
                 positions = document_positions(documents)  # (B, T)
         if cache is not None:
-            assert documents is None, "generation continues one document a row"
-            positions, mask = cache.expect(T)  # (B, T), (B, 1, T, S)
+            assert documents is None, "with a cache, a row is one document"
+            positions, mask = cache.prepare(T)  # (B, T), (B, 1, T, S)
 
-        x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
+        x: Tensor = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         for layer, block in enumerate(self.h):
-            recall = None if cache is None else partial(cache.recall, layer)
+            update_cache = None if cache is None else partial(cache.update, layer)
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(  # nothing in a block is random: there is no such state to keep
-                    block, x, mask, recall, use_reentrant=False, preserve_rng_state=False
+                x = checkpoint(  # a block draws no random numbers: no generator state to restore
+                    block, x, mask, update_cache, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                x = block(x, mask, recall)
-        return self.ln_f(x)
+                x = block(x, mask, update_cache)
+        x = self.ln_f(x)
+        return x
 
     def head(self, x: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., C): all padded rows are multiplied, then cut."""
+        """Return the logits (..., V) of hidden states (..., C); padded rows are cut afterwards."""
         linear = F.linear if self.implementation == "fused" else explicit_linear
         return linear(x, self.wte.weight)[..., : self.config.vocab_size]
 
@@ -192,8 +203,9 @@ class GPT(Module):
         reduction: Reduction = "mean",
         documents: Tensor | None = None,
     ) -> Tensor:
-        """`forward` with targets. For unwrapped models: DDP and compile hook `forward` alone."""
-        return self(tokens, targets, reduction, documents)
+        """Call `forward` with targets. Not for wrapped models: DDP and compile hook `forward`."""
+        loss: Tensor = self(tokens, targets, reduction, documents)
+        return loss
 
     # -- text --------------------------------------------------------------------------------------
 
@@ -207,26 +219,26 @@ class GPT(Module):
         seed: int | None = None,
         stop: int | None = EOT,
     ) -> generation.Prompts:
-        """Prompts and what the model adds to them; see `generation.py` for the arguments.
+        """Extend prompts by sampling (`generation.py`).
 
         Args:
             tokens: (B, T) int64, or a list of lists of any lengths.
-            max_new_tokens: At most so many are added to each row.
-            temperature: Divides the logits; 0 takes the likeliest token.
-            top_k: Sample from the k likeliest tokens only.
-            top_p: Sample from the fewest likeliest tokens that have this much probability together.
-            seed: Makes the result repeatable, on any device up to rounding of the logits.
-            stop: A row ends after this token; None never ends early.
+            max_new_tokens: Most tokens added to each row.
+            temperature: Divisor of the logits; 0 always takes the most likely token.
+            top_k: Sample from the k most likely tokens only.
+            top_p: Sample from the smallest set of most likely tokens with this total probability.
+            seed: Makes the result reproducible, on any device up to rounding of the logits.
+            stop: Token that ends a row; None ends no row early.
 
         Returns:
-            A tensor for a tensor: (B, T + new) int64, rows that ended sooner filled up with `stop`.
-            For lists a list of lists, prompt and `stop` included.
+            Prompts and new tokens, `stop` included. For a tensor (B, T + new) int64, in which rows
+            that ended early are filled with `stop`; for lists a list of lists.
         """
         return generation.generate(
             self, tokens, max_new_tokens, temperature, top_k, top_p, seed, stop
         )
 
-    # -- making and keeping ------------------------------------------------------------------------
+    # -- construction and files --------------------------------------------------------------------
 
     @classmethod
     def initialised(
@@ -237,7 +249,7 @@ class GPT(Module):
         device: torch.device | str = "cpu",
         implementation: Implementation = "fused",
     ) -> GPT:
-        """A model with the weights of `init.py`, on `device`, without a second copy anywhere."""
+        """Build a model with initial weights on `device`, without a second copy of the weights."""
         gpt = cls._unallocated(config, implementation)
         gpt.to_empty(device=device)
         initialise(gpt, config, seed)
@@ -247,26 +259,26 @@ class GPT(Module):
     def from_checkpoint(
         cls, folder: str | Path, *, implementation: Implementation = "fused"
     ) -> GPT:
-        """The model of a training checkpoint (`model.safetensors`, `state.json`), on the CPU.
+        """Load a training checkpoint (`model.safetensors`, `state.json`) onto the CPU.
 
         Raises:
             FormatError: A file is missing or does not hold this model.
         """
         config, state = checkpoint_format.read(Path(folder))
-        return cls._unallocated(config, implementation)._with(state, Path(folder))
+        return cls._unallocated(config, implementation)._assign(state, Path(folder))
 
     @classmethod
     def from_hf(cls, folder: str | Path, *, implementation: Implementation = "fused") -> GPT:
-        """The model of a folder in the Hugging Face GPT-2 layout (safetensors only), on the CPU.
+        """Load a folder in the Hugging Face GPT-2 layout (safetensors only) onto the CPU.
 
         Raises:
             FormatError: A file or tensor is missing, unknown, or of another architecture.
         """
         config, state = hf.read(Path(folder))
-        return cls._unallocated(config, implementation)._with(state, Path(folder))
+        return cls._unallocated(config, implementation)._assign(state, Path(folder))
 
     def to_hf(self, folder: str | Path) -> None:
-        """Writes config.json, model.safetensors, generation_config.json for `transformers`."""
+        """Write config.json, model.safetensors and generation_config.json for `transformers`."""
         hf.write(Path(folder), self.config, self.state_dict())
 
     @classmethod
@@ -274,18 +286,18 @@ class GPT(Module):
         with torch.device("meta"):
             return cls(config, implementation=implementation)
 
-    def _with(self, state: dict[str, Tensor], source: Path) -> GPT:
-        """Takes the tensors of `state` (no copy) as parameters, after checking names and shapes."""
+    def _assign(self, state: dict[str, Tensor], source: Path) -> GPT:
+        """Check names and shapes of `state`, then use its tensors as parameters, uncopied."""
         expected = self.state_dict()
         for name in sorted(expected.keys() | state.keys()):
             if name not in state:
                 raise FormatError(f"{source}: tensor {name!r} is missing")
             if name not in expected:
-                raise FormatError(f"{source}: tensor {name!r} is no part of this model")
+                raise FormatError(f"{source}: unknown tensor {name!r}: not part of GPT-2")
             if state[name].shape != expected[name].shape:
                 raise FormatError(
                     f"{source}: tensor {name!r} is {tuple(state[name].shape)}, "
-                    f"but its config asks for {tuple(expected[name].shape)}"
+                    f"but must be {tuple(expected[name].shape)} by its config"
                 )
         self.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
         return self

@@ -1,13 +1,14 @@
-"""Makes a checkpoint of a model in the Hugging Face layout.
+"""Import a model in the Hugging Face layout as a checkpoint.
 
     python -m model.import_hf DIR --out DIR
 
-Instead of a folder a name on the hub can be given, such as `openai-community/gpt2`; that needs a
-network and the package `huggingface_hub`.
+DIR may also be a name on the Hub, such as `openai-community/gpt2`; this needs network access and
+the package `huggingface_hub`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from model import checkpoint
@@ -16,18 +17,18 @@ from model.errors import FormatError
 from model.gpt import GPT
 
 
-def main() -> None:
-    """Reads the flags, writes the checkpoint."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the flags; write the checkpoint."""
     parser = Parser(
         prog="python -m model.import_hf",
-        description="Make a checkpoint of a model in the Hugging Face GPT-2 layout (safetensors).",
+        description="Import a model in the Hugging Face GPT-2 layout as a checkpoint.",
     )
-    parser.add_argument("source", metavar="DIR", help="a folder, or a name on the hub")
+    parser.add_argument("source", metavar="DIR", help="a folder, or a name on the Hub")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     if (args.out / checkpoint.STATE).exists():
-        raise FormatError(f"--out {args.out} is a checkpoint already: give another folder")
+        raise FormatError(f"--out {args.out} is already a checkpoint: give another folder")
     folder = Path(args.source)
     gpt = GPT.from_hf(folder if folder.is_dir() else _fetch(args.source))
     checkpoint.write(args.out, gpt.config, gpt.state_dict(), {"imported_from": args.source})
@@ -39,14 +40,14 @@ def _fetch(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise FormatError(
-            f"{name} is no folder (a name on the hub needs huggingface_hub)"
+            f"{name} is not a folder: give one, or install huggingface_hub to use a name on the Hub"
         ) from error
     try:
         return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors*"]))
-    except (
-        Exception
-    ) as error:  # the hub's errors have no common base: no network, no such name, ...
-        raise FormatError(f"{name} is no folder, and not fetched from the hub: {error}") from error
+    except Exception as error:  # the client's errors have no common base class
+        raise FormatError(
+            f"{name} is not a folder, and downloading it from the Hub failed: {error}"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The initial weights, in one function.
+"""Initial weights.
 
     weights of linear maps and both embeddings   N(0, 0.02²)
     maps that end in the residual stream         N(0, (0.02 / sqrt(2 L))²)   attn.c_proj, mlp.c_proj
@@ -6,46 +6,42 @@
     LayerNorm                                    1 (weight), 0 (bias)
     padded rows of the token table               0
 
-0.02 and the factor for the 2 L additions to the residual stream are those of Radford et al. 2019,
-section 2.3, and of OpenAI's code (which has 0.01 for positions; this project follows the later
-habit of one number). Padded rows never receive a gradient and are in no softmax: zero is a choice,
-nothing depends on it.
+0.02 and the factor for the 2 L additions to the residual stream are from Radford et al. 2019,
+section 2.3, and OpenAI's code (which uses 0.01 for positions; later code, and this project, use
+0.02 throughout). Padded rows receive no gradient and are in no softmax, so their value is free.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import Module
 
 from model.config import GPTConfig
-
-if TYPE_CHECKING:
-    from torch.nn import Module
 
 STD = 0.02
 
 
 def initial_std(name: str, n_layer: int) -> float:
-    """Standard deviation of the weight called `name`, 0 for those that are constant."""
+    """Return the standard deviation of the parameter `name`; 0 if it starts constant."""
     if name.endswith("bias") or ".ln_" in name or name.startswith("ln_"):
         return 0.0
     return STD / (2 * n_layer) ** 0.5 if name.endswith("c_proj.weight") else STD
 
 
 def stable_seed(seed: int, name: str) -> int:
-    """63 bits that depend on both, the same in every process (Python's own `hash` is not)."""
+    """Hash both to 63 bits, equal in every process (unlike Python's `hash`)."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
 
 
 @torch.no_grad()
 def initialise(gpt: Module, config: GPTConfig, seed: int) -> None:
-    """Gives every parameter its initial value, in place.
+    """Set every parameter to its initial value, in place.
 
-    Each is drawn on the CPU, in float32, by a generator of its own, seeded from (seed, name): so
-    the same on every device, on any number of ranks, in any order of building. One parameter is on
-    the CPU at a time.
+    Each parameter is drawn on the CPU in float32, by a generator of its own, seeded from (seed,
+    name). The values are the same on every device, for any number of ranks, and in any order of
+    construction. Only one drawn parameter is in host memory at a time.
     """
     for name, parameter in gpt.named_parameters():
         std = initial_std(name, config.n_layer)

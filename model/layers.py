@@ -1,13 +1,12 @@
-"""The layers without attention: embedding, linear, LayerNorm, GELU.
+"""Layers other than attention: embedding, linear, LayerNorm, GELU.
 
-Each operation stands here twice. `explicit_*` is its mathematics written out; its `fused` twin is
-the one kernel that PyTorch has for it. Tests hold the two equal, in values and gradients. A layer
-takes `implementation="fused"` or `"explicit"` when it is built; the results differ by rounding
-only.
+Every operation is written twice: `explicit_*` spells out the mathematics, and its fused twin is the
+single PyTorch kernel. A layer takes `implementation="fused"` or `"explicit"`; the two differ by
+rounding only, and tests compare their values and gradients.
 
-Mixed precision (`torch.autocast`) computes matrix products in a narrow type (bfloat16) and the rest
-in float32. The explicit twins cast where autocast would cast for the fused ones; every layer says
-what comes out. Parameters, and so the residual stream, stay float32.
+Under mixed precision (`torch.autocast`), matrix products are computed in a narrow type (bfloat16)
+and everything else in float32. The explicit functions cast where autocast casts for the fused ones,
+and each layer documents its output dtype. Parameters are float32, and so is the residual stream.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ LAYER_NORM_EPSILON = 1e-5
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The type in which a matrix product with `x` is computed: autocast's, or else that of `x`."""
+    """Return the dtype of a matrix product with `x`: autocast's if enabled, else that of `x`."""
     device = x.device.type
     if x.is_meta or not torch.is_autocast_enabled(device):  # meta tensors have no autocast
         return x.dtype
     return torch.get_autocast_dtype(device)
 
 
-def widened(x: Tensor) -> Tensor:
-    """`x` in float32 at least: sums and exponentials are not accumulated in anything narrower."""
+def upcast(x: Tensor) -> Tensor:
+    """Return `x` in at least float32, for sums and exponentials."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -41,7 +40,7 @@ def widened(x: Tensor) -> Tensor:
 
 
 def explicit_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Computes x Wᵀ + b.
+    """Compute x Wᵀ + b.
 
     Args:
         x: (..., in).
@@ -49,18 +48,18 @@ def explicit_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         bias: (out,) or None.
 
     Returns:
-        (..., out), in autocast's type, else in that of `x`.
+        (..., out) in autocast's dtype, or that of `x` without autocast.
     """
     dtype = autocast_dtype(x)
     y = x.to(dtype) @ weight.to(dtype).T
-    # without the cast, the float32 bias would make the sum float32 again, which F.linear's is not
+    # a float32 bias would promote the sum to float32; F.linear does not
     return y if bias is None else y + bias.to(dtype)
 
 
 def explicit_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Computes (x - mean) / sqrt(variance + 1e-5) * weight + bias (Ba et al. 2016, eq. 4).
+    """Compute (x - mean) / sqrt(variance + 1e-5) * weight + bias (Ba et al. 2016, eq. 4).
 
-    Mean and variance are those of each token over its channels: no token knows of another.
+    Mean and variance are taken over the channels of each token.
 
     Args:
         x: (..., C).
@@ -68,35 +67,34 @@ def explicit_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         bias: (C,).
 
     Returns:
-        (..., C) in the type of `x`, computed in float32.
+        (..., C) in the dtype of `x`, computed in float32.
     """
-    wide = widened(x)
+    wide = upcast(x)
     centred = wide - wide.mean(-1, keepdim=True)
-    variance = centred.square().mean(-1, keepdim=True)  # over n, not n - 1
+    variance = centred.square().mean(-1, keepdim=True)  # divided by C, not C - 1
     return (centred * torch.rsqrt(variance + LAYER_NORM_EPSILON) * weight + bias).to(x.dtype)
 
 
 def explicit_gelu(x: Tensor) -> Tensor:
-    """Computes x/2 (1 + tanh(sqrt(2/π) (x + 0.044715 x³))) (Hendrycks & Gimpel 2016, section 2).
+    """Compute x/2 (1 + tanh(sqrt(2/π) (x + 0.044715 x³))) (Hendrycks & Gimpel 2016, section 2).
 
-    GPT-2 was trained with this approximation; the exact one (with erf) differs from it
-    by up to 5e-4.
+    GPT-2 was trained with this approximation; the exact GELU (with erf) differs by up to 5e-4.
 
     Args:
         x: Any shape.
 
     Returns:
-        The same shape and type, computed in float32.
+        The same shape and dtype, computed in float32.
     """
-    wide = widened(x)
+    wide = upcast(x)
     inner = (2 / torch.pi) ** 0.5 * (wide + 0.044715 * wide.pow(3))
     return (0.5 * wide * (1 + torch.tanh(inner))).to(x.dtype)
 
 
 def explicit_embedding(tokens: Tensor, weight: Tensor) -> Tensor:
-    """The row of `weight` (rows, C) for each id: (...) int64 -> (..., C).
+    """Look up rows of `weight` (rows, C): (...) int64 -> (..., C).
 
-    It is the product of one-hot vectors with `weight`, without the multiplications by 0.
+    Equals the product of one-hot vectors with `weight`, without the multiplications by 0.
     """
     return weight[tokens]
 
@@ -105,7 +103,7 @@ def explicit_embedding(tokens: Tensor, weight: Tensor) -> Tensor:
 
 
 class Embedding(Module):
-    """A table with a learned row for each id. Output: float32 (its own type), also in autocast."""
+    """A learned vector per id. Output: float32, the dtype of the table, also under autocast."""
 
     def __init__(self, rows: int, width: int, implementation: Implementation = "fused") -> None:
         super().__init__()
@@ -120,7 +118,7 @@ class Embedding(Module):
 
 
 class Linear(Module):
-    """An affine map. Output: autocast's type (bfloat16), without autocast the type of its input."""
+    """An affine map. Output: autocast's dtype (bfloat16), or that of its input without autocast."""
 
     def __init__(
         self, n_in: int, n_out: int, implementation: Implementation = "fused", bias: bool = True
@@ -138,9 +136,9 @@ class Linear(Module):
 
 
 class LayerNorm(Module):
-    """Brings each token's channels to mean 0 and variance 1, then to a learned scale and shift.
+    """Normalisation of each token to mean 0 and variance 1, then a learned scale and shift.
 
-    Output: the type of its input. That is the residual stream here, so float32, also in autocast.
+    Output: the dtype of its input, which is the float32 residual stream, also under autocast.
     """
 
     def __init__(self, width: int, implementation: Implementation = "fused") -> None:
@@ -157,7 +155,7 @@ class LayerNorm(Module):
 
 
 class GELU(Module):
-    """The smooth rectifier between the two linear maps of an MLP. Output: the type of its input."""
+    """The smooth non-linearity of the MLP, tanh approximation. Output: the dtype of its input."""
 
     def __init__(self, implementation: Implementation = "fused") -> None:
         super().__init__()

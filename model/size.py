@@ -1,4 +1,4 @@
-"""How big a model is, and what a token costs."""
+"""Number of parameters of a model, and FLOPs per token."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from model.config import GPTConfig
 
 
 def parameter_count(config: GPTConfig, embeddings: bool = True) -> int:
-    """Number of parameters, as published: without the padded rows, the tied head counted once.
+    """Return the number of parameters as published: no padded rows, the tied head counted once.
 
     Args:
         config: The model; 124,439,808 for `gpt2`.
-        embeddings: False leaves out the token and position tables (85,056,000 are left).
+        embeddings: False leaves out the token and position tables (85,056,000 for `gpt2`).
     """
     C = config.n_embd
     layer_norm = 2 * C
@@ -23,21 +23,21 @@ def parameter_count(config: GPTConfig, embeddings: bool = True) -> int:
 
 
 def flops_per_token(config: GPTConfig, T: int, backward: bool = True) -> int:
-    """Floating-point operations of the matrix products for a token in a sequence of T tokens.
+    """Return the FLOPs of the matrix products for one token in a sequence of T tokens.
 
-    It equals what `torch.utils.flop_counter` counts on the real module with explicit attention: the
-    full T x T square (a causal kernel does about half of it) and all padded rows of the head, which
-    really are multiplied; not what activation checkpointing computes twice. Near "6 N + 12 L C T"
-    (PaLM, appendix B) with N the parameters without positions.
+    This equals the count of `torch.utils.flop_counter` on a model with explicit attention: the full
+    T x T square (a causal kernel computes about half) and all padded rows of the head, which are
+    multiplied. Recomputation by activation checkpointing is not included. The estimate of PaLM
+    (appendix B), 6 N + 12 L C T with N the parameters without positions, is close.
 
     Args:
         config: The model.
-        T: Tokens of a sequence.
-        backward: Training (forward and backward); false for forward alone, a third of it.
+        T: Tokens per sequence.
+        backward: Forward and backward pass; False counts the forward pass only, a third.
     """
     C = config.n_embd
-    linear = 2 * (3 + 1 + 4 + 4) * C * C  # c_attn, c_proj, c_fc, c_proj: two operations a weight
-    attention = 2 * 2 * T * C  # Q Kᵀ and the weighted values, over all heads
+    linear = 2 * (3 + 1 + 4 + 4) * C * C  # c_attn, c_proj, c_fc, c_proj; 2 FLOPs per weight
+    attention = 2 * 2 * T * C  # Q Kᵀ and the weighted sum of values, over all heads
     head = 2 * config.padded_vocab_size * C
     forward = config.n_layer * (linear + attention) + head
     return 3 * forward if backward else forward

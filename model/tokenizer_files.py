@@ -1,9 +1,8 @@
-"""The tokenizer files of the Hugging Face layout, made from GPT-2's ranks.
+"""Tokenizer files of the Hugging Face layout, from GPT-2's ranks.
 
-The ranks (`bytes -> id`) are all there is to the tokenizer, but the layout wants the merges that
-the ranks came from. They can be recovered: ids were given in the order in which tokens were merged,
-so a token's two halves are what byte-pair encoding makes of its bytes with the earlier merges
-alone.
+The ranks (`bytes -> id`) define the tokenizer, but the layout wants the merges. These follow from
+the ranks: ids were assigned in the order of the merges, so byte-pair encoding of a token's bytes
+with only the earlier merges leaves the two parts that it was merged from.
 """
 
 from __future__ import annotations
@@ -20,17 +19,14 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def write_tokenizer(folder: Path, ranks: Mapping[bytes, int], block_size: int) -> None:
-    """Writes `vocab.json`, `merges.txt`, `tokenizer_config.json` and `special_tokens_map.json`.
+    """Write `vocab.json`, `merges.txt`, `tokenizer_config.json` and `special_tokens_map.json`.
 
-    Args:
-        folder: An existing folder.
-        ranks: GPT-2's 50256 byte strings with their ids.
-        block_size: Longest sequence of the model.
+    `ranks` are the ids of GPT-2's 50256 byte strings.
     """
-    letters = byte_letters()
+    characters = bytes_to_unicode()
 
     def spell(token: bytes) -> str:
-        return "".join(letters[byte] for byte in token)
+        return "".join(characters[byte] for byte in token)
 
     vocabulary = {spell(token): rank for token, rank in sorted(ranks.items(), key=lambda x: x[1])}
     vocabulary[END_OF_TEXT] = EOT
@@ -51,19 +47,19 @@ def write_tokenizer(folder: Path, ranks: Mapping[bytes, int], block_size: int) -
 
 
 def recover_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pairs that were merged, in order: one for each token of more than one byte."""
+    """Return the merged pairs in order, one for each token of more than one byte."""
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) == 1:
             continue
-        parts = _encode(token, ranks, below=rank)
-        assert len(parts) == 2, f"{token!r} is no merge of two earlier tokens"
+        parts = _byte_pair_encode(token, ranks, below=rank)
+        assert len(parts) == 2, f"{token!r} is not a merge of two earlier tokens"
         merges.append((parts[0], parts[1]))
     return merges
 
 
-def _encode(token: bytes, ranks: Mapping[bytes, int], below: int) -> list[bytes]:
-    """Byte-pair encoding of `token` with the merges of rank under `below`."""
+def _byte_pair_encode(token: bytes, ranks: Mapping[bytes, int], below: int) -> list[bytes]:
+    """Encode `token` with the merges of rank less than `below`."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 1:
         pair_ranks = [ranks.get(a + b, below) for a, b in pairwise(parts)]
@@ -75,11 +71,11 @@ def _encode(token: bytes, ranks: Mapping[bytes, int], below: int) -> list[bytes]
     return parts
 
 
-def byte_letters() -> list[str]:
-    """A visible letter for each of the 256 bytes (`bytes_to_unicode` in openai/gpt-2)."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    letters, others = [], 0
+def bytes_to_unicode() -> list[str]:
+    """Return a printable character for each byte (openai/gpt-2, src/encoder.py)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    characters, others = [], 0
     for byte in range(256):
-        letters.append(chr(byte if byte in visible else 256 + others))
-        others += byte not in visible
-    return letters
+        characters.append(chr(byte if byte in printable else 256 + others))
+        others += byte not in printable
+    return characters

@@ -1,6 +1,6 @@
-"""Training: token shards and a model become a trained, evaluated model.
+"""Training: from token shards to a trained and evaluated model.
 
-The public name is ``DataOrder``, the order in which training sees the data. The rest is reached
+The public name is ``DataOrder``, the sampling order of the training data. Everything else is used
 through commands: ``python -m train.launch``, ``torchrun -m train``, ``python -m train.evaluate``.
 Importing this package loads no torch.
 """

@@ -1,12 +1,12 @@
-"""`python -m train.bench`: two minutes of the training step on this machine, and what to try.
+"""`python -m train.bench`: time the training step on this machine and suggest settings to try.
 
-The step is the training's own (`Trainer.step`, the loader, the agreement on signals), on the shards
-of data/tokens, or on tokens made up here where there are none yet. It saves nothing, changes no
-file, and starts a process for each GPU, as `train.launch` does. Under torchrun it joins.
+The benchmark runs the real training step (`Trainer.step`, the loader, the agreement on signals) on
+the shards of data/tokens, or on random tokens if there are none. It changes no file, and starts one
+process per GPU like `train.launch`; under torchrun it joins the processes that torchrun started.
 
-    steps       one after the other, as in training: the time of each, and the wait for data
-    parts       each by itself, the device idle before: what a step is made of
-    kernels     of one step, by the profiler
+    steps       one after the other, as in training: time per step, and data wait
+    parts       each part of a step alone, on an idle device
+    kernels     of one step, from the profiler
     plan        what `train.plan` expects of this hardware
 """
 
@@ -27,35 +27,33 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
-from model.command import Parser, count, positive
+from model.command import count, positive
 from model.size import flops_per_token
 from pipeline import TokenStream
 from pipeline.runtime import command
 from pipeline.runtime.errors import Stopped, UserError
 from pipeline.runtime.machine import Machine
-from train.data.loader import Batches
+from train.data.loader import Batches, MicroBatch
 from train.data.split import share_batch
-from train.distributed import devices
-from train.distributed.devices import device_type, processes_here
+from train.distributed.devices import check_gpu, device_type, processes_here
 from train.distributed.interrupt import Interrupt, Interrupted
 from train.distributed.rendezvous import process_group
 from train.distributed.torchrun import run_torchrun
 from train.distributed.world import World
 from train.numerics import device_name, peak_memory, summed_loss
-from train.plan.bench_report import Kernel, Measured, Watch, report, whole_batch
+from train.plan.bench_report import GpuMonitor, Kernel, Measurement, constant_batch, report
 from train.preset import load
 from train.run import TOKENS, Run
 from train.trainer import Trainer
 
-WARM_UP = 3  # steps before the first that counts
-TRIES = 5  # of each part; the first does not count
+WARM_UP = 3  # steps that are not timed
+REPEATS = 5  # of each part; the first is not timed
 
 
-class MadeUp:
-    """Tokens of no text, where no shards lie yet: reading them costs what a fast disk costs."""
+class RandomTokens:
+    """Token stream in memory, used if there are no shards: as fast as a fast disk."""
 
     def __init__(self, n: int = 1 << 24) -> None:
         self._tokens = np.random.default_rng(0).integers(0, 50257, n).astype(np.uint16)
@@ -64,27 +62,27 @@ class MadeUp:
         return len(self._tokens)
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Rows of ``length`` tokens, (len(starts), length)."""
+        """Return rows of ``length`` tokens, (len(starts), length) uint16."""
         return self._tokens[starts[:, None] + np.arange(length)]
 
 
-class Trial(Run):
-    """A run that is tried only: it has no folder, and what it reads need not be verified."""
+class BenchRun(Run):
+    """Run that is only timed: it writes nothing, and its data need not be verified."""
 
     @cached_property
     def folder(self) -> Path:
-        """Where a run's checkpoints would go; nothing is written."""
+        """Folder of the checkpoints: none."""
         return Path(os.devnull)
 
 
 class Clock:
-    """Marks in a device's stream of work: the time between two is measured without stopping it."""
+    """Time between marks in a device's queue of work, measured without a synchronization."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
 
     def mark(self) -> Any:
-        """A mark behind all that is queued."""
+        """Put a mark behind all work that is queued."""
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -92,40 +90,36 @@ class Clock:
         return event
 
     def wait(self, mark: Any) -> None:
-        """Waits until the device has come to a mark."""
+        """Wait until the device has reached a mark."""
         if self._cuda:
             mark.synchronize()
 
-    def between(self, a: Any, b: Any) -> float:
-        """Seconds between two marks that have been reached."""
-        return a.elapsed_time(b) / 1e3 if self._cuda else b - a
+    def elapsed(self, a: Any, b: Any) -> float:
+        """Return the seconds between two marks that the device has reached."""
+        seconds: float = a.elapsed_time(b) / 1e3 if self._cuda else b - a
+        return seconds
 
 
-def measure(trial: Trial, world: World, most: int, seconds: float) -> Measured:
-    """Measures a run's step.
+def measure(run: BenchRun, world: World, max_steps: int, seconds: float) -> Measurement:
+    """Measure the step of a run; every rank must call it.
 
-    Args:
-        trial: What to compute.
-        world: The processes; each calls this.
-        most: Steps at most.
-        seconds: After which no further step begins (three are taken in any case).
+    After ``seconds`` or ``max_steps`` timed steps no further step begins; at least three are timed.
     """
     before, clock = time.perf_counter(), Clock(world.device)
-    trainer = Trainer(trial, world)
-    trainer.join()
+    trainer = Trainer(run, world)
+    trainer.warm_up()
     clock.wait(clock.mark())
     start = time.perf_counter() - before
-    spans = (trial.batches(step) for step in itertools.count())
     batches = Batches(
-        trial.train_data,
-        trial.order,
+        run.train_data,
+        run.order,
         trainer.split,
         rank=world.rank,
-        spans=spans,
+        spans=run.batches.spans(0),
         device=world.device,
     )
     peak = trainer.peak()
-    with batches, Interrupt(world) as interrupt, Watch(world) as watch:
+    with batches, Interrupt(world) as interrupt, GpuMonitor(world) as monitor:
 
         def steps() -> Iterator[Any]:
             for number in itertools.count():
@@ -136,71 +130,70 @@ def measure(trial: Trial, world: World, most: int, seconds: float) -> Measured:
         marks = list(itertools.islice(stream, WARM_UP))
         clock.wait(marks[-1])
         marks, waited, begun = marks[-1:], batches.waited, time.perf_counter()
-        while len(marks) <= most:
+        while len(marks) <= max_steps:
             marks.append(next(stream))
-            clock.wait(marks[-2])  # as the training: one step ahead of the device
-            late = time.perf_counter() - begun > seconds and len(marks) > 3
-            if world.any(late):
+            clock.wait(marks[-2])  # as in training: one step ahead of the device
+            if world.any(time.perf_counter() - begun > seconds and len(marks) > 3):
                 break
         clock.wait(marks[-1])
-        clocks = watch.state()
-        took = [clock.between(a, b) for a, b in itertools.pairwise(marks)]
+        clocks = monitor.stop()
+        times = [clock.elapsed(a, b) for a, b in itertools.pairwise(marks)]
         waited = batches.waited - waited
         memory = peak_memory(world.device)
         kernels = _kernels(lambda: next(stream), clock, world)
         parts = _parts(trainer, next(batches), clock)
-    tokens = trial.batches.full * trial.model.block_size
-    flops = tokens * flops_per_token(trainer.gpt.config, trial.model.block_size)
+    tokens = run.batches.full * run.model.block_size
+    flops = tokens * flops_per_token(trainer.gpt.config, run.model.block_size)
     cuda = world.device.type == "cuda"
-    return Measured(
+    return Measurement(
         device=device_name(world.device),
         world=world.size,
         compiled=trainer.compiled,
         micro_batch=trainer.split.micro_batch,
-        micro_steps=trainer.split.micro_steps(trial.batches.full),
-        made_up=isinstance(trial.train_data, MadeUp),
+        micro_steps=trainer.split.micro_steps(run.batches.full),
+        made_up=isinstance(run.train_data, RandomTokens),
         start=start,
-        steps=took,
+        steps=times,
         tokens=tokens,
-        data_wait=waited / sum(took),
-        mfu=flops / statistics.median(took) / peak if peak else None,
+        data_wait=waited / sum(times),
+        mfu=flops / statistics.median(times) / peak if peak else None,
         peak=peak,
         memory=memory,
         reserved=torch.cuda.max_memory_reserved() if cuda else None,
         total=torch.cuda.mem_get_info()[1] if cuda else None,
         parts=parts,
-        reduced=4 * _numbers(trainer) if world.size > 1 else 0,
+        reduced=4 * _parameter_count(trainer) if world.size > 1 else 0,
         kernels=kernels,
         clocks=clocks,
     )
 
 
-def _numbers(trainer: Trainer) -> int:
+def _parameter_count(trainer: Trainer) -> int:
     return sum(parameter.numel() for parameter in trainer.named.values())
 
 
-def _parts(trainer: Trainer, batch: tuple[Tensor, Tensor], clock: Clock) -> dict[str, float]:
-    """Seconds of each part of a step by itself: medians."""
+def _parts(trainer: Trainer, batch: MicroBatch, clock: Clock) -> dict[str, float]:
+    """Return the median time of each part of a step, measured alone, in seconds."""
     run, world = trainer.run, trainer.world
-    gradients = torch.zeros(_numbers(trainer) if world.size > 1 else 1, device=world.device)
+    gradients = torch.zeros(_parameter_count(trainer) if world.size > 1 else 1, device=world.device)
 
     def micro_step() -> None:
         with trainer.ddp.no_sync():
-            summed_loss(trainer.ddp, *batch, run.params.dtype).backward()
+            summed_loss(trainer.ddp, batch.inputs, batch.targets, run.params.dtype).backward()
 
     def clip() -> None:
-        most = run.params.grad_clip or float("inf")
-        torch.nn.utils.clip_grad_norm_(trainer.named.values(), most)
+        limit = run.params.grad_clip or float("inf")
+        torch.nn.utils.clip_grad_norm_(trainer.named.values(), limit)
 
     def seconds(part: Callable[[], Any]) -> float:
-        taken = []
-        for _ in range(TRIES):
-            clock.wait(before := clock.mark())
+        times = []
+        for _ in range(REPEATS):
+            clock.wait(clock.mark())
             before = clock.mark()
             part()
             clock.wait(after := clock.mark())
-            taken.append(clock.between(before, after))
-        return statistics.median(taken[1:])
+            times.append(clock.elapsed(before, after))
+        return statistics.median(times[1:])
 
     micro_steps = trainer.split.micro_steps(run.batches.full)
     return {
@@ -213,7 +206,7 @@ def _parts(trainer: Trainer, batch: tuple[Tensor, Tensor], clock: Clock) -> dict
 
 
 def _kernels(step: Callable[[], Any], clock: Clock, world: World) -> list[Kernel]:
-    """What rank 0's device does in a step, the longest first; all ranks take the step."""
+    """Profile one step on rank 0, the longest kernels first; every rank must call it."""
     cuda = world.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     profiler = profile(activities=activities) if world.first else nullcontext()
@@ -231,38 +224,39 @@ def _kernels(step: Callable[[], Any], clock: Clock, world: World) -> list[Kernel
 
 
 def main(argv: Sequence[str] = ()) -> None:
-    """Times the training step on this machine, and says what to try."""
+    """Time the training step on this machine for a minute and suggest settings to try."""
     args = _parser().parse_args(argv)
     if args.json and not args.json.parent.is_dir():
-        raise UserError(f"--json {args.json}: there is no folder {args.json.parent}")
+        raise UserError(f"--json {args.json}: no folder {args.json.parent}; create it")
     params, machine = load(args.preset), Machine.load()
     params.train.batches(params.model.block_size)
     kind = device_type(machine.device)
     processes = processes_here(machine, kind)
-    tried, micro_batch = whole_batch(params, args.batch_tokens or params.train.batch_tokens), None
-    if not args.batch_tokens:  # the training's, which also divides its batch while that grows
+    timed = constant_batch(params, args.batch_tokens or params.train.batch_tokens)
+    micro_batch = None
+    if not args.batch_tokens:  # the micro-batch of training, which divides its smallest batch
         world_size = int(os.environ.get("WORLD_SIZE", processes))
         split = share_batch(params.model, params.train, world_size, machine.micro_batch, kind)
         micro_batch = split.micro_batch
     shards = (TOKENS / "manifest.json").exists()
-    data = TokenStream(TOKENS, "train") if shards else cast(TokenStream, MadeUp())
-    trial = Trial(
-        model=tried.model,
-        params=tried.train.model_copy(update={"steps": sys.maxsize}),  # it stops by the clock
+    data = TokenStream(TOKENS, "train") if shards else cast(TokenStream, RandomTokens())
+    run = BenchRun(
+        model=timed.model,
+        params=timed.train.model_copy(update={"steps": sys.maxsize}),  # `measure` stops earlier
         machine=machine.model_copy(update={"micro_batch": micro_batch or machine.micro_batch}),
         train_data=data,
         val_data=data,
         code_key="",
     )
-    trial.split(processes, kind)
+    run.split(processes, kind)
     if kind == "cuda":
-        devices.check(trial.params.dtype, trial.compiles(kind))
+        check_gpu(run.params.dtype, run.compiles(kind))
     if "RANK" not in os.environ and processes > 1:
         run_torchrun(processes, module="train.bench", arguments=argv)
         return
     with process_group(machine.device, machine.timeout) as world:
         try:
-            measured = measure(trial, world, args.steps, args.seconds)
+            measured = measure(run, world, args.steps, args.seconds)
         except Interrupted:
             raise Stopped from None
     if world.first:
@@ -271,14 +265,14 @@ def main(argv: Sequence[str] = ()) -> None:
             args.json.write_text(json.dumps(asdict(measured), indent=2) + "\n")
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="python -m train.bench", description=main.__doc__)
+def _parser() -> command.Parser:
+    parser = command.Parser(prog="python -m train.bench", description=main.__doc__)
     add = parser.add_argument
-    add("--preset", metavar="NAME", help="lay this preset over params.yaml, which stays as it is")
-    add("--batch-tokens", type=count, metavar="N", help="for train.batch_tokens (slow machines)")
-    add("--seconds", type=positive, default=60.0, metavar="S", help="of steps (default 60)")
-    add("--steps", type=count, default=1000, metavar="N", help="at most (default 1000)")
-    add("--json", type=Path, metavar="FILE", help="all of it, for machines")
+    add("--preset", metavar="NAME", help="merge this preset; params.yaml itself stays unchanged")
+    add("--batch-tokens", type=count, metavar="N", help="instead of train.batch_tokens (slow CPUs)")
+    add("--seconds", type=positive, default=60.0, metavar="S", help="time limit (default 60)")
+    add("--steps", type=count, default=1000, metavar="N", help="steps at most (default 1000)")
+    add("--json", type=Path, metavar="FILE", help="write all measurements as JSON")
     return parser
 
 

@@ -1,15 +1,16 @@
-"""`python -m train.evaluate`: what the trained model is worth, in numbers and in text.
+"""`python -m train.evaluate`: metrics and text samples of the trained model.
 
-Where there are several GPUs, a process for each shares the work (`processes` of machine.yaml says
-otherwise); torchrun is started here. What is measured does not depend on it, nor on `micro_batch`:
-losses of single tokens are summed in float64, and rounded to the digits that this leaves certain.
+On several GPUs it starts torchrun with one process per GPU (or `processes` of machine.yaml). The
+metrics depend neither on that nor on `micro_batch`: token losses are summed in float64, and results
+are rounded to digits that are certain.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,11 +38,11 @@ from train.distributed.rendezvous import process_group
 from train.distributed.torchrun import run_torchrun
 from train.distributed.world import World
 from train.evals import hellaswag, lambada, reference_curve
-from train.evals.likelihood import BATCH_TOKENS, Row
-from train.evals.task_files import located, read_tasks
+from train.evals.likelihood import BATCH_TOKENS, Request
+from train.evals.task_files import find_file
 from train.params import EvaluateParams
 from train.run import CHECKPOINT, CURVES, TOKENS
-from train.validation import check_split, mean_loss
+from train.validation import check_val_tokens, mean_loss
 
 METRICS = Path("metrics/eval.json")
 PUBLISHED = Path("metrics/reference.csv")
@@ -50,33 +51,34 @@ VALIDATIONS = CURVES / "plots/metrics/val/loss.tsv"
 
 BLOCK = 2**24  # tokens counted at a time
 ENTROPY_BLOCKS = 64  # a billion tokens
-DIGITS = 6  # of each measure
+DIGITS = 6  # significant digits of each metric
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """What is asked of the model beside the validation text; None where the parameters do not."""
+    """Benchmark tasks; None for a benchmark that is not in the parameters."""
 
     hellaswag: list[hellaswag.Task] | None
-    lambada: list[Row] | None
+    lambada: list[Request] | None
 
     @classmethod
     def read(cls, params: EvaluateParams) -> Tasks:
-        """The tasks that the parameters name."""
+        """Read the tasks named in the parameters."""
         a, b = params.hellaswag, params.lambada
         return cls(
             hellaswag.read("evaluate.hellaswag", a) if a else None,
-            read_tasks("evaluate.lambada", b, lambada.HUB, lambada.task) if b else None,
+            lambada.read("evaluate.lambada", b) if b else None,
         )
 
 
-def main() -> None:
-    """Measures `artifacts/checkpoint` on the validation split and samples from it."""
+def main(argv: Sequence[str] = ()) -> None:
+    """Evaluate `artifacts/checkpoint` and sample from it."""
+    command.Parser(prog="python -m train.evaluate", description=main.__doc__).parse_args(argv)
     params, machine = load_section("evaluate", EvaluateParams), Machine.load()
-    # What can be refused is refused before any process is started.
+    # check all inputs before any process starts
     train_data, val_data = TokenStream(TOKENS, "train"), TokenStream(TOKENS, "val")
-    check_split("evaluate.val_tokens", val_data, params.val_tokens)
-    external = open_external(params) if params.val_shards else None
+    check_val_tokens("evaluate.val_tokens", val_data, params.val_tokens)
+    external = open_val_shards(params) if params.val_shards else None
     try:
         state = read_json(CHECKPOINT / STATE, "run python -m train.launch")
     except FormatError as error:
@@ -97,14 +99,13 @@ def main() -> None:
             gpt = GPT.from_checkpoint(CHECKPOINT).to(world.device)
         except FormatError as error:
             raise UserError(f"{error}; run python -m train.launch") from None
-        # As it was validated while it trained.
-        dtype, size = state["train"]["dtype"], machine.micro_batch
-        metrics = measure(gpt, streams, params.val_tokens, dtype, tasks, world, size)
+        dtype = state["train"]["dtype"]  # as in validation during training
+        metrics = measure(gpt, streams, params.val_tokens, dtype, tasks, world, machine.micro_batch)
         if not world.first:
             return
-    n_bytes = target_bytes(val_data, params.val_tokens)
-    metrics |= describe(metrics["val_loss"], n_bytes, unigram_entropy(train_data))
-    metrics |= compare(metrics, state, train_data)
+    n_bytes = bytes_per_target(val_data, params.val_tokens)
+    metrics |= loss_metrics(metrics["val_loss"], n_bytes, unigram_entropy(train_data))
+    metrics |= compare_with_reference(metrics, state, train_data)
     metrics = {
         name: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
         for name, value in metrics.items()
@@ -116,25 +117,25 @@ def main() -> None:
 
 
 def _processes(machine: Machine) -> int:
-    """As set, or one a GPU; on a CPU one, whose threads share the cores better than processes."""
+    """Return the number of processes: as set, or one per GPU; on a CPU one, with many threads."""
     kind = device_type(machine.device)
     return processes_here(machine, kind) if kind == "cuda" else machine.processes or 1
 
 
-def open_external(params: EvaluateParams) -> Tokens:
-    """The tokens of `val_shards`.
+def open_val_shards(params: EvaluateParams) -> Tokens:
+    """Open the token file of `val_shards`.
 
     Raises:
-        UserError: There is no such file, or it is none of llm.c's, or too short.
+        UserError: The file is missing, not in llm.c's format, or too short.
     """
     name = f"params.yaml: evaluate.val_shards: {params.val_shards}"
     try:
-        tokens = open_shard(located(str(params.val_shards)))
+        tokens = open_shard(find_file(str(params.val_shards)))
     except (ShardError, OSError):
-        raise UserError(f"{name}: no token file in llm.c's format; name one, or null") from None
+        raise UserError(f"{name}: not a token file in llm.c's format; name one, or null") from None
     if len(tokens) < params.val_tokens + 1:
         raise UserError(
-            f"{name}: holds {len(tokens)} tokens; set evaluate.val_tokens to at most "
+            f"{name}: has {len(tokens)} tokens; set evaluate.val_tokens to at most "
             f"{max(0, len(tokens) - 1)}, or val_shards to null"
         )
     return tokens
@@ -147,74 +148,76 @@ def measure(
     dtype: numerics.Dtype,
     tasks: Tasks,
     world: World,
-    size: int | None = None,
+    batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """What needs the model, shared by all ranks; the same on each.
+    """Compute the metrics that need the model; ranks share the work and return the same.
 
     Args:
-        gpt: The model.
-        streams: Text to measure the loss on, by the name of the measure.
-        n: Targets of each, the first so many.
+        streams: Token streams to compute the loss on, by metric name.
+        n: Number of targets, the first of each stream.
         dtype: Of the matrix products in these losses.
-        tasks: Of the benchmarks, which are computed in full float32, as others measure them.
-        world: The processes that share the work.
-        size: Windows and rows computed at a time; None chooses.
+        tasks: Benchmark tasks; scored in full float32, like published results.
+        batch_size: Windows or requests per batch; None chooses.
     """
     numerics.configure(world.device, deterministic=False)
     metrics: dict[str, Any] = {"val_tokens": n}
     for name, stream in streams.items():
         metrics[name] = mean_loss(
-            partial(_summed, gpt),
+            partial(_summed_loss, gpt),
             stream,
             n,
             block_size=gpt.config.block_size,
-            rows=size or max(1, BATCH_TOKENS // gpt.config.block_size),
+            rows=batch_size or max(1, BATCH_TOKENS // gpt.config.block_size),
             dtype=dtype,
             device=world.device,
             world=world,
         )
     torch.set_float32_matmul_precision("highest")
     if tasks.hellaswag is not None:
-        metrics |= hellaswag.measures(hellaswag.answer(gpt, tasks.hellaswag, world, size))
+        metrics |= hellaswag.metrics(hellaswag.predict(gpt, tasks.hellaswag, world, batch_size))
     if tasks.lambada is not None:
-        metrics |= lambada.measure(gpt, tasks.lambada, world, size)
+        metrics |= lambada.evaluate(gpt, tasks.lambada, world, batch_size)
     return metrics
 
 
-def _summed(gpt: GPT, inputs: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """The summed loss of a batch, in float64: no batch's size shows in it."""
+def _summed_loss(gpt: GPT, inputs: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Sum the loss of a batch in float64, so that the batch size does not change the total."""
     assert reduction == "sum"
-    return gpt(inputs, targets, reduction="none").double().sum()
+    losses: Tensor = gpt(inputs, targets, reduction="none")
+    return losses.double().sum()
 
 
-def compare(
+def compare_with_reference(
     metrics: Mapping[str, Any], state: Mapping[str, Any], train_data: TokenStream
 ) -> dict[str, Any]:
-    """The run beside the published curve: the verdict, and the last point's distance from it.
+    """Compare the run with the published curve: verdict, and difference at the last step.
 
-    Writes the published losses up to the run's end, for the plots; none where they say nothing.
+    Writes the published losses up to the last step for the plots; none if the curve does not apply.
     """
-    why = reference_curve.why_not(state["model"], state["train"], train_data.manifest.source)
-    if why is not None:
+    mismatch = reference_curve.recipe_mismatch(
+        state["model"], state["train"], train_data.manifest.source
+    )
+    if mismatch is not None:
         atomic.write_bytes(PUBLISHED, reference_curve.as_csv([]).encode())
-        return {"reference": f"does not apply: {why}"}
+        return {"reference": f"does not apply: {mismatch}"}
     step = int(state["step"])
     validations = reference_curve.read_validations(VALIDATIONS) | {step: metrics["val_loss"]}
     external = metrics.get("val_shards_loss")
-    points = reference_curve.points(validations, {} if external is None else {step: external})
+    exact = {} if external is None else {step: external}
+    points = reference_curve.comparable_points(validations, exact)
     steps = sorted({*(s for s in reference_curve.CURVE if s <= step), step})
     atomic.write_bytes(PUBLISHED, reference_curve.as_csv(steps).encode())
-    found: dict[str, Any] = {"reference": reference_curve.verdict(points)}
+    result: dict[str, Any] = {"reference": reference_curve.verdict(points)}
     if points:
-        found["above_reference"] = points[-1].difference
-    return found
+        result["above_reference"] = points[-1].difference
+    return result
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
-    """What was measured, to print."""
+    """Format the metrics for the terminal."""
     parts = [
-        f"val loss {metrics['val_loss']:.4f} nats a token over {metrics['val_tokens']:,} tokens, "
-        f"perplexity {metrics['perplexity']:.2f}, {metrics['bits_per_byte']:.4f} bits a byte, "
+        f"val loss {metrics['val_loss']:.4f} nats per token over {metrics['val_tokens']:,} tokens, "
+        f"perplexity {metrics['perplexity']:.2f}, {metrics['bits_per_byte']:.4f} bits per byte, "
         f"{metrics['below_unigram']:.4f} below the unigram entropy of "
         f"{metrics['unigram_entropy']:.4f}"
     ]
@@ -233,13 +236,13 @@ def summary(metrics: Mapping[str, Any]) -> str:
     return "\n".join([*parts, f"{METRICS}, {SAMPLES}"])
 
 
-def describe(loss: float, n_bytes: float, entropy: float) -> dict[str, float]:
-    """The measures that follow from a loss.
+def loss_metrics(loss: float, n_bytes: float, entropy: float) -> dict[str, float]:
+    """Return the metrics derived from a loss.
 
     Args:
-        loss: Mean over the targets, nats.
-        n_bytes: Bytes of text a target stands for, on average.
-        entropy: Unigram entropy of the training tokens, nats.
+        loss: Mean over the targets, in nats.
+        n_bytes: Mean bytes of text per target.
+        entropy: Unigram entropy of the training tokens, in nats.
     """
     return {
         "val_loss": loss,
@@ -250,17 +253,17 @@ def describe(loss: float, n_bytes: float, entropy: float) -> dict[str, float]:
     }
 
 
-def target_bytes(stream: TokenStream, n_targets: int) -> float:
-    """Mean length in bytes of the targets 1 ... n of a split; `<|endoftext|>` has none."""
-    lengths = tokenizer.token_bytes()
-    total = sum(int(lengths[block].sum()) for block in blocks(stream, 1, n_targets + 1))
-    return total / n_targets
+def bytes_per_target(stream: TokenStream, n_targets: int) -> float:
+    """Return the mean length in bytes of tokens 1 to n of a split; `<|endoftext|>` has none."""
+    lengths, stop = tokenizer.token_bytes(), n_targets + 1
+    blocks = (stream[first : min(first + BLOCK, stop)] for first in range(1, stop, BLOCK))
+    return sum(int(lengths[block].sum()) for block in blocks) / n_targets
 
 
 def unigram_entropy(stream: TokenStream) -> float:
-    """Entropy of single tokens, nats: what a model that sees no context could reach.
+    """Return the entropy of single tokens in nats, the best loss of a model without context.
 
-    Of `ENTROPY_BLOCKS` blocks at most, evenly spread: a trillion tokens are not read for this.
+    It is computed from at most `ENTROPY_BLOCKS` evenly spread blocks.
     """
     counts = np.zeros(tokenizer.N_VOCAB, dtype=np.int64)
     stride = BLOCK * max(1, math.ceil(len(stream) / (BLOCK * ENTROPY_BLOCKS)))
@@ -270,15 +273,9 @@ def unigram_entropy(stream: TokenStream) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-def blocks(stream: TokenStream, start: int, stop: int) -> Any:
-    """The tokens [start, stop) in pieces that fit in memory."""
-    for first in range(start, stop, BLOCK):
-        yield stream[first : min(first + BLOCK, stop)]
-
-
 @torch.no_grad()
 def sample(gpt: GPT, params: EvaluateParams) -> list[tuple[str, str]]:
-    """(prompt, what the model added to it), as many as the parameters ask for."""
+    """Return pairs of a prompt and its sampled continuation, `samples` per prompt."""
     prompts = [prompt for prompt in params.prompts for _ in range(params.samples)]
     rows = [[tokenizer.EOT, *tokenizer.encode(prompt)] for prompt in prompts]
     if not rows:
@@ -299,14 +296,14 @@ def sample(gpt: GPT, params: EvaluateParams) -> list[tuple[str, str]]:
 def as_markdown(
     texts: list[tuple[str, str]], metrics: Mapping[str, Any], params: EvaluateParams
 ) -> str:
-    """The samples as a page to read."""
+    """Format the samples as a Markdown page."""
     lines = [
         "# Samples",
         "",
-        f"Validation loss {metrics['val_loss']:.4f} nats a token. "
+        f"Validation loss {metrics['val_loss']:.4f} nats per token. "
         f"Temperature {params.temperature}, top-k {params.top_k}, "
         f"up to {params.sample_tokens} tokens. "
-        "The prompt is in bold; without one, a document begins.",
+        "The prompt is in bold; without one, the sample starts a document.",
     ]
     for number, (prompt, text) in enumerate(texts, 1):
         lines += ["", f"## {number}", ""]
@@ -316,4 +313,4 @@ def as_markdown(
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(lambda: main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""How numbers are computed: dtypes, algorithms that repeat, and the device's name and memory."""
+"""Numerics and devices: autocast, deterministic algorithms, memory, and versions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 def summed_loss(forward: Any, inputs: Tensor, targets: Tensor, dtype: Dtype) -> Tensor:
-    """The loss of a batch, summed over its targets.
+    """Compute the loss of a batch, summed over its targets.
 
     Args:
-        forward: A GPT, or what compile or DDP made of it.
+        forward: A GPT, also compiled or wrapped in DDP.
         inputs: (B, T) int64.
-        targets: (B, T) int64; those of -100 do not count.
-        dtype: Of the matrix products; "bfloat16" by autocast, "float32" without.
+        targets: (B, T) int64; -100 is ignored.
+        dtype: Type of the matrix products; "bfloat16" by autocast, "float32" without.
 
     Returns:
         Scalar float32, nats.
@@ -32,7 +32,7 @@ def summed_loss(forward: Any, inputs: Tensor, targets: Tensor, dtype: Dtype) -> 
 
 
 def configure(device: torch.device, *, deterministic: bool) -> None:
-    """TF32 for products that stay float32 on CUDA; algorithms that repeat, where asked for."""
+    """On CUDA, use TF32 for float32 products, and deterministic algorithms if asked."""
     if device.type != "cuda":
         return
     torch.set_float32_matmul_precision("high")
@@ -47,12 +47,12 @@ def device_name(device: torch.device) -> str:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or the CPU, had no memory left to give."""
+    """Return whether a GPU or the CPU could not allocate memory."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most memory that this process has held, bytes: of the GPU, or resident on a CPU."""
+    """Peak memory of this process in bytes: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -60,7 +60,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Of what computes."""
+    """Versions of Python and of the libraries that compute."""
     return {
         "python": sys.version.split()[0],
         "torch": torch.__version__,

@@ -1,13 +1,12 @@
-"""`python -m train.play`: a local page in which a model goes on with what one writes.
+"""`python -m train.play`: a local web page that continues a prompt with a trained model.
 
-It is served to this machine alone. A browser also lets other sites send requests here, and names
-that an attacker owns can come to mean 127.0.0.1: so requests under any other name, or from any
-other origin, are refused.
+The server is reachable from this machine only. Other web sites could still send requests to it
+through the user's browser, or rebind a DNS name of their own to 127.0.0.1, so requests with another
+host name or origin are refused.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import codecs
 import json
@@ -36,87 +35,78 @@ from pipeline.runtime.machine import Machine
 from pipeline.runtime.params_file import Section, validate
 from train.distributed.devices import device_type
 from train.report import html
-from train.report.model_probe import shown, top
+from train.report.model_probe import token_text, top_tokens
 
 HOST = "127.0.0.1"
-NAMES = (HOST, "localhost")
+HOST_NAMES = (HOST, "localhost")
 
-MOST_CHARACTERS = 8000
-MOST_TOKENS = 1000
-MOST_WAITING = 4
-LIKELIEST = 8  # tokens named beside each one that was chosen
+MAX_CHARACTERS = 8000  # per prompt
+MAX_TOKENS = 1000  # per generation
+MAX_WAITING = 4  # generations in the queue
+LIKELIEST = 8  # most likely tokens shown for each position
 
 
-class Wish(Section):
-    """What the page asks for."""
+class GenerateRequest(Section):
+    """Request of the page for a generation."""
 
-    prompt: str = Field(default="", max_length=MOST_CHARACTERS)
-    """Text to go on from; the empty text is the beginning of a document."""
+    prompt: str = Field(default="", max_length=MAX_CHARACTERS)
+    """Text to continue; empty starts a document."""
 
-    tokens: int = Field(default=200, ge=1, le=MOST_TOKENS)
-    """New tokens at most."""
+    tokens: int = Field(default=200, ge=1, le=MAX_TOKENS)
+    """Largest number of new tokens."""
 
     temperature: float = Field(default=0.8, ge=0, le=5)
-    """0: always the likeliest token; 1: the model's own distribution; above: flatter."""
+    """0: always the most likely token; 1: the model's distribution; above 1: flatter."""
 
     top_k: int | None = Field(default=None, ge=1)
-    """Sample among the so many likeliest tokens; null: among all."""
+    """Sample from the k most likely tokens; null: from all."""
 
     top_p: float | None = Field(default=None, gt=0, le=1)
-    """Sample among the fewest that have this much probability together; null: among all."""
+    """Sample from the fewest tokens with this total probability; null: from all."""
 
     seed: int | None = Field(default=None, ge=0, lt=2**32)
-    """Makes the text repeatable; null: another one each time."""
+    """Seed; null: random."""
 
 
-def steps(gpt: GPT, wish: Wish) -> Iterator[dict[str, Any]]:
-    """The new tokens, one after the other, as the page gets them.
+def generate(gpt: GPT, request: GenerateRequest) -> Iterator[dict[str, Any]]:
+    """Generate tokens, as events for the page.
 
-    The text is that of ``model.generate`` with the same settings. Probabilities are the model's
-    own, before temperature, top-k and top-p.
+    The text is the same as that of ``model.generate`` with these settings. Probabilities are the
+    model's, before temperature, top-k and top-p.
 
     Yields:
-        "text" (of an unfinished character empty: the last of its tokens has it), "token", its
-        "probability", and the "likeliest" tokens in its place; at the end, what remains of a
-        character that was never finished.
+        For each token, its "text" (empty until the last token of a character), the "token", its
+        "probability", and the "likeliest" tokens at its position. At the end, the "text" of a
+        character that was never completed.
     """
     logits: list[Tensor] = []
-    prompt = [tokenizer.EOT, *tokenizer.encode(wish.prompt)]
+    prompt = [tokenizer.EOT, *tokenizer.encode(request.prompt)]
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    news = stream(
-        gpt, [prompt], wish.tokens, wish.temperature, wish.top_k, wish.top_p, wish.seed,
-        watch=logits.append,
-    )  # fmt: skip
-    for (token,) in news:
+    settings = (request.tokens, request.temperature, request.top_k, request.top_p, request.seed)
+    for (token,) in stream(gpt, [prompt], *settings, on_logits=logits.append):
         assert token is not None
         probabilities = logits.pop()[0].softmax(0)  # (V,)
         data = b"" if token == tokenizer.EOT else tokenizer.decode_bytes([token])
         yield {
             "text": decoder.decode(data),
-            "token": shown(token),
+            "token": token_text(token),
             "probability": float(probabilities[token]),
-            "likeliest": top(probabilities, LIKELIEST),
+            "likeliest": top_tokens(probabilities, LIKELIEST),
         }
     if rest := decoder.decode(b"", final=True):
         yield {"text": rest}
 
 
 class Playground:
-    """One model, its page, and one generation at a time.
+    """Server of one model, which runs one generation at a time, and logs a line at its end."""
 
-    Args:
-        gpt: The model.
-        name: What the page calls it.
-        say: Told when a generation ends.
-    """
-
-    def __init__(self, gpt: GPT, name: str, say: Callable[[str], None] = print) -> None:
-        self.gpt, self.name, self.say = gpt, name, say
-        self._turn = asyncio.Lock()
-        self._here = 0  # generations that run or wait
+    def __init__(self, gpt: GPT, name: str, log: Callable[[str], None] = print) -> None:
+        self.gpt, self.name, self.log = gpt, name, log
+        self._lock = asyncio.Lock()
+        self._pending = 0  # generations that run or wait
 
     def app(self) -> web.Application:
-        """The web application."""
+        """Build the web application."""
         app = web.Application(middlewares=[_only_this_machine], client_max_size=2**16)
         app.router.add_get("/", self._page)
         app.router.add_post("/generate", self._generate)
@@ -125,14 +115,14 @@ class Playground:
     async def _page(self, request: web.Request) -> web.Response:
         nonce = secrets.token_urlsafe(16)
         config = self.gpt.config
-        text = html.page(
+        text = html.render(
             "play.html",
             nonce=nonce,
             name=self.name,
             config=config,
             parameters=parameter_count(config),
-            most_tokens=MOST_TOKENS,
-            most_characters=MOST_CHARACTERS,
+            max_tokens=MAX_TOKENS,
+            max_characters=MAX_CHARACTERS,
         )
         return web.Response(text=text, content_type="text/html")
 
@@ -142,34 +132,36 @@ class Playground:
         try:
             body = await request.json()
             if not isinstance(body, dict):
-                raise UserError("request: an object is needed")
-            wish = validate(Wish, body, "request")
+                raise UserError("request: send a JSON object")
+            settings = validate(GenerateRequest, body, "request")
         except UserError as error:
             raise web.HTTPBadRequest(text=str(error)) from None
         except ValueError:
-            raise web.HTTPBadRequest(text="request: no JSON") from None
-        if self._here > MOST_WAITING:
-            raise web.HTTPServiceUnavailable(text="too many are waiting; try again in a moment")
+            raise web.HTTPBadRequest(text="request: not JSON") from None
+        if self._pending > MAX_WAITING:
+            raise web.HTTPServiceUnavailable(
+                text="too many generations are waiting; try again later"
+            )
         response = web.StreamResponse()
         response.content_type = "application/x-ndjson"
-        self._here += 1
+        self._pending += 1
         try:
             await response.prepare(request)
-            if self._turn.locked():
-                await _send(response, {"waiting": self._here - 1})
-            async with self._turn:
-                await self._run(wish, response)
+            if self._lock.locked():
+                await _send(response, {"waiting": self._pending - 1})
+            async with self._lock:
+                await self._run(settings, response)
         finally:
-            self._here -= 1
+            self._pending -= 1
         return response
 
-    async def _run(self, wish: Wish, response: web.StreamResponse) -> None:
+    async def _run(self, settings: GenerateRequest, response: web.StreamResponse) -> None:
         begin, count, end = time.perf_counter(), 0, "stopped by the page"
-        tokens = steps(self.gpt, wish)
+        events = generate(self.gpt, settings)
         try:
-            # A step is taken in a thread, so that the page is served meanwhile. Between two steps
-            # a page that has gone cancels this.
-            while (event := await asyncio.to_thread(next, tokens, None)) is not None:
+            # Each token is computed in a thread, so that the server can answer other requests. A
+            # page that has closed cancels this task between two tokens.
+            while (event := await asyncio.to_thread(next, events, None)) is not None:
                 await _send(response, event)
                 count += 1
             end = "done"
@@ -177,7 +169,7 @@ class Playground:
         except ConnectionError:
             pass
         finally:
-            self.say(f"{count} tokens in {time.perf_counter() - begin:.1f} s: {end}")
+            self.log(f"{count} tokens in {time.perf_counter() - begin:.1f} s: {end}")
 
 
 async def _send(response: web.StreamResponse, event: dict[str, Any]) -> None:
@@ -188,16 +180,16 @@ async def _send(response: web.StreamResponse, event: dict[str, Any]) -> None:
 async def _only_this_machine(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Refuses other names of this address, and other origins."""
-    if request.url.host not in NAMES:
-        raise web.HTTPForbidden(text=f"not served under the name {request.host}")
+    """Refuse other host names and other origins."""
+    if request.url.host not in HOST_NAMES:
+        raise web.HTTPForbidden(text=f"host {request.host} is refused; use {HOST}")
     origin = request.headers.get("Origin")
     if origin is not None and origin != f"http://{request.host}":
-        raise web.HTTPForbidden(text=f"not served to {origin}")
+        raise web.HTTPForbidden(text=f"origin {origin} is refused")
     return await handler(request)
 
 
-async def _secure(request: web.Request, response: web.StreamResponse) -> None:
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers.update(
         {
             "X-Frame-Options": "DENY",
@@ -210,66 +202,70 @@ async def _secure(request: web.Request, response: web.StreamResponse) -> None:
 
 
 @asynccontextmanager
-async def served(playground: Playground, port: int) -> AsyncIterator[str]:
-    """The playground's address, for as long as it is served.
+async def serve(playground: Playground, port: int) -> AsyncIterator[str]:
+    """Serve a playground and yield its address.
 
     Raises:
-        UserError: The port is taken.
+        UserError: The port is not available.
     """
     app = playground.app()
-    app.on_response_prepare.append(_secure)
+    app.on_response_prepare.append(_add_headers)
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1)
     await runner.setup()
     try:
         try:
             await web.TCPSite(runner, HOST, port).start()
         except (OSError, OverflowError) as error:
-            raise UserError(f"--port {port}: {error}; name another, or 0 for any") from None
+            raise UserError(f"--port {port}: {error}; use another, or 0 for any") from None
         yield f"http://{HOST}:{runner.addresses[0][1]}/"
     finally:
         await runner.cleanup()
 
 
-def read_model(folder: Path) -> GPT:
-    """The model of a checkpoint, on this machine's device.
+def load_model(folder: Path) -> GPT:
+    """Load the model of a checkpoint to this machine's device.
 
     Raises:
-        UserError: There is none, or its tokens are no text of GPT-2's.
+        UserError: There is no model, or its vocabulary is not GPT-2's.
     """
     try:
         gpt = load(folder)
     except FormatError as error:
-        raise UserError(f"{error}; `dvc repro` makes artifacts/checkpoint") from None
+        raise UserError(f"{error}; `dvc repro` trains one in artifacts/checkpoint") from None
     if gpt.config.vocab_size != tokenizer.N_VOCAB:
-        raise UserError(f"--checkpoint {folder}: {gpt.config.vocab_size} tokens are not GPT-2's")
-    tokenizer.encode("")  # it takes a moment the first time
+        raise UserError(
+            f"--checkpoint {folder}: the vocabulary has {gpt.config.vocab_size} tokens; use a "
+            f"model with GPT-2's {tokenizer.N_VOCAB}"
+        )
+    tokenizer.encode("")  # load the tokenizer before the first request
     return gpt.to(torch.device(device_type(Machine.load().device)))
 
 
-async def _serve(playground: Playground, port: int) -> None:
-    async with served(playground, port) as address:
-        print(f"play: {address} serves {playground.name}; Ctrl-C ends it", flush=True)
+async def _serve_forever(playground: Playground, port: int) -> None:
+    async with serve(playground, port) as address:
+        print(f"play: {playground.name} at {address}; Ctrl-C to stop", flush=True)
         await asyncio.Event().wait()
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Serve the page until it is stopped."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.play", description="Try a model in the browser, on this machine."
+    """Serve the page until Ctrl-C."""
+    parser = command.Parser(
+        prog="python -m train.play",
+        description="Generate text in the browser, from a model on this machine.",
     )
     parser.add_argument(
         "--checkpoint", type=Path, default=Path("artifacts/checkpoint"), metavar="DIR",
         help="a checkpoint, or a folder in the Hugging Face layout (default artifacts/checkpoint)",
     )  # fmt: skip
-    parser.add_argument("--port", type=int, default=8000, help="0: any (default 8000)")
+    parser.add_argument("--port", type=int, default=8000, help="default 8000; 0: any free port")
     args = parser.parse_args(argv)
     playground = Playground(
-        read_model(args.checkpoint), str(args.checkpoint), lambda line: print(line, flush=True)
+        load_model(args.checkpoint), str(args.checkpoint), lambda line: print(line, flush=True)
     )
     try:
-        asyncio.run(_serve(playground, args.port))
+        asyncio.run(_serve_forever(playground, args.port))
     except KeyboardInterrupt:
-        print("play: closed")
+        print("play: stopped")
 
 
 if __name__ == "__main__":

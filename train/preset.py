@@ -1,10 +1,9 @@
 """`python -m train.preset NAME`: merge a preset into `params.yaml`, or print it for `dvc exp run`.
 
-A preset is a small overlay file, `train/presets/<name>.yaml`, whose first line says what it is for.
-`params.yaml` stays the whole truth: nothing reads a preset but this command.
+A preset is an overlay file, `train/presets/<name>.yaml`, whose first line describes it. No stage
+reads presets: `params.yaml` alone decides a result.
 """
 
-import argparse
 import io
 import json
 import shlex
@@ -35,7 +34,7 @@ SECTIONS: dict[str, type[Section]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """All sections of `params.yaml`, valid."""
+    """Validated sections of `params.yaml`."""
 
     source: SourceParams
     tokenize: TokenizeParams
@@ -46,16 +45,16 @@ class Parameters:
 
 
 def preset_files() -> dict[str, Path]:
-    """The presets, by name."""
+    """Return the preset files by name."""
     folder = Path(str(resources.files("train"))) / "presets"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def read_preset(name: str) -> dict[str, dict[str, Any]]:
-    """The overlay of a preset: section -> key -> value.
+    """Read the overlay of a preset: section -> key -> value.
 
     Raises:
-        UserError: there is no preset of that name.
+        UserError: The name is unknown.
     """
     files = preset_files()
     if name not in files:
@@ -64,49 +63,44 @@ def read_preset(name: str) -> dict[str, dict[str, Any]]:
 
 
 def merge(text: str, overlay: dict[str, dict[str, Any]]) -> str:
-    """Lay ``overlay`` over the parameters in ``text``, whose comments stay.
+    """Merge an overlay into the text of `params.yaml`; its comments stay.
 
     Raises:
-        UserError: the result would be refused by a stage.
+        UserError: A section is missing or unknown, or the result is invalid.
     """
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.width = 100
-    # A null stays written out, not left empty.
+    # Write null out; ruamel's default leaves the value empty.
     yaml.representer.add_representer(
         type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null")
     )
     params = yaml.load(text)
-    if lacking := [section for section in SECTIONS if section not in params]:
-        raise UserError(f"{PARAMS}: section {lacking[0]} is missing; `git checkout {PARAMS}`")
+    _check_sections(params)
     for section, values in overlay.items():
         if section not in SECTIONS:
             raise UserError(f"{section}: unknown section; {nearest(section, list(SECTIONS))}")
         for key, value in values.items():
-            # An equal value stays as it is written: a preset applied twice changes nothing.
+            # Keep the spelling of an equal value: merging a preset twice changes nothing.
             if key not in params[section] or params[section][key] != value:
                 params[section][key] = value
     for section, cls in SECTIONS.items():
-        validate(cls, dict(params[section]), section)
+        validate(cls, dict(params[section]), f"{PARAMS}: {section}")
     buffer = io.StringIO()
     yaml.dump(params, buffer)
     return buffer.getvalue()
 
 
 def load(name: str | None = None) -> Parameters:
-    """The parameters of `params.yaml`, with a preset laid over them where one is named.
+    """Load `params.yaml`, with a preset merged in memory if one is named.
 
     Raises:
-        UserError: There is no such preset, or a section is missing or would be refused.
+        UserError: The preset is unknown, or a section is missing or invalid.
     """
     overlay = read_preset(name) if name else {}
     params = read_yaml(PARAMS)
-    if lacking := [section for section in SECTIONS if section not in params]:
-        raise UserError(f"{PARAMS}: section {lacking[0]} is missing; `git checkout {PARAMS}`")
-    for section in SECTIONS:
-        if not isinstance(params[section], dict):
-            raise UserError(f"{PARAMS}: {section}: not a section of keys; `git checkout {PARAMS}`")
+    _check_sections(params)
     where = f"{PARAMS} with preset {name}" if name else str(PARAMS)
     found: dict[str, Any] = {
         section: validate(
@@ -117,28 +111,35 @@ def load(name: str | None = None) -> Parameters:
     return Parameters(**found)
 
 
-def flags(overlay: dict[str, dict[str, Any]]) -> str:
-    """The overlay as flags of `dvc exp run`."""
+def _check_sections(params: dict[str, Any]) -> None:
+    for section in SECTIONS:
+        if not isinstance(params.get(section), dict):
+            state = "holds no `key: value` lines" if section in params else "is missing"
+            raise UserError(f"{PARAMS}: section {section} {state}; run `git checkout {PARAMS}`")
 
-    def shown(value: Any) -> str:
+
+def flags(overlay: dict[str, dict[str, Any]]) -> str:
+    """Format an overlay as flags for `dvc exp run`."""
+
+    def as_text(value: Any) -> str:
         return value if isinstance(value, str) else json.dumps(value)
 
     return " ".join(
-        f"-S {shlex.quote(f'{section}.{key}={shown(value)}')}"
+        f"-S {shlex.quote(f'{section}.{key}={as_text(value)}')}"
         for section, values in overlay.items()
         for key, value in values.items()
     )
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Apply a preset, print it as flags, or list what there is."""
-    parser = argparse.ArgumentParser(
+    """Merge a preset, print it as flags, or list all presets."""
+    parser = command.Parser(
         prog="python -m train.preset",
-        description="Merge a preset into params.yaml (comments stay); without a name, list all.",
+        description="Merge a preset into params.yaml, keeping its comments. Default: list presets.",
     )
-    parser.add_argument("name", nargs="?", help="the preset")
+    parser.add_argument("name", nargs="?", help="name of the preset")
     parser.add_argument(
-        "--flags", action="store_true", help="print -S flags for `dvc exp run`, change nothing"
+        "--flags", action="store_true", help="print -S flags for `dvc exp run`; change nothing"
     )
     args = parser.parse_args(argv)
     if args.name is None:
@@ -149,9 +150,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.flags:
         print(flags(overlay))
         return
-    read_yaml(PARAMS)  # names what is wrong with the file, if anything
+    read_yaml(PARAMS)  # raises UserError if the file is missing or not YAML
     atomic.write_bytes(PARAMS, merge(PARAMS.read_text(encoding="utf-8"), overlay).encode())
-    print(f"{PARAMS}: preset {args.name} applied; `dvc params diff` shows what changed")
+    print(f"{PARAMS}: preset {args.name} merged; `dvc params diff` shows the changes")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""`python -m train.trace --step N [--rank R]`: the documents that a step was trained on.
+"""`python -m train.trace --step N [--rank R]`: show the documents that a step was trained on.
 
-Nothing was written down while the run trained: the order of the data is a function of the seed, so
-the samples of a step, their windows and the documents in those are computed anew. Steps are counted
-as the log counts them: step 1 is the first, step N ends where the line "step N" was printed.
+Training records nothing for this. The sampling order is a function of the seed, so the samples of a
+step, their windows and the documents in those are computed again. Steps are numbered as in the log:
+the first is step 1, and step N ends where the log prints "step N".
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from model.checkpoint import STATE, read_json
 from model.errors import FormatError
 from pipeline import TokenStream
-from pipeline.provenance import FIELDS, Documents, Piece, RawRows, decoded
+from pipeline.provenance import FIELDS, Documents, DocumentSpan, RawRows, decoded
 from pipeline.runtime import command
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.params_file import load_section, validate
@@ -30,13 +30,13 @@ from train.params import ModelParams, TrainParams
 from train.run import CHECKPOINT, TOKENS
 
 RAW = Path("data/raw")
-SHOWN = 4  # windows, where nobody says how many
-AROUND = 300  # characters of a document shown before and after its part in a window
+DEFAULT_LIMIT = 4  # windows
+CONTEXT = 300  # characters of a document shown before and after its part in the window
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank computes of each batch."""
+    """Share of one rank in each batch."""
 
     split: Split
     rank: int
@@ -44,18 +44,18 @@ class Share:
 
 @dataclass(frozen=True)
 class Window:
-    """A sample of a step: the tokens [first, end) of the train split, and their documents."""
+    """Sample of a step: tokens [first, end) of the train split, and the documents in them."""
 
     sample: int
     number: int
     first: int
     end: int
-    pieces: list[Piece]
+    spans: list[DocumentSpan]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A run's data: the train split, and who sees which part of it when."""
+    """Train split of a run and its sampling order."""
 
     stream: TokenStream
     order: DataOrder
@@ -63,10 +63,10 @@ class Trace:
 
     @classmethod
     def of(cls, block_size: int, params: TrainParams, tokens: Path = TOKENS) -> Trace:
-        """The data of a run with these parameters.
+        """Open the data of a run with these parameters.
 
         Raises:
-            UserError: The tokens are not there, or too few for one window.
+            UserError: There are no tokens, or too few for one window.
         """
         stream = TokenStream(tokens, "train")
         try:
@@ -77,30 +77,30 @@ class Trace:
             raise UserError(f"{tokens}: {error}") from None
         return cls(stream, order, params)
 
-    def span(self, step: int) -> tuple[int, int]:
-        """First sample of a step, and their number.
+    def samples(self, step: int) -> tuple[int, int]:
+        """Return the first sample of a step and the number of samples.
 
         Raises:
             UserError: The run has no such step.
         """
         if not 1 <= step <= self.params.steps:
-            raise UserError(f"--step {step}: the run has steps 1 to {self.params.steps}")
+            raise UserError(f"--step {step}: not a step of the run; use 1 to {self.params.steps}")
         return self.params.batches(self.order.block_size)(step - 1)
 
     def windows(self, step: int, share: Share | None = None) -> Iterator[Window]:
-        """The windows of a step, or of one rank's share of it, in the order of computation.
+        """Yield the windows of a step, or of one rank's share of it, in the order of computation.
 
         Raises:
-            UserError: The run has no such step, or its batch cannot be shared so.
+            UserError: The run has no such step, or its batch cannot be shared like this.
         """
-        start, count = self.span(step)
+        start, count = self.samples(step)
         samples = np.arange(start, start + count)
         if share is not None:
             world, micro_batch = share.split.world, share.split.micro_batch
             if count % (world * micro_batch):
                 raise UserError(
-                    f"--world {world} --micro-batch {micro_batch}: cannot share the {count} "
-                    "samples of this step; take those of the run"
+                    f"--world {world} --micro-batch {micro_batch}: do not divide the {count} "
+                    "samples of this step; use the values of the run"
                 )
             samples = share.split.share(samples, share.rank).ravel()
         numbers = self.order.samples(start, count)[samples - start]
@@ -110,95 +110,102 @@ class Trace:
             yield Window(sample, number, first, end, documents.between(first, end))
 
 
-def marked(piece: Piece, tokens: np.ndarray, text: bytes | None = None) -> tuple[str, str, str]:
-    """A document's text before its part in the window, that part, and the text after it.
+def split_text(
+    span: DocumentSpan, tokens: np.ndarray, text: bytes | None = None
+) -> tuple[str, str, str]:
+    """Split the source text of a document into the parts before, in and after the window.
 
-    Args:
-        piece: The document.
-        tokens: Of the whole document.
-        text: What they were made from, where it is at hand; else they are decoded.
+    Without ``text``, all ``tokens`` of the document are decoded.
     """
     before, within, after = (
-        decoded(tokens[a - piece.start : b - piece.start])
-        for a, b in ((piece.start, piece.first), (piece.first, piece.end), (piece.end, piece.stop))
+        decoded(tokens[a - span.start : b - span.start])
+        for a, b in ((span.start, span.first), (span.first, span.end), (span.end, span.stop))
     )
-    if text is not None:  # the same bytes, but for their source
+    if text is not None:  # the same bytes, from the source
         a, b = len(before), len(before) + len(within)
         before, within, after = text[:a], text[a:b], text[b:]
-    # A token may begin or end within a character.
-    shown = [part.decode("utf-8", errors="replace") for part in (before, within, after)]
-    return shown[0], shown[1], shown[2]
+    # A token can begin or end within a character.
+    parts = [part.decode("utf-8", errors="replace") for part in (before, within, after)]
+    return parts[0], parts[1], parts[2]
 
 
-def describe(piece: Piece, documents: Documents, rows: RawRows) -> dict[str, Any]:
-    """All that is known of a document: where it came from, and its text in three parts."""
-    tokens, raw = documents.tokens(piece), rows.get(piece)
+def describe(span: DocumentSpan, documents: Documents, rows: RawRows) -> dict[str, Any]:
+    """Return the source of a document and its text before, in and after the window.
+
+    Raises:
+        UserError: The source file has another text in this row.
+    """
+    tokens, raw = documents.tokens(span), rows.get(span)
     text = None if raw is None else str(raw.pop("text")).encode()
     if text is not None and text != decoded(tokens):
         raise UserError(
-            f"{RAW / str(piece.path)}, row {piece.row}: is not what {piece.shard} was made from; "
-            "run python -m pipeline.verify"
+            f"{RAW / str(span.path)}, row {span.row}: differs from the text in {span.shard}; run "
+            "python -m pipeline.verify"
         )
-    before, within, after = marked(piece, tokens, text)
-    return {**asdict(piece), **(raw or {}), "before": before, "window": within, "after": after}
+    before, within, after = split_text(span, tokens, text)
+    return {**asdict(span), **(raw or {}), "before": before, "window": within, "after": after}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print the documents behind a step."""
-    args = parser().parse_args(argv)
+    """Print the documents that a step was trained on."""
+    args = _parser().parse_args(argv)
     state = _state(args.checkpoint)
     trace = _trace(state if args.checkpoint else None)
     share = _share(args, state)
-    start, count = trace.span(args.step)
-    epochs = sorted({sample // trace.order.n_windows for sample in (start, start + count - 1)})
     windows = list(trace.windows(args.step, share))
-    limit = args.limit if args.limit is not None else len(windows) if args.json else SHOWN
+    limit = args.limit if args.limit is not None else len(windows) if args.json else DEFAULT_LIMIT
     documents, rows = Documents(trace.stream), RawRows(RAW, trace.stream.manifest.source)
     if not args.json:
-        of_rank = (
-            "" if share is None else f"; rank {share.rank} of {share.split.world}: {len(windows)}"
-        )
-        print(
-            f"step {args.step}: samples {start:,} to {start + count - 1:,} of the data's order, "
-            f"{count:,} windows of {trace.order.block_size:,} tokens, "
-            f"epoch {' to '.join(map(str, epochs))}{of_rank}"
-        )
+        print(_summary(trace, args.step, share, len(windows)))
     for window in windows[:limit]:
         if not args.json:
             print(
                 f"\nsample {window.sample:,}: window {window.number:,}, tokens {window.first:,} to "
-                f"{window.end - 1:,}, {len(window.pieces)} documents"
+                f"{window.end - 1:,}, {len(window.spans)} documents"
             )
-        for piece in window.pieces:
-            found = describe(piece, documents, rows)
+        for span in window.spans:
+            found = describe(span, documents, rows)
             if args.json:
                 print(json.dumps({"step": args.step, "sample": window.sample, **found}))
             else:
-                print(_as_text(piece, found))
+                print(_as_text(span, found))
     if not args.json and limit < len(windows):
-        print(f"\nand {len(windows) - limit:,} windows more: --limit {len(windows)} shows them")
+        print(f"\n{len(windows) - limit:,} more windows: --limit {len(windows)} shows all")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags."""
-    flags = argparse.ArgumentParser(
+def _parser() -> argparse.ArgumentParser:
+    parser = command.Parser(
         prog="python -m train.trace",
-        description="The documents that a step of the run of params.yaml was trained on.",
+        description="Show the documents that a step of the run in params.yaml was trained on.",
     )
-    flags.add_argument("--step", type=int, required=True, help="as in the log, from 1")
-    flags.add_argument("--rank", type=int, help="only what this process computed")
-    flags.add_argument("--world", type=int, help="with --rank: processes; else the checkpoint's")
-    flags.add_argument("--micro-batch", type=int, help="with --rank: likewise, their micro-batch")
-    flags.add_argument("--limit", type=int, help=f"windows to show; {SHOWN}, or with --json all")
-    flags.add_argument("--json", action="store_true", help="a line of JSON for each document")
-    flags.add_argument(
-        "--checkpoint", type=Path, help="take the run's parameters from here, not params.yaml"
+    add = parser.add_argument
+    add("--step", type=int, required=True, metavar="N", help="step as in the log, from 1")
+    add("--rank", type=int, metavar="R", help="only the windows of this rank")
+    add("--world", type=int, metavar="N", help="processes, for --rank; default: the checkpoint's")
+    add("--micro-batch", type=int, metavar="N", help="for --rank; default: the checkpoint's")
+    add(
+        "--limit",
+        type=int,
+        metavar="N",
+        help=f"windows to show; default {DEFAULT_LIMIT}, --json: all",
     )
-    return flags
+    add("--json", action="store_true", help="print one line of JSON per document")
+    add("--checkpoint", type=Path, metavar="DIR", help="parameters of this run, not of params.yaml")
+    return parser
+
+
+def _summary(trace: Trace, step: int, share: Share | None, windows: int) -> str:
+    start, count = trace.samples(step)
+    epochs = sorted({sample // trace.order.n_windows for sample in (start, start + count - 1)})
+    of_rank = "" if share is None else f"; rank {share.rank} of {share.split.world}: {windows}"
+    return (
+        f"step {step}: samples {start:,} to {start + count - 1:,}, {count:,} windows of "
+        f"{trace.order.block_size:,} tokens, epoch {' to '.join(map(str, epochs))}{of_rank}"
+    )
 
 
 def _state(checkpoint: Path | None) -> dict[str, Any] | None:
-    """The state of the checkpoint that is named, or else of the one that is published."""
+    """Read the state of a checkpoint; by default of the published one, None if there is none."""
     folder = checkpoint or CHECKPOINT
     if checkpoint is None and not folder.exists():
         return None
@@ -209,7 +216,7 @@ def _state(checkpoint: Path | None) -> dict[str, Any] | None:
 
 
 def _trace(state: dict[str, Any] | None) -> Trace:
-    """The run of `params.yaml`, or of a checkpoint."""
+    """Open the data of the run in `params.yaml`, or of a checkpoint."""
     if state is None:
         model, params = load_section("model", ModelParams), load_section("train", TrainParams)
         return Trace.of(model.block_size, params)
@@ -218,41 +225,43 @@ def _trace(state: dict[str, Any] | None) -> Trace:
     key = trace.stream.manifest.dataset_key
     if key != state["dataset_key"]:
         raise UserError(
-            f"--checkpoint: was trained on other data ({state['dataset_key'][:12]}) than {TOKENS} "
-            f"holds ({key[:12]}); bring that back"
+            f"--checkpoint: trained on dataset {state['dataset_key'][:12]}, but {TOKENS} has "
+            f"{key[:12]}; restore the dataset of the checkpoint"
         )
     return trace
 
 
 def _share(args: argparse.Namespace, state: dict[str, Any] | None) -> Share | None:
-    """The share that the flags ask for; what they leave open is as the checkpoint's run ended."""
+    """Return the share that the flags select; by default split as in the checkpoint's run."""
     if args.rank is None:
         return None
-    how = (state or {}).get("arithmetic", {})
-    world = args.world or how.get("world_size")
-    micro_batch = args.micro_batch or how.get("micro_batch")
+    arithmetic = (state or {}).get("arithmetic", {})
+    world = args.world or arithmetic.get("world_size")
+    micro_batch = args.micro_batch or arithmetic.get("micro_batch")
     if not (world and micro_batch):
-        raise UserError("--rank: say of how many: --world N --micro-batch N")
+        raise UserError(
+            "--rank: unknown split, as there is no checkpoint; set --world and --micro-batch"
+        )
     if not (0 <= args.rank < world and micro_batch > 0):
-        raise UserError(f"--rank {args.rank}: of {world} processes; take 0 to {world - 1}")
+        raise UserError(f"--rank {args.rank}: not one of {world} processes; use 0 to {world - 1}")
     return Share(Split(world=world, micro_batch=micro_batch), args.rank)
 
 
-def _as_text(piece: Piece, found: dict[str, Any]) -> str:
-    """A document as a person reads it, its part in the window between two marks."""
-    first, last = piece.first - piece.start + 1, piece.end - piece.start
-    where = piece.path or "unknown"
-    if piece.row is not None:
-        where += f", row {piece.row:,}"
-    number = "before the first document" if piece.number is None else f"document {piece.number:,}"
+def _as_text(span: DocumentSpan, found: dict[str, Any]) -> str:
+    """Format a document for people, with its part in the window in brackets."""
+    first, last = span.first - span.start + 1, span.end - span.start
+    where = span.path or "unknown"
+    if span.row is not None:
+        where += f", row {span.row:,}"
+    number = "before the first document" if span.number is None else f"document {span.number:,}"
     lines = [
-        f"  {piece.shard}, {number}: tokens {first:,} to {last:,} of {piece.stop - piece.start:,}",
+        f"  {span.shard}, {number}: tokens {first:,} to {last:,} of {span.stop - span.start:,}",
         f"    source  {where}",
     ]
     lines += [f"    {name:7} {found[name]}" for name in FIELDS if found.get(name)]
     before, after = found["before"], found["after"]
-    before = ("…" if len(before) > AROUND else "") + before[-AROUND:]
-    after = after[:AROUND] + ("…" if len(after) > AROUND else "")
+    before = ("…" if len(before) > CONTEXT else "") + before[-CONTEXT:]
+    after = after[:CONTEXT] + ("…" if len(after) > CONTEXT else "")
     text = f"{before}⟦{found['window']}⟧{after}"
     return "\n".join([*lines, *(f"    | {line}" for line in text.splitlines())])
 

@@ -1,5 +1,5 @@
-"""The processes of a run: devices, rendezvous, collectives, signals, torchrun.
+"""The processes of a run and the devices they compute on.
 
-`world` is the group as one process sees it; `rendezvous` makes it; `devices` says what a process
-computes on; `interrupt` stops all ranks at one step; `torchrun` starts them.
+`devices` chooses device and process count, `torchrun` starts the processes, `rendezvous` joins them
+in a group, `world` is that group as one process sees it, `interrupt` stops all ranks at one step.
 """

@@ -1,11 +1,14 @@
-"""How the processes of a run find each other, and how the group ends."""
+"""How the processes of a run form a group, and how the group is torn down.
+
+torchrun (or a test) describes the group in the environment: RANK, WORLD_SIZE, MASTER_ADDR, ... The
+ranks meet in its key-value store, under a prefix that only this start of the group uses.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import socket
 import sys
 import time
 import uuid
@@ -23,24 +26,22 @@ from pipeline.runtime import command
 from pipeline.runtime.errors import StageFailed, UserError
 from pipeline.runtime.machine import usable_cores
 from train.distributed.devices import device_type
-from train.distributed.world import World
+from train.distributed.world import HOW_TO_RESUME, World, process_name, sign_in
 
 
 @contextmanager
 def process_group(
-    device: Literal["auto", "cpu", "cuda"], patience: float = 900.0
+    device: Literal["auto", "cpu", "cuda"], timeout: float = 900.0
 ) -> Iterator[World]:
-    """Joins the group that torchrun describes in the environment; alone without torchrun.
+    """Join the group that torchrun describes in the environment; a group of one without torchrun.
 
-    NCCL between GPUs, gloo between CPUs. On the CPU the node's cores are shared out as threads,
-    as results are the same bits only for the same number of threads.
-
-    Args:
-        device: Where to compute.
-        patience: Seconds that a rank waits for another.
+    The backend is NCCL on GPUs and gloo on CPUs. On a CPU the processes of a node share its cores:
+    results are the same bits only for the same number of threads.
 
     Raises:
-        SystemExit: A rank died, or gave no answer in that time (see ``World.roll_call``).
+        UserError: This node has fewer GPUs than processes.
+        StageFailed: Other ranks did not join in ``timeout`` seconds.
+        SystemExit: A rank died or did not respond in time (see ``World.roll_call``).
     """
     kind = device_type(device)
     rank = int(os.environ.get("RANK", 0))
@@ -50,47 +51,52 @@ def process_group(
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"processes (machine.yaml): {local_size}, but this node has "
+                f"processes (machine.yaml, GPT2_PROCESSES): {local_size}, but this node has "
                 f"{torch.cuda.device_count()} GPUs; use as many, or device: cpu"
             )
-        where = torch.device("cuda", local_rank)
-        torch.cuda.set_device(where)  # before the group: NCCL binds to the current device
+        own_device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(own_device)  # before the group: NCCL binds to the current device
     else:
-        where = torch.device("cpu")
+        own_device = torch.device("cpu")
         torch.set_num_threads(max(1, usable_cores() // local_size))
-    backend = "nccl" if kind == "cuda" else "gloo"
-    bound = where if kind == "cuda" else None
-    timeout = timedelta(seconds=patience)
-    store, restarted = _meet(rank, size, timeout)
-    # NCCL would end the process without a word: the control group, which can say more, is first.
-    longer = 2 * timeout if kind == "cuda" else timeout
+    wait = timedelta(seconds=timeout)
+    store, restarted = _join_store(rank, size, wait)
+    # NCCL ends a process without naming the rank it waited for: the control group times out first.
     dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=longer, device_id=bound
+        "nccl" if kind == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=2 * wait if kind == "cuda" else wait,
+        device_id=own_device if kind == "cuda" else None,
     )
     try:
-        control = dist.new_group(backend="gloo", timeout=timeout)
-        world = World(rank, size, where, control, store, patience)
+        world = World(
+            rank=rank,
+            size=size,
+            device=own_device,
+            control=dist.new_group(backend="gloo", timeout=wait),
+            store=store,
+            timeout=timeout,
+        )
         world = dataclasses.replace(world, restarted=world.any(restarted))
         with world.roll_call():
             yield world
-    except KeyboardInterrupt:  # a stop, on which all have agreed
-        dist.destroy_process_group()
-        raise
     except BaseException as error:
-        _leave_behind(error)
+        _tear_down(error)
         raise
     dist.destroy_process_group()
 
 
-def _leave_behind(error: BaseException) -> None:
-    """Ends the group where this rank has failed, or another.
+def _tear_down(error: BaseException) -> None:
+    """Leave the group after an error on this rank or another.
 
-    NCCL destroys a group when all that is queued has been computed (pytorch pull request 141510).
-    What waits for a dead rank never is, and this process would hang before it has said what went
-    wrong: so what is queued is broken off. A rank that has said it already (see
-    ``World.roll_call``) just ends.
+    NCCL destroys a group only when all queued work is done (pytorch pull request 141510). Work that
+    waits for a dead rank never is, so this process would hang before it has reported its error:
+    abort the group instead. Where the error has been reported (``World.roll_call``), exit at once.
     """
-    if dist.get_backend() != "nccl":
+    agreed = isinstance(error, KeyboardInterrupt)  # all ranks stop at the same step
+    if agreed or dist.get_backend() != "nccl":
         dist.destroy_process_group()
     elif isinstance(error, SystemExit):
         sys.stdout.flush()
@@ -101,11 +107,13 @@ def _leave_behind(error: BaseException) -> None:
         dist.group.WORLD.abort()
 
 
-def _meet(rank: int, size: int, timeout: timedelta) -> tuple[Store, bool]:
-    """The store in which the ranks find each other, with the name of each.
+def _join_store(rank: int, size: int, timeout: timedelta) -> tuple[Store, bool]:
+    """Open the group's store and sign in.
 
-    And whether they were started before, as far as this one can see: a node whose own workers were
-    well does not count the restart that another asks for, but its store may have seen it.
+    Returns:
+        The store, and whether torchrun has restarted this process as far as this rank can tell: a
+        node whose own workers were healthy does not count a restart that another node asked for,
+        but rank 0 finds the keys of the earlier start in the store.
     """
     if "RANK" not in os.environ:
         return dist.HashStore(), False  # type: ignore[attr-defined]
@@ -113,50 +121,49 @@ def _meet(rank: int, size: int, timeout: timedelta) -> tuple[Store, bool]:
     store.set_timeout(timeout)
     counted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     restarted = counted or (rank == 0 and store.check(["start"]))
-    store = PrefixStore(_agree(store, rank, size, timeout), store)
-    store.set(f"rank-{rank}", f"rank {rank} (pid {os.getpid()} on {socket.gethostname()})")
+    store = PrefixStore(_agree_on_prefix(store, rank, size, timeout), store)
+    sign_in(store, rank)
     return store, restarted
 
 
-def _agree(store: Store, rank: int, size: int, timeout: timedelta) -> str:
-    """A name for this start of the group, which no earlier start had.
+def _agree_on_prefix(store: Store, rank: int, size: int, timeout: timedelta) -> str:
+    """Agree with all ranks on a prefix for this start of the group, which no earlier start had.
 
-    torchrun's store outlives the workers. Those that it starts again would find there the addresses
-    of the dead (pytorch issue 135712), and the count of restarts is not the same on each node.
-    So each rank brings a number of its own, rank 0 answers with all that it sees, and a rank knows
-    by its own number that the answer is not an old one.
+    torchrun's store outlives the workers: restarted ones would find the addresses of the dead there
+    (pytorch issue 135712), and the restart count differs between nodes. So each rank writes a
+    nonce, rank 0 answers with all nonces it sees and its own as the prefix, and a rank that finds
+    its nonce in the answer knows that the answer is not an old one.
 
     Raises:
-        StageFailed: The others have not come; where an earlier start has left its keys, no read of
-            the store would ever find that out.
+        StageFailed: Other ranks did not join in time. Reads do not time out where an earlier start
+            has left its keys.
     """
-    mine = uuid.uuid4().hex
+    nonce = uuid.uuid4().hex
     others = range(1, size)
     end = time.monotonic() + timeout.total_seconds()
 
     def wait_for(missing: str) -> None:
         if time.monotonic() > end:
             raise StageFailed(
-                f"rank {rank} (pid {os.getpid()} on {socket.gethostname()}) has waited "
-                f"{timeout.total_seconds():g} s for {missing}; the same command goes on from the "
-                "last checkpoint"
+                f"{process_name(rank)} has waited {timeout.total_seconds():g} s for {missing}; "
+                f"{HOW_TO_RESUME}"
             )
         time.sleep(0.05)
 
     if rank > 0:
-        store.set(f"here-{rank}", mine)
-        while (answer := json.loads(store.get("start")))["here"].get(str(rank)) != mine:
+        store.set(f"here-{rank}", nonce)
+        while (answer := json.loads(store.get("start")))["here"].get(str(rank)) != nonce:
             wait_for("rank 0")
         store.set(f"seen-{rank}", answer["name"])
         return str(answer["name"])
     while True:
         here = {other: store.get(f"here-{other}").decode() for other in others}
-        store.set("start", json.dumps({"name": mine, "here": here}))
+        store.set("start", json.dumps({"name": nonce, "here": here}))
         missing = [
             other
             for other in others
-            if not store.check([key := f"seen-{other}"]) or store.get(key).decode() != mine
+            if not store.check([key := f"seen-{other}"]) or store.get(key).decode() != nonce
         ]
         if not missing:
-            return mine
+            return nonce
         wait_for("rank " + ", ".join(map(str, missing)))

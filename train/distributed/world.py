@@ -1,7 +1,14 @@
-"""The processes that train together: who this one is, and what they agree on."""
+"""The process group of a run, as one of its processes sees it.
+
+`World` has the collectives that training needs: tensors are summed on their device; flags, values
+and barriers go through a gloo group on the CPU. When a collective fails, `World.roll_call` finds
+out which ranks are missing and names them. The group is made in rendezvous.py.
+"""
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -18,21 +25,30 @@ from pipeline.runtime import command
 
 T = TypeVar("T")
 
-ROLL_CALL = 5.0  # seconds in which those who waited in vain find each other
+ROLL_CALL_SECONDS = 5.0  # for all ranks whose collective failed to answer
+HOW_TO_RESUME = "run the same command again to resume from the last checkpoint"
 
 
-@dataclass(frozen=True)
+def process_name(rank: int) -> str:
+    """Name of this process in messages."""
+    return f"rank {rank} (pid {os.getpid()} on {socket.gethostname()})"
+
+
+def sign_in(store: Store, rank: int) -> None:
+    """Leave this process's name in the store, for the ranks that may have to report it missing."""
+    store.set(f"rank-{rank}", process_name(rank))
+
+
+@dataclass(frozen=True, kw_only=True)
 class World:
     """The group of processes, seen from one of them.
 
     Attributes:
-        rank: Of this process, 0 ... size - 1.
-        size: Processes, over all nodes.
-        device: Where this process computes.
-        control: A gloo group for what is decided on the CPU: it never waits for a GPU.
-        store: What the ranks know of each other when no collective works any more.
-        patience: Seconds that a rank waits for another.
-        restarted: Whether torchrun had started these processes before, and starts them again.
+        size: Number of processes on all nodes.
+        control: Gloo group for decisions on the CPU; it never waits for a GPU.
+        store: Key-value store of the group; it works when no collective does any more.
+        timeout: Seconds that a rank waits for another.
+        restarted: Whether torchrun has restarted these processes.
     """
 
     rank: int
@@ -40,88 +56,88 @@ class World:
     device: torch.device
     control: dist.ProcessGroup
     store: Store
-    patience: float
+    timeout: float
     restarted: bool = False
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, which alone prints and writes."""
+        """Whether this is rank 0, the only one that prints and writes."""
         return self.rank == 0
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over all ranks, in place; on CUDA it is queued, not waited for."""
+        """Sum a tensor over all ranks, in place; on CUDA this is queued and not waited for."""
         dist.all_reduce(value)
         return value
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; the same answer on each."""
+        """Return whether the flag is set on any rank; all ranks get the same answer."""
         value = torch.tensor([flag], dtype=torch.int32)
         dist.all_reduce(value, dist.ReduceOp.MAX, group=self.control)
         return bool(value.item())
 
     def broadcast(self, value: T) -> T:
-        """Rank 0's value, on each rank (pickled between our own processes; never from a file)."""
+        """Return rank 0's value on each rank (pickled between our own processes only)."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def barrier(self) -> None:
-        """Waits until all ranks are here."""
+        """Wait until all ranks are here."""
         dist.barrier(group=self.control)
 
-    def wait(self, event: torch.cuda.Event) -> None:
-        """Waits until the GPU has come to an event, which may lie behind a collective.
+    def wait_for_gpu(self, event: torch.cuda.Event) -> None:
+        """Wait until the GPU has reached an event, which may be queued behind a collective.
 
         Raises:
-            DistError: It has not in ``patience`` seconds. NCCL waits twice as long, and then ends
-                the process without saying for whom it has waited.
+            DistError: It did not in ``timeout`` seconds. NCCL would wait twice as long, then end
+                the process without naming the rank it waited for.
         """
-        end = time.monotonic() + self.patience
+        end = time.monotonic() + self.timeout
         while not event.query():
             if time.monotonic() > end:
-                raise dist.DistError(f"the GPU's work was not done in {self.patience:g} s")
+                raise dist.DistError(f"the GPU's work was not done in {self.timeout:g} s")
             time.sleep(2e-4)
 
     @contextmanager
     def roll_call(self) -> Iterator[None]:
-        """Names who is missing when a collective fails, and ends this process.
+        """When a collective in this context fails, name the missing ranks and exit.
 
-        All whose collective failed say so in the store; a rank that does not is dead, or hangs.
+        Every rank whose collective failed answers in the store; one that does not is dead or hung.
 
         Raises:
-            SystemExit: Ranks are missing. The first of those present names them on stderr.
+            SystemExit: Ranks are missing; the lowest rank that answered names them on stderr.
         """
         try:
             yield
         except RuntimeError as error:
-            if not _is_of_a_collective(error):
+            if not _is_collective_error(error):
                 raise
-            absent = self._absent()
-            if not absent:
+            missing = self._missing_ranks()
+            if not missing:
                 raise
-            if self.rank == min(set(range(self.size)) - absent):
-                names = [self.store.get(f"rank-{other}").decode() for other in sorted(absent)]
+            if self.rank == min(set(range(self.size)) - missing):
+                names = [self.store.get(f"rank-{other}").decode() for other in sorted(missing)]
                 print(
-                    f"error: {', '.join(names)}: died, or gave no answer in {self.patience:g} s; "
-                    "the same command goes on from the last checkpoint",
+                    f"error: {', '.join(names)}: died or did not respond in {self.timeout:g} s; "
+                    f"{HOW_TO_RESUME}",
                     file=sys.stderr,
                     flush=True,
                 )
             sys.exit(command.FAULT)
 
-    def _absent(self) -> set[int]:
-        """The ranks that do not answer a roll call; none where the store is gone as well."""
-        absent = set(range(self.size))
-        end = time.monotonic() + ROLL_CALL
+    def _missing_ranks(self) -> set[int]:
+        """Ranks that do not answer a roll call; empty if the store is gone as well."""
+        missing = set(range(self.size))
+        end = time.monotonic() + ROLL_CALL_SECONDS
         try:
             self.store.set(f"present-{self.rank}", "")
-            while absent and time.monotonic() < end:
+            while missing and time.monotonic() < end:
                 time.sleep(0.1)
-                absent = {other for other in absent if not self.store.check([f"present-{other}"])}
+                missing = {other for other in missing if not self.store.check([f"present-{other}"])}
         except RuntimeError:
             return set()
-        return absent
+        return missing
 
 
-def _is_of_a_collective(error: RuntimeError) -> bool:
+def _is_collective_error(error: RuntimeError) -> bool:
     return "gloo" in str(error) or isinstance(error, dist.DistError)

@@ -1,5 +1,5 @@
-"""Evaluation tasks, and the published curve that a run is compared with.
+"""Evaluation: benchmark tasks, and comparison with a published validation curve.
 
-`task_files` finds and reads tasks, `likelihood` scores continuations, `hellaswag` and `lambada` are
-the tasks, `reference_curve` is the published validation loss.
+`task_files` reads tasks, `likelihood` scores continuations, `hellaswag` and `lambada` are the
+benchmarks, `reference_curve` is the published curve.
 """

@@ -1,14 +1,14 @@
-"""HellaSwag (Zellers et al. 2019): which of four endings follows a text?
+"""HellaSwag (Zellers et al. 2019): choose the right one of four endings of a text.
 
-Two ways to ask are in use, and their figures differ by points; both are here.
+Two scoring styles are in use, whose results differ by percentage points; both are here.
 
-    harness      "Activity: Context" + " " + ending, the markup of WikiHow removed; the ending with
-                 the highest likelihood is the answer (`acc`), or the highest per character
-                 (`acc_norm`). So EleutherAI's lm-evaluation-harness, lm_eval/tasks/hellaswag
-    completion   context + " " + ending as they stand; the ending with the lowest mean loss per
-                 token (`acc_completion`). So karpathy/build-nanogpt, hellaswag.py, and llm.c
+    harness      "Activity: Context" + " " + ending, without WikiHow markup; takes the ending of
+                 highest likelihood (`acc`), or of highest likelihood per character (`acc_norm`)
+                 [EleutherAI/lm-evaluation-harness, lm_eval/tasks/hellaswag]
+    completion   context + " " + ending, unchanged; takes the ending of lowest mean loss per token
+                 (`acc_completion`) [karpathy/build-nanogpt, hellaswag.py; karpathy/llm.c]
 
-GPT-2 124M as OpenAI published it comes to 0.289, 0.311 and 0.296 of the 10,042 validation tasks.
+OpenAI's GPT-2 124M scores 0.289, 0.311 and 0.296 on the 10,042 validation tasks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from model import GPT
 from pipeline.format import tokenizer
 from train.distributed.world import World
-from train.evals.likelihood import Row, Score, scores
+from train.evals.likelihood import Request, Score, score_requests
 from train.evals.task_files import read_tasks
 from train.numerics import Dtype
 
@@ -32,14 +32,13 @@ HUB = ("Rowan/hellaswag", None, "validation")
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A text and its endings.
+    """A text and its possible endings.
 
     Attributes:
-        activity: What it is about.
-        context: The text.
-        context_harness: The same as the harness has it, its last, unfinished sentence capitalised.
-        endings: Of which one is right.
-        label: The number of the right one.
+        activity: Topic of the text.
+        context_harness: The text as the harness builds it, with its unfinished last sentence
+            capitalised.
+        label: Index of the right ending.
     """
 
     activity: str
@@ -49,19 +48,20 @@ class Task:
     label: int
 
     @classmethod
-    def of(cls, row: Mapping[str, Any]) -> Task:
-        """A task from a row of the data set.
+    def from_row(cls, row: Mapping[str, Any]) -> Task:
+        """Build a task from a row of the data set.
 
-        A row may lack ``ctx_a`` and ``ctx_b``, its text in two parts; the harness then has ``ctx``.
+        The harness joins ``ctx_a`` and ``ctx_b``, the two parts of the text; for rows without them,
+        ``ctx`` is used.
 
         Raises:
-            KeyError, TypeError, ValueError: The row is none of HellaSwag.
+            KeyError, TypeError, ValueError: The row is not from HellaSwag.
         """
-        context, harness = str(row["ctx"]), str(row["ctx"])
+        context = harness = str(row["ctx"])
         if "ctx_a" in row and "ctx_b" in row:
             harness = f"{row['ctx_a']} {str(row['ctx_b']).capitalize()}"
         endings, label = tuple(map(str, row["endings"])), int(row["label"])
-        if not (all(map(_cleaned, endings)) and 0 <= label < len(endings)):
+        if not (all(map(_clean, endings)) and 0 <= label < len(endings)):
             raise ValueError(f"{len(endings)} endings, label {label}")
         return cls(
             activity=str(row["activity_label"]),
@@ -71,40 +71,32 @@ class Task:
             label=label,
         )
 
-    def harness(self) -> list[tuple[Row, int]]:
-        """Each ending's row as the harness asks, and the ending's length in characters."""
-        query = _cleaned(f"{self.activity}: {self.context_harness}")
-        choices = [_cleaned(ending) for ending in self.endings]
-        return [(Row.of(query, f" {choice}"), len(choice)) for choice in choices]
+    def harness_requests(self) -> list[tuple[Request, int]]:
+        """Return a request per ending in harness style, and the ending's length in characters."""
+        query = _clean(f"{self.activity}: {self.context_harness}")
+        choices = [_clean(ending) for ending in self.endings]
+        return [(Request.from_text(query, f" {choice}"), len(choice)) for choice in choices]
 
-    def completion(self) -> list[Row]:
-        """Each ending's row as a plain continuation: the two are encoded apart."""
+    def completion_requests(self) -> list[Request]:
+        """Return a request per ending in completion style: context and ending encoded apart."""
         context = tuple(tokenizer.encode(self.context))
-        return [Row(context, tuple(tokenizer.encode(f" {ending}"))) for ending in self.endings]
+        return [Request(context, tuple(tokenizer.encode(f" {e}"))) for e in self.endings]
 
 
-def _cleaned(text: str) -> str:
-    """The harness's text without the markup of WikiHow, step by step as it goes there."""
+def _clean(text: str) -> str:
+    """Remove the markup of WikiHow with the steps of the harness, in its order."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 def read(name: str, source: str) -> list[Task]:
-    """The tasks of a source, `hub` or a .jsonl file.
-
-    Args:
-        name: Of the parameter that asks, for messages.
-        source: As in ``benchmarks.read_tasks``.
-
-    Raises:
-        UserError: They cannot be had, or are none.
-    """
-    return read_tasks(name, source, HUB, Task.of)
+    """Read the tasks of a source; for arguments and errors see ``task_files.read_tasks``."""
+    return read_tasks(name, source, HUB, Task.from_row)
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a model answered to one task, by each way of asking, and the right answer."""
+class Prediction:
+    """Index of the ending chosen by each metric, and that of the right ending."""
 
     acc: int
     acc_norm: int
@@ -112,40 +104,45 @@ class Answers:
     label: int
 
 
-def answer(
-    gpt: GPT, tasks: list[Task], world: World | None = None, size: int | None = None
-) -> list[Answers]:
-    """A model's answers, task by task; the arguments are those of ``likelihood.scores``."""
-    harness = [task.harness() for task in tasks]
-    completion = [task.completion() for task in tasks]
-    rows = [row for choices in harness for row, _ in choices]
-    rows += [row for choices in completion for row in choices]
-    results = iter(scores(gpt, rows, world, size))
+def predict(
+    gpt: GPT, tasks: list[Task], world: World | None = None, batch_size: int | None = None
+) -> list[Prediction]:
+    """Return a prediction per task; for the arguments see ``likelihood.score_requests``."""
+    harness = [task.harness_requests() for task in tasks]
+    completion = [task.completion_requests() for task in tasks]
+    requests = [request for choices in harness for request, _ in choices]
+    requests += [request for choices in completion for request in choices]
+    results = iter(score_requests(gpt, requests, world, batch_size))
 
     def take(choices: list[Any]) -> list[Score]:
         return [next(results) for _ in choices]
 
-    likely = [[score.log_likelihood for score in take(choices)] for choices in harness]
-    means = [[s.log_likelihood / s.tokens for s in take(choices)] for choices in completion]
+    totals = [[score.log_likelihood for score in take(choices)] for choices in harness]
+    completed = [_lowest_loss(take(choices)) for choices in completion]
     return [
-        Answers(
-            acc=int(np.argmax(totals)),
-            acc_norm=int(np.argmax(np.array(totals) / [length for _, length in choices])),
-            acc_completion=int(np.argmax(mean)),
+        Prediction(
+            acc=int(np.argmax(total)),
+            acc_norm=int(np.argmax(np.array(total) / [length for _, length in choices])),
+            acc_completion=index,
             label=task.label,
         )
-        for task, choices, totals, mean in zip(tasks, harness, likely, means, strict=True)
+        for task, choices, total, index in zip(tasks, harness, totals, completed, strict=True)
     ]
 
 
-def measures(answers: list[Answers]) -> dict[str, float]:
-    """The parts of the tasks that were answered right."""
-    n = len(answers)
+def _lowest_loss(scores: list[Score]) -> int:
+    """Return the index of the lowest mean loss per token."""
+    return int(np.argmax([score.log_likelihood / score.tokens for score in scores]))
+
+
+def metrics(predictions: list[Prediction]) -> dict[str, float]:
+    """Return the number of tasks and the accuracies."""
+    n = len(predictions)
     return {
         "hellaswag_tasks": n,
-        "hellaswag_acc": sum(a.acc == a.label for a in answers) / n,
-        "hellaswag_acc_norm": sum(a.acc_norm == a.label for a in answers) / n,
-        "hellaswag_acc_completion": sum(a.acc_completion == a.label for a in answers) / n,
+        "hellaswag_acc": sum(p.acc == p.label for p in predictions) / n,
+        "hellaswag_acc_norm": sum(p.acc_norm == p.label for p in predictions) / n,
+        "hellaswag_acc_completion": sum(p.acc_completion == p.label for p in predictions) / n,
     }
 
 
@@ -153,20 +150,19 @@ def completion_accuracy(
     gpt: GPT,
     tasks: list[Task],
     world: World | None = None,
-    size: int | None = None,
+    batch_size: int | None = None,
     *,
     dtype: Dtype,
     check: Callable[[], None] = lambda: None,
 ) -> float:
-    """`acc_completion` alone, for a look during training; arguments as of ``likelihood.scores``.
+    """Return `acc_completion` alone, for use during training.
 
-    In bfloat16 it may differ by some tasks from what float32 gives.
+    In bfloat16 a few tasks may be answered differently than in float32. For the arguments see
+    ``likelihood.score_requests``.
     """
-    choices = [task.completion() for task in tasks]
-    rows = [row for choice in choices for row in choice]
-    results = iter(scores(gpt, rows, world, size, dtype=dtype, check=check))
-    right = 0
-    for task, choice in zip(tasks, choices, strict=True):
-        means = [s.log_likelihood / s.tokens for s in (next(results) for _ in choice)]
-        right += int(np.argmax(means)) == task.label
+    choices = [task.completion_requests() for task in tasks]
+    requests = [request for choice in choices for request in choice]
+    results = iter(score_requests(gpt, requests, world, batch_size, dtype=dtype, check=check))
+    answers = [_lowest_loss([next(results) for _ in choice]) for choice in choices]
+    right = sum(answer == task.label for answer, task in zip(answers, tasks, strict=True))
     return right / len(tasks)

@@ -1,7 +1,7 @@
-"""LAMBADA (Paperno et al. 2016): which word ends a passage?
+"""LAMBADA (Paperno et al. 2016): predict the last word of a passage.
 
-Asked as EleutherAI's lm-evaluation-harness does (lm_eval/tasks/lambada): the text up to its last
-space is the context; right is a last word each of whose tokens is the likeliest.
+Scored as in EleutherAI's lm-evaluation-harness (lm_eval/tasks/lambada): the text before its last
+space is the context, and the last word is right if each of its tokens is the most likely one.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Any
 
 from model import GPT
 from train.distributed.world import World
-from train.evals.likelihood import Row, scores
+from train.evals.likelihood import Request, score_requests
+from train.evals.task_files import read_tasks
 
 HUB = ("EleutherAI/lambada_openai", "default", "test")
 
 
-def task(row: Mapping[str, Any]) -> Row:
-    """The passage without its last word, and that word.
+def request(row: Mapping[str, Any]) -> Request:
+    """Build a request for the last word of a row's ``text``.
 
     Raises:
         KeyError, ValueError: The row has no ``text`` of several words.
@@ -26,14 +27,19 @@ def task(row: Mapping[str, Any]) -> Row:
     context, space, word = str(row["text"]).rpartition(" ")
     if not (context.strip() and word):
         raise ValueError(f"text {row['text']!r} has no last word")
-    return Row.of(context, space + word)
+    return Request.from_text(context, space + word)
 
 
-def measure(
-    gpt: GPT, tasks: list[Row], world: World | None = None, size: int | None = None
+def read(name: str, source: str) -> list[Request]:
+    """Read the tasks of a source; for arguments and errors see ``task_files.read_tasks``."""
+    return read_tasks(name, source, HUB, request)
+
+
+def evaluate(
+    gpt: GPT, tasks: list[Request], world: World | None = None, batch_size: int | None = None
 ) -> dict[str, float]:
-    """Accuracy, and the perplexity of the last word; arguments as of ``likelihood.scores``."""
-    results = scores(gpt, tasks, world, size)
+    """Return accuracy and last-word perplexity; for the arguments see ``score_requests``."""
+    results = score_requests(gpt, tasks, world, batch_size)
     n = len(results)
     return {
         "lambada_tasks": n,

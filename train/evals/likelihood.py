@@ -1,11 +1,10 @@
-"""How likely a model holds a continuation of a text: what every benchmark here comes down to.
+"""Likelihood of a continuation given its context: all benchmarks here are computed from it.
 
-A row is a context and a continuation, both tokens. As in EleutherAI's lm-evaluation-harness, what
-is too long for the model loses its beginning, and nothing is put before the context.
+As in EleutherAI's lm-evaluation-harness, a request that is too long for the model loses its first
+tokens, and no token is put before the context.
 
-Rows of equal length make a batch, so that nothing is padded and no row knows its neighbours. How
-many are computed at a time, and which process computes them, changes no more than the last bits of
-a product in float32.
+Batches hold requests of equal length: without padding, a score does not depend on the rest of its
+batch. Batch size and number of processes change only the last bits of a float32 product.
 """
 
 from __future__ import annotations
@@ -22,40 +21,40 @@ from pipeline.format import tokenizer
 from train.distributed.world import World
 from train.numerics import Dtype
 
-BATCH_TOKENS = 8192  # computed at a time, where nobody says how many rows
-HEAD_TOKENS = 1024  # whose logits are held at a time: 206 MB of GPT-2's vocabulary
+BATCH_TOKENS = 8192  # per batch, if no batch size is given
+HEAD_TOKENS = 1024  # logits held at a time: 206 MB for GPT-2's vocabulary
 
 
-class Row(NamedTuple):
-    """A context, not empty, and what might follow it, not empty; both token ids."""
+class Request(NamedTuple):
+    """Token ids of a context and of a continuation to score, neither empty."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
 
     @classmethod
-    def of(cls, context: str, continuation: str) -> Row:
-        """Encodes text as the harness does.
+    def from_text(cls, context: str, continuation: str) -> Request:
+        """Encode text as the harness does.
 
-        Spaces at the end of the context begin the continuation; and the continuation's tokens are
-        those that both together have beyond as many as the context alone.
+        Spaces at the end of the context move to the continuation. Context and continuation are
+        encoded together; the tokens after as many as the context has alone are the continuation.
         """
         before = tokenizer.encode(context.rstrip())
         both = tokenizer.encode(context + continuation)
         return cls(tuple(before), tuple(both[len(before) :]))
 
     def window(self, block_size: int) -> tuple[tuple[int, ...], int]:
-        """The last tokens that a model sees, its last target included, and how many count."""
+        """Return the last tokens, as many as the model can use, and how many targets count."""
         tokens = (*self.context, *self.continuation)[-(block_size + 1) :]
         return tokens, min(len(self.continuation), len(tokens) - 1)
 
 
 class Score(NamedTuple):
-    """What a model makes of a row's continuation.
+    """Score of a continuation.
 
     Attributes:
-        log_likelihood: Of all its tokens together, nats.
-        tokens: How many they are.
-        greedy: Whether each is the one that the model holds likeliest.
+        log_likelihood: Sum over its tokens, in nats.
+        tokens: Number of tokens scored.
+        greedy: Whether every token is the most likely one.
     """
 
     log_likelihood: float
@@ -63,71 +62,71 @@ class Score(NamedTuple):
     greedy: bool
 
 
-def batches(lengths: Sequence[int], rows: int | None) -> Iterator[list[int]]:
-    """The rows of each batch, all of one length, the longest first.
+def batches(lengths: Sequence[int], batch_size: int | None) -> Iterator[list[int]]:
+    """Group request indices into batches of equal length, the longest first.
 
     Args:
-        lengths: Of each row, inputs.
-        rows: In a batch at most; None: about `BATCH_TOKENS` tokens.
+        lengths: Inputs of each request, in tokens.
+        batch_size: Most requests per batch; None: about `BATCH_TOKENS` tokens.
     """
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    for length, group in groupby(order, key=lambda row: lengths[row]):
-        alike = list(group)
-        size = rows or max(1, BATCH_TOKENS // length)
-        yield from (alike[first : first + size] for first in range(0, len(alike), size))
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    for length, group in groupby(order, key=lambda i: lengths[i]):
+        same = list(group)
+        size = batch_size or max(1, BATCH_TOKENS // length)
+        yield from (same[first : first + size] for first in range(0, len(same), size))
 
 
 @torch.no_grad()
-def scores(
+def score_requests(
     gpt: GPT,
-    rows: Sequence[Row],
+    requests: Sequence[Request],
     world: World | None = None,
-    size: int | None = None,
+    batch_size: int | None = None,
     *,
     dtype: Dtype = "float32",
     check: Callable[[], None] = lambda: None,
 ) -> list[Score]:
-    """Each row's score, in order; the same on each rank.
+    """Score requests; returns the same list on every rank, in the order of the requests.
 
     Args:
-        gpt: The model; its device is used.
-        rows: What is scored.
-        world: The processes that share the work, if there are several.
-        size: Rows computed at a time; None chooses.
-        dtype: Of the matrix products; in float32 others measure them.
-        check: Called before each batch, equally often on each rank: it may be a collective.
+        gpt: The model, used on its own device.
+        world: Processes that share the work, if there are several.
+        batch_size: Requests per batch; None chooses.
+        dtype: Of the matrix products; published scores use float32.
+        check: Called before each batch, equally often on each rank; may be a collective.
     """
     device = gpt.wte.weight.device
-    windows = [row.window(gpt.config.block_size) for row in rows]
-    # (row, 3): log-likelihood, tokens, greedy; zero in the rows of other ranks.
-    table = torch.zeros((len(rows), 3), dtype=torch.float64, device=device)
+    windows = [request.window(gpt.config.block_size) for request in requests]
+    # (request, 3): log-likelihood, tokens, greedy; zero for requests of other ranks
+    table = torch.zeros((len(requests), 3), dtype=torch.float64, device=device)
     rank, ranks = (world.rank, world.size) if world else (0, 1)
-    plan = list(batches([len(tokens) - 1 for tokens, _ in windows], size))
+    plan = list(batches([len(tokens) - 1 for tokens, _ in windows], batch_size))
     for first in range(0, len(plan), ranks):
         check()
-        for batch in plan[first + rank : first + rank + 1]:  # none, at last, for the last ranks
-            tokens = torch.tensor([windows[row][0] for row in batch], device=device)  # (B, T + 1)
-            counts = torch.tensor([windows[row][1] for row in batch], device=device)  # (B,)
+        own = first + rank
+        for batch in plan[own : own + 1]:  # empty for some ranks in the last round
+            tokens = torch.tensor([windows[i][0] for i in batch], device=device)  # (B, T + 1)
+            counts = torch.tensor([windows[i][1] for i in batch], device=device)  # (B,)
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-                table[batch] = _batch(gpt, tokens, counts)
+                table[batch] = _score_batch(gpt, tokens, counts)
     if world is not None:
         world.sum(table)
     return [Score(total, int(n), bool(greedy)) for total, n, greedy in table.tolist()]
 
 
-def _batch(gpt: GPT, tokens: Tensor, counts: Tensor) -> Tensor:
-    """Scores (B, 3) float64 of the last ``counts`` (B,) targets of ``tokens`` (B, T + 1)."""
+def _score_batch(gpt: GPT, tokens: Tensor, counts: Tensor) -> Tensor:
+    """Score the last ``counts`` (B,) targets of ``tokens`` (B, T + 1): (B, 3) float64."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     T = inputs.shape[1]
     counted = torch.arange(T, device=tokens.device) >= T - counts[:, None]  # (B, T)
-    hidden = gpt.hidden(inputs)[counted]  # (N, C): the head is computed where it is asked for
-    likely, greedy = [], []
+    hidden = gpt.hidden(inputs)[counted]  # (N, C), the positions that need logits
+    log_p, greedy = [], []
     for x, y in zip(hidden.split(HEAD_TOKENS), targets[counted].split(HEAD_TOKENS), strict=True):
         logits = gpt.head(x).float()  # (n, V)
-        likely.append(logits.log_softmax(-1).gather(-1, y[:, None])[:, 0])
+        log_p.append(logits.log_softmax(-1).gather(-1, y[:, None])[:, 0])
         greedy.append(logits.argmax(-1) == y)
-    whose = counted.nonzero()[:, 0]  # (N,): the row of each
+    row = counted.nonzero()[:, 0]  # (N,) batch row of each position
     zeros = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
-    total = zeros.index_add(0, whose, torch.cat(likely).double())
-    hits = zeros.index_add(0, whose, torch.cat(greedy).double())
+    total = zeros.index_add(0, row, torch.cat(log_p).double())
+    hits = zeros.index_add(0, row, torch.cat(greedy).double())
     return torch.stack([total, counts.double(), (hits == counts).double()], dim=1)

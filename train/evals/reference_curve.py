@@ -1,18 +1,17 @@
-"""The published validation losses of GPT-2 124M on FineWeb, and how a run compares.
+"""Published validation losses of GPT-2 124M on FineWeb, and the comparison of a run with them.
 
-Two public runs of "the same recipe" ended at 3.08 and 3.40: training has faults that nothing shows
-but the loss. So each validation of a run that follows the recipe is held against the curve of a
-run that is known to be good, from the first published step on.
+Two public runs of "the same recipe" ended at 3.08 and 3.40: some faults of training show only in
+the loss. So each validation of a run that follows the recipe is compared with the curve of a run
+known to be good, from the first published step on.
 
-The curve is the log of an llm.c run: 524,288 tokens a step, windows of 1,024, learning rate 6e-4
-falling along a cosine over 19,560 steps, 10,485,760 validation tokens (KellerJordan/modded-nanogpt,
-records/, 2024-10-13_llmc). GPT-2 124M as OpenAI published it comes to 3.4250 there.
+The curve is the log of an llm.c run: 524,288 tokens per step, windows of 1,024 tokens, learning
+rate 6e-4 with cosine decay over 19,560 steps, 10,485,760 validation tokens
+(KellerJordan/modded-nanogpt, records/, 2024-10-13_llmc). OpenAI's GPT-2 124M has 3.4250 there.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -32,23 +31,23 @@ CURVE = {
     15000: 3.300,
     19560: 3.272,
 }
-"""Step: validation loss, nats a token."""
+"""Validation loss in nats per token, by step."""
 
 RECIPE: dict[str, dict[str, Any]] = {
     "model": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024},
     "train": {"batch_tokens": 524288, "batch_doublings": 0, "init": "scratch"},
 }
-"""What a run must share with the published one for the curve to say anything."""
+"""Parameters that a run must share with the published one to be comparable."""
 
-# Another validation split moves the loss a little, more so where it still falls fast. On the
-# published split only the seeds differ, which are good for some thousandths.
+# Tolerances. Another validation split shifts the loss a little, and more while it falls fast. On
+# the published split only the seed differs, which shifts it by a few thousandths.
 EARLY, LATE, EXACT = 0.10, 0.05, 0.02
 EARLY_STEPS = 1000
 
 
 @dataclass(frozen=True)
 class Point:
-    """A validation beside the published loss; losses in nats a token."""
+    """A validation loss and the published one, in nats per token."""
 
     step: int
     loss: float
@@ -57,14 +56,13 @@ class Point:
 
     @classmethod
     def at(cls, step: int, loss: float, *, exact: bool = False) -> Point | None:
-        """The point of a step; None where nothing is published.
+        """Return the point of a step; None if nothing is published for it.
 
         Args:
-            step: Complete steps.
-            loss: Validation loss.
+            step: Number of complete steps.
             exact: Whether it was measured on the published validation tokens.
         """
-        reference = published(step)
+        reference = published_loss(step)
         if reference is None:
             return None
         loose = EARLY if step < EARLY_STEPS else LATE
@@ -72,17 +70,17 @@ class Point:
 
     @property
     def difference(self) -> float:
-        """How far it lies above the curve."""
+        """Loss minus published loss."""
         return self.loss - self.reference
 
     @property
     def above(self) -> bool:
-        """Whether it is worse than the tolerance allows."""
-        return not self.difference <= self.tolerance  # so that NaN is, too
+        """Whether the loss is too high by more than the tolerance, or NaN."""
+        return not self.difference <= self.tolerance
 
     @property
     def below(self) -> bool:
-        """Whether it is better than the tolerance allows."""
+        """Whether the loss is lower by more than the tolerance."""
         return self.difference < -self.tolerance
 
     def __str__(self) -> str:
@@ -92,42 +90,44 @@ class Point:
         return text
 
 
-def published(step: int) -> float | None:
-    """The published loss of a step; between two steps only where they hardly differ."""
+def published_loss(step: int) -> float | None:
+    """Return the published loss; interpolated only between steps less than `LATE` apart in loss."""
     if step in CURVE:
         return CURVE[step]
     for (a, high), (b, low) in pairwise(CURVE.items()):
         if a < step < b and high - low < LATE:
-            part = math.log(step / a) / math.log(b / a)  # the loss falls with the logarithm
-            return high + part * (low - high)
+            fraction = math.log(step / a) / math.log(b / a)  # the loss falls with log(step)
+            return high + fraction * (low - high)
     return None
 
 
-def why_not(model: Mapping[str, Any], train: Mapping[str, Any], source: RawManifest) -> str | None:
-    """Why the curve says nothing of a run; None where it does.
+def recipe_mismatch(
+    model: Mapping[str, Any], train: Mapping[str, Any], raw: RawManifest
+) -> str | None:
+    """Return how a run differs from the published recipe; None if the two are comparable.
 
     Args:
-        model: The model's config, as in a checkpoint's state.
-        train: The section `train`, likewise.
-        source: Where the text comes from.
+        model: Model config, as in a checkpoint's `state.json`.
+        train: Section `train`, likewise.
+        raw: Source of the text.
     """
     for name, section in (("model", model), ("train", train)):
         for key, value in RECIPE[name].items():
             if section.get(key) != value:
-                return f"{name}.{key} is {section.get(key)}, the published run's {value}"
-    names = [source.source.repo, *(file.path for file in source.files[:1])]  # the user's own files
-    words = " ".join(names).lower()
-    if "fineweb" not in words or "edu" in words:
-        return f"the text is of {names[0]}, the published run's of FineWeb"
+                return f"{name}.{key} is {section.get(key)}, but {value} in the published run"
+    names = [raw.source.repo, *(file.path for file in raw.files[:1])]  # of local files: the path
+    text = " ".join(names).lower()
+    if "fineweb" not in text or "edu" in text:
+        return f"the text is from {names[0]}, but from FineWeb in the published run"
     return None
 
 
-def points(validations: Mapping[int, float], exact: Mapping[int, float]) -> list[Point]:
-    """The comparable ones of a run's validations, by step.
+def comparable_points(validations: Mapping[int, float], exact: Mapping[int, float]) -> list[Point]:
+    """Return the validations at steps with a published loss, by step.
 
     Args:
-        validations: Step: loss on the run's own validation split.
-        exact: The same on the published validation tokens; wins where a step has both.
+        validations: Loss on the run's own validation split, by step.
+        exact: Loss on the published validation tokens, by step; used if a step has both.
     """
     found = {step: Point.at(step, loss) for step, loss in validations.items()}
     found |= {step: Point.at(step, loss, exact=True) for step, loss in exact.items()}
@@ -135,7 +135,7 @@ def points(validations: Mapping[int, float], exact: Mapping[int, float]) -> list
 
 
 def verdict(compared: list[Point]) -> str:
-    """What the points come to, in a line; the first that is too high decides."""
+    """Summarise the points in a line: the first that is too high decides, else the last."""
     if not compared:
         return f"none yet: the first published step is {min(CURVE)}"
     if worst := next((point for point in compared if point.above), None):
@@ -147,14 +147,14 @@ def verdict(compared: list[Point]) -> str:
 
 
 def read_validations(path: Path) -> dict[int, float]:
-    """A run's validations, step: loss, as DVCLive wrote them; none where there is no such file."""
+    """Read validation losses by step from a file of DVCLive; empty if there is no file."""
     if not path.exists():
         return {}
-    rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")), delimiter="\t")
+    rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines(), delimiter="\t")
     return {int(row["step"]): float(row["loss"]) for row in rows}
 
 
 def as_csv(steps: Iterable[int]) -> str:
-    """The published losses of these steps, columns step and reference."""
-    lines = [f"{step},{loss:.3f}" for step in steps if (loss := published(step)) is not None]
+    """Write the published losses of these steps as CSV, columns step and reference."""
+    lines = [f"{step},{loss:.3f}" for step in steps if (loss := published_loss(step)) is not None]
     return "\n".join(["step,reference", *lines]) + "\n"

@@ -1,4 +1,4 @@
-"""The tasks of a benchmark: from a file of your own, or from the hub where that is asked for."""
+"""Benchmark tasks from a local file of JSON lines, or from the Hugging Face Hub on request."""
 
 from __future__ import annotations
 
@@ -14,49 +14,51 @@ T = TypeVar("T")
 
 FROM_HUB = "hub"
 
-RawRow = Mapping[str, Any]
+Row = Mapping[str, Any]
 
 
 def read_tasks(
-    name: str, source: str, hub: tuple[str, str | None, str], make: Callable[[RawRow], T]
+    name: str, source: str, hub: tuple[str, str | None, str], parse: Callable[[Row], T]
 ) -> list[T]:
-    """The tasks of a benchmark, in the order of their source.
+    """Read the tasks of a benchmark, in the order of their source.
 
     Args:
-        name: Of the parameter that asks, such as ``evaluate.lambada``.
-        source: "hub", or the path of a file of JSON lines.
-        hub: Repository, configuration and split, fetched by `datasets` for source "hub" alone.
-        make: A task of a row; may raise KeyError, TypeError or ValueError.
+        name: Parameter that sets the source, such as ``evaluate.lambada``, for messages.
+        source: "hub", or the path of a .jsonl file.
+        hub: Repository, configuration and split on the Hub, for source "hub".
+        parse: Builds a task from a row; may raise KeyError, TypeError or ValueError.
 
     Raises:
-        UserError: The source cannot be had, or holds something else; names the row.
+        UserError: The source cannot be read, or a row is not a task; names the row.
     """
     key = f"params.yaml: {name}: {source}"
-    rows = _fetch(key, *hub) if source == FROM_HUB else _read(key, source)
+    rows = _read_hub(key, *hub) if source == FROM_HUB else _read_file(key, source)
     tasks = []
     for number, row in enumerate(rows, 1):
         try:
-            tasks.append(make(row))
+            tasks.append(parse(row))
         except (KeyError, TypeError, ValueError) as error:
-            what = f"no {error}" if isinstance(error, KeyError) else error
-            raise UserError(f"{key}: row {number} is no task ({what}); take another file") from None
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise UserError(
+                f"{key}: row {number} is not a task ({reason}); use another file"
+            ) from None
     if not tasks:
-        raise UserError(f"{key}: holds no tasks; take another file")
+        raise UserError(f"{key}: has no tasks; use another file")
     return tasks
 
 
-def located(path: str) -> Path:
-    """A file that a parameter names: here, or in the project's main checkout.
+def find_file(path: str) -> Path:
+    """Find a file of `params.yaml` in the working directory or in the main checkout.
 
-    Experiments run in folders of their own, where files that git ignores are absent.
+    DVC experiments run in a workspace of their own, without the files that git ignores.
     """
     here = Path(path)
     return here if here.exists() else project_root() / here
 
 
-def _read(key: str, source: str) -> Iterator[RawRow]:
+def _read_file(key: str, source: str) -> Iterator[Row]:
     try:
-        with open(located(source), encoding="utf-8") as file:
+        with open(find_file(source), encoding="utf-8") as file:
             for line in file:
                 row = json.loads(line)
                 if not isinstance(row, dict):
@@ -65,18 +67,18 @@ def _read(key: str, source: str) -> Iterator[RawRow]:
     except OSError as error:
         raise UserError(f"{key}: {error.strerror}; name a .jsonl file, hub, or null") from None
     except ValueError as error:
-        raise UserError(f"{key}: not JSON lines ({error}); take another file") from None
+        raise UserError(f"{key}: not JSON lines ({error}); use another file") from None
 
 
-def _fetch(key: str, repo: str, config: str | None, split: str) -> Iterable[RawRow]:
-    from datasets import load_dataset  # here: a second that nobody else needs to spend
+def _read_hub(key: str, repo: str, config: str | None, split: str) -> Iterable[Row]:
+    from datasets import load_dataset  # takes a second to import
 
     try:
-        rows: Iterable[RawRow] = load_dataset(repo, config, split=split)
-    except Exception as error:  # whatever the hub's client and its many layers end with
+        rows: Iterable[Row] = load_dataset(repo, config, split=split)
+    except Exception as error:  # the client's errors have no common base class
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{key}: {repo} cannot be had ({type(error).__name__}: {reason}); "
+            f"{key}: {repo} cannot be downloaded ({type(error).__name__}: {reason}); "
             "name a .jsonl file, or null"
         ) from None
     return rows

@@ -1,1 +1,1 @@
-"""Parameter groups, Muon, and the schedules of learning rate and batch size."""
+"""Parameter groups, AdamW and Muon, and the schedules of learning rate and batch size."""

@@ -1,14 +1,14 @@
-"""Muon: momentum, made orthogonal, for the matrices inside the transformer; AdamW for the rest.
+"""Muon for the matrices of the transformer blocks, AdamW for all other parameters.
 
-A step of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a
-matrix by the nearest orthogonal one, about: all its directions are walked equally far. That is
-meant for maps between hidden states; embeddings and vectors are left to AdamW. The step is scaled
-by 0.2 sqrt(max(rows, columns)), which gives it the size of a step of AdamW, so that both take the
-same learning rate and decay (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2).
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) updates a matrix with its momentum,
+approximately orthogonalized, so that the step is equally long in all directions. It is made for
+maps between hidden states; AdamW updates embeddings and vectors. The step is scaled by
+0.2 sqrt(max(rows, columns)) to match the RMS of an AdamW step, so both use the same learning rate
+and weight decay (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2).
 
-`c_attn` holds three maps, of queries, keys and values, in one parameter; each is made orthogonal by
-itself. Each rank computes all of it: no rank waits for another, and the ranks stay equal as long
-as they are of one kind.
+`c_attn` holds the maps of queries, keys and values in one parameter; each is orthogonalized
+separately. Every rank computes the whole update: ranks exchange nothing, and their weights stay
+equal as long as their hardware is the same.
 """
 
 from __future__ import annotations
@@ -25,18 +25,16 @@ QKV = ".attn.c_attn.weight"  # (3 C, C): queries, keys, values
 
 
 class MuonAdamW:
-    """Both optimizers behind the face of one.
+    """Muon and AdamW behind the interface of one optimizer.
 
     Attributes:
-        adamw: Over the parameters that are not Muon's.
-        muon: Over Muon's, `c_attn` in thirds that share its memory.
-        momenta: Muon's state: parameter -> momentum, of its shape.
+        adamw: AdamW, for the parameters that Muon does not update.
+        muon: Muon, over views: `c_attn` in thirds, all other matrices as they are.
+        momenta: State of Muon: parameter -> momentum, of the same shape.
 
     Args:
         hidden: Names and matrices (out, in) for Muon.
-        adamw: Over all other parameters.
-        learning_rate: Of Muon.
-        weight_decay: Of Muon, decoupled.
+        adamw: AdamW over all other parameters.
     """
 
     def __init__(
@@ -49,53 +47,53 @@ class MuonAdamW:
     ) -> None:
         self.adamw = adamw
         self.momenta: dict[Tensor, Tensor] = {}
-        self._parts: list[tuple[Tensor, list[Parameter]]] = []
+        self._views: list[tuple[Tensor, list[Parameter]]] = []
         momenta: list[Tensor] = []
         for name, matrix in hidden:
-            pieces = 3 if name.endswith(QKV) else 1
+            n = 3 if name.endswith(QKV) else 1
             self.momenta[matrix] = torch.zeros_like(matrix)
-            momenta += self.momenta[matrix].chunk(pieces)
-            self._parts.append((matrix, [Parameter(p) for p in matrix.detach().chunk(pieces)]))
-        parts = [part for _, both in self._parts for part in both]
+            momenta += self.momenta[matrix].chunk(n)
+            self._views.append((matrix, [Parameter(v) for v in matrix.detach().chunk(n)]))
+        views = [view for _, matrix_views in self._views for view in matrix_views]
         self.muon = torch.optim.Muon(
-            parts,
+            views,
             lr=learning_rate,
             weight_decay=weight_decay,
             momentum=MOMENTUM,
             adjust_lr_fn="match_rms_adamw",
         )
-        for part, momentum in zip(parts, momenta, strict=True):
-            self.muon.state[part]["momentum_buffer"] = momentum
+        for view, momentum in zip(views, momenta, strict=True):
+            self.muon.state[view]["momentum_buffer"] = momentum
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Those of both."""
+        """Parameter groups of both optimizers."""
         return [*self.adamw.param_groups, *self.muon.param_groups]
 
     @property
     def state(self) -> dict[Tensor, dict[str, Tensor]]:
-        """State of each parameter; of Muon's, the momentum as a whole."""
+        """State of each parameter; a matrix of Muon has one momentum of its shape."""
         return {
             **self.adamw.state,
             **{matrix: {"momentum_buffer": m} for matrix, m in self.momenta.items()},
         }
 
     def step(self) -> None:
-        """One step of both, from the gradients of the parameters."""
-        for matrix, parts in self._parts:
+        """Update all parameters from their gradients."""
+        for matrix, views in self._views:
             assert matrix.grad is not None
-            for part, grad in zip(parts, matrix.grad.chunk(len(parts)), strict=True):
-                part.grad = grad  # the same memory
+            for view, grad in zip(views, matrix.grad.chunk(len(views)), strict=True):
+                view.grad = grad  # the same memory
         self.muon.step()
         self.adamw.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zeroes the gradients, or forgets them."""
+        """Set all gradients to None, or to zeros in place."""
         self.adamw.zero_grad(set_to_none)
-        for matrix, parts in self._parts:
+        for matrix, views in self._views:
             if set_to_none:
                 matrix.grad = None
             elif matrix.grad is not None:
                 matrix.grad.zero_()
-            for part in parts:
-                part.grad = None
+            for view in views:
+                view.grad = None

@@ -1,9 +1,9 @@
-"""The optimizer, with its parameter groups decided by one rule, and shown.
+"""Parameter groups, the optimizer over them, and its state as a flat dictionary.
 
-Matrices (two dimensions and more) decay, vectors (biases, LayerNorm gains) do not, and embeddings
-do or do not by parameter: GPT-2's and GPT-3's recipes decay them, others leave them out. AdamW is
-Loshchilov and Hutter 2019: decay is taken from the weight, not added to the gradient. With Muon
-(muon.py) the group "matrices" is Muon's, and AdamW has the rest.
+Weight decay applies to matrices (two or more dimensions), not to vectors (biases, LayerNorm gains),
+and to embeddings if `train.embeddings_decay` is set: the recipes of GPT-2 and GPT-3 decay them,
+others do not. AdamW decays the weight itself and adds nothing to the gradient (Loshchilov and
+Hutter 2019). With `train.optimizer: muon`, Muon updates the group "matrices" (muon.py).
 """
 
 from __future__ import annotations
@@ -33,19 +33,14 @@ class Group:
 
     @property
     def size(self) -> int:
-        """Numbers in the group."""
+        """Number of scalars in the group."""
         return sum(parameter.numel() for _, parameter in self.parameters)
 
 
 def decay_groups(named: Iterable[tuple[str, Tensor]], *, embeddings_decay: bool) -> list[Group]:
-    """Sorts parameters into "matrices", "embeddings" and "vectors", each into exactly one.
+    """Put each parameter into one of the groups "matrices", "embeddings" and "vectors".
 
-    Args:
-        named: Names and parameters; names that begin with ``wte.`` or ``wpe.`` are embeddings.
-        embeddings_decay: Whether the embeddings decay.
-
-    Returns:
-        The groups that are not empty, parameters in the order given.
+    Names that start with ``wte.`` or ``wpe.`` are embeddings. Empty groups are left out.
     """
     named = list(named)
     kinds: dict[str, list[tuple[str, Tensor]]] = {"matrices": [], "embeddings": [], "vectors": []}
@@ -63,17 +58,17 @@ def decay_groups(named: Iterable[tuple[str, Tensor]], *, embeddings_decay: bool)
     return groups
 
 
-def table(groups: Iterable[Group], weight_decay: float, kind: Kind = "adamw") -> str:
-    """The groups as lines for the log: name, tensors, numbers, decay, rule."""
+def groups_table(groups: Iterable[Group], weight_decay: float, kind: Kind = "adamw") -> str:
+    """Format the groups for the log: name, tensors, parameters, weight decay, optimizer."""
     return "\n".join(
         f"  {group.name:<10} {len(group.parameters):>5} tensors {group.size:>14,} parameters"
         f"   weight decay {weight_decay if group.decays else 0.0:g}"
-        f"   {'Muon' if _is_muons(group, kind) else 'AdamW'}"
+        f"   {'Muon' if _uses_muon(group, kind) else 'AdamW'}"
         for group in groups
     )
 
 
-def _is_muons(group: Group, kind: Kind) -> bool:
+def _uses_muon(group: Group, kind: Kind) -> bool:
     return kind == "muon" and group.name == "matrices"
 
 
@@ -85,7 +80,7 @@ def adamw(
     betas: tuple[float, float],
     eps: float,
 ) -> torch.optim.AdamW:
-    """AdamW over the groups, in one fused kernel (PyTorch has it on CUDA and on the CPU)."""
+    """Make an AdamW over the groups, with PyTorch's fused kernel (CUDA and CPU)."""
     return torch.optim.AdamW(
         [
             {
@@ -110,10 +105,10 @@ def make_optimizer(
     betas: tuple[float, float],
     eps: float,
 ) -> Optimizer:
-    """AdamW over all groups, or Muon over the matrices and AdamW over the rest."""
-    hidden = [group for group in groups if _is_muons(group, kind)]
+    """Make an AdamW over all groups, or Muon over the matrices and AdamW over the others."""
+    hidden = [pair for group in groups if _uses_muon(group, kind) for pair in group.parameters]
     rest = adamw(
-        [group for group in groups if not _is_muons(group, kind)],
+        [group for group in groups if not _uses_muon(group, kind)],
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         betas=betas,
@@ -121,24 +116,23 @@ def make_optimizer(
     )
     if not hidden:
         return rest
-    matrices = [pair for group in hidden for pair in group.parameters]
-    return MuonAdamW(matrices, rest, learning_rate=learning_rate, weight_decay=weight_decay)
+    return MuonAdamW(hidden, rest, learning_rate=learning_rate, weight_decay=weight_decay)
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """Gives every group the learning rate of this step."""
+    """Set the learning rate of every group."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 
 
 def flat_state(optimizer: Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The optimizer's state under names that speak: ``<parameter>.exp_avg`` and so on.
+    """Return the optimizer's state by name: ``<parameter>.exp_avg`` and so on.
 
     Returns:
-        The tensors themselves, where they are; none before the first step.
+        The tensors themselves, on their device; empty before the first step.
     """
     if isinstance(optimizer, MuonAdamW) and not optimizer.adamw.state:
-        return {}  # its momenta are there from the beginning, as zeros
+        return {}  # the momenta of Muon exist from the start, as zeros
     return {
         f"{name}.{key}": value.detach()
         for name, parameter in named.items()
@@ -149,13 +143,13 @@ def flat_state(optimizer: Optimizer, named: Mapping[str, Tensor]) -> dict[str, T
 def load_flat_state(
     optimizer: Optimizer, named: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> None:
-    """Puts a state made by ``flat_state`` into an optimizer over the same parameters.
+    """Load a state made by ``flat_state`` into an optimizer over the same parameters.
 
     Raises:
-        KeyError: A parameter lacks its state.
-        ValueError: A state is of another shape, or belongs to no parameter.
+        KeyError: The state of a parameter is missing.
+        ValueError: A tensor has another shape than its parameter, or belongs to none.
     """
-    left = set(state)
+    unused = set(state)
     momenta = optimizer.momenta if isinstance(optimizer, MuonAdamW) else {}
     adamw = optimizer.adamw if isinstance(optimizer, MuonAdamW) else optimizer
     for name, parameter in named.items():
@@ -168,12 +162,12 @@ def load_flat_state(
                     f"{name}.{key} has shape {tuple(value.shape)}, "
                     f"the parameter {tuple(parameter.shape)}"
                 )
-            # The fused kernels want the step counter beside the parameter, as float32.
+            # The fused kernels need the step counter on the parameter's device, as float32.
             loaded[key] = value.to(parameter.device, torch.float32, copy=True)
-            left.discard(f"{name}.{key}")
+            unused.discard(f"{name}.{key}")
         if parameter in momenta:
             momenta[parameter].copy_(loaded["momentum_buffer"])
         else:
             adamw.state[parameter] = loaded
-    if left:
-        raise ValueError(f"optimizer state of no parameter of this model: {sorted(left)[:3]}")
+    if unused:
+        raise ValueError(f"optimizer state of no parameter of this model: {sorted(unused)[:3]}")

@@ -1,35 +1,33 @@
-"""The learning rate and the batch of each step, as pure functions of its number."""
+"""Learning rate and batch of each step, as pure functions of the step number."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    r"""Learning rate of each optimizer step, steps counted from 0.
+    """Learning rate of each optimizer step, counted from 0.
 
-        peak        __________ constant
-               /|‾‾‾‾‾‾\______ stable, then linear decay   ("wsd")
-              / |  ‾‾--..
-             /  |        ‾‾-- cosine ("cosine")
-        min /   |            |
-           0   warmup    steps - 1
+        warm-up     linear, from peak / warmup_steps at step 0 (not 0, which would waste a batch)
+        "cosine"    half a cosine, from peak to minimum (Loshchilov and Hutter 2017, no restarts)
+        "wsd"       peak, then linear decay to minimum in the last decay_steps
+                    (warm-up-stable-decay: Hu et al. 2024, MiniCPM; linear: Hägele et al. 2024)
+        "constant"  peak
 
-    Step 0 is never zero (a step of no length wastes a batch), step ``warmup_steps`` is the first
-    after the warm-up and at the peak, and step ``steps - 1``, the last, is at the minimum exactly.
-    Sources: cosine, Loshchilov and Hutter 2017 (without restarts); warm-up-stable-decay, Hu et
-    al. 2024 (MiniCPM), with the linear decay of Hägele et al. 2024.
+    Step ``warmup_steps`` has the peak exactly, and the last step the minimum.
 
     Attributes:
         kind: "cosine", "wsd" or "constant".
         peak: Highest learning rate.
-        minimum: Learning rate of the last step ("constant" has none).
+        minimum: Learning rate of the last step ("constant" ignores it).
         steps: Optimizer steps in the run.
-        warmup_steps: Steps of linear rise, in [0, steps).
-        decay_steps: "wsd" only: steps over which the rate falls at the end.
+        warmup_steps: Steps of linear warm-up, in [0, steps).
+        decay_steps: Steps of linear decay at the end ("wsd" only).
     """
 
     kind: Literal["cosine", "wsd", "constant"]
@@ -40,7 +38,7 @@ class Schedule:
     decay_steps: int = 0
 
     def __call__(self, step: int) -> float:
-        """Learning rate of step ``step``, 0 <= step < steps."""
+        """Return the learning rate of step ``step``, 0 <= step < steps."""
         if not 0 <= step < self.steps:
             raise ValueError(f"step {step} is outside the run's {self.steps} steps")
         if step < self.warmup_steps:
@@ -49,7 +47,7 @@ class Schedule:
         return self.minimum * (1.0 - height) + self.peak * height  # exact at both ends
 
     def _height(self, step: int) -> float:
-        """Part of the way from the minimum (0) to the peak (1), after the warm-up."""
+        """Height between minimum (0) and peak (1), after the warm-up."""
         last = self.steps - 1
         if self.kind == "constant":
             return 1.0
@@ -64,18 +62,18 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSchedule:
-    """Which global samples each step takes: ``[start, start + count)``, steps counted from 0.
+    """Global samples of each step: ``[start, start + count)``, steps counted from 0.
 
-    A batch may grow to its full size by doublings, as many steps with each of the smaller sizes
-    (with 2 doublings in 100 steps: 50 of a quarter, 50 of a half, then the whole). Early gradients
-    agree so well that a small batch wastes none of them (McCandlish et al. 2018); GPT-3 grew its
-    batch so. Every size is the smallest times a power of two, so what shares the smallest among
-    processes and micro-steps shares them all.
+    The batch may double until it has its full size, with equally many steps at each smaller size (2
+    doublings in 100 steps: 50 steps of a quarter, 50 of a half, then full). Early gradients have so
+    little noise that a small batch suffices (McCandlish et al. 2018); GPT-3 ramped its batch up,
+    too. Every size is the smallest times a power of two, so a split of the smallest among processes
+    and micro-steps splits them all.
 
     Attributes:
-        full: Samples of a step once the batch is whole.
-        doublings: How often it doubles until then; 0: it is whole from the first step on.
-        ramp_steps: Steps before it is whole.
+        full: Samples per step at full size.
+        doublings: Number of doublings up to the full size; 0: full from the first step.
+        ramp_steps: Steps below the full size.
     """
 
     full: int
@@ -88,11 +86,16 @@ class BatchSchedule:
 
     @property
     def smallest(self) -> int:
-        """Samples of the first step."""
+        """Number of samples of the first step."""
         return self.full >> self.doublings
 
+    def spans(self, first: int, stop: int | None = None) -> Iterator[tuple[int, int, int]]:
+        """Yield (step, first sample, number of samples) for steps [first, stop)."""
+        for step in itertools.count(first) if stop is None else range(first, stop):
+            yield (step, *self(step))
+
     def __call__(self, step: int) -> tuple[int, int]:
-        """First sample and number of samples of step ``step``, 0 <= step; O(doublings)."""
+        """Return first sample and number of samples of step ``step`` >= 0, in O(doublings)."""
         if step < 0:
             raise ValueError(f"step {step} is negative")
         start = begin = 0

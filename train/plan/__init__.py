@@ -1,5 +1,5 @@
-"""Plan a run before renting anything: does it fit, how long, what price.
+"""Plan of a run, before any hardware is rented: memory, time and price.
 
-`estimate` makes the plan, from `memory`, `step_time`, `corpus_size` and the data sheets in
-`accelerators`; `bench_report` shows what `python -m train.bench` measured beside it.
+`estimate` computes the plan from `memory`, `step_time`, `corpus_size` and the data sheets in
+`accelerators`; `bench_report` compares it with what `python -m train.bench` measured.
 """

@@ -1,7 +1,7 @@
-"""`python -m train.plan`: will it fit, how long, what does it cost? Computed; nothing is run.
+"""`python -m train.plan`: compute whether a run fits, how long it takes, and what it costs.
 
-From `params.yaml`, or a preset laid over it, and the name of some hardware. docs/plan.md says how
-far the figures lie from what was measured, and from published runs.
+The plan follows from `params.yaml`, or a preset merged into it, and the name of some hardware;
+nothing is run. docs/plan.md compares the figures with measurements and published runs.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 
-from model.command import Parser, count, positive
+from model.command import count, positive
 from pipeline.runtime import command
 from train.plan.accelerators import NAMES
 from train.plan.estimate import Options, Plan, make_plan
 from train.preset import load
 
-Row = tuple[str, str, str]  # what, how much, and a remark
+Row = tuple[str, str, str]  # name, value, note
 
 PARTS = {
     "weights": "float32",
     "gradients": "float32, in DDP's buckets",
-    "optimizer": "its moments, float32",
-    "copies": "of the blocks' weights, bfloat16",
+    "optimizer": "moments, float32",
+    "copies": "the blocks' weights in bfloat16",
     "activations": "kept for the backward pass",
-    "work": "head and loss, or a block's gradients",
+    "work": "head and loss, or the gradients of a block",
     "reserve": "CUDA, cuBLAS, NCCL: assumed",
 }
 
 
 def main(argv: Sequence[str] = ()) -> None:
-    """Prints the plan of `params.yaml` on the hardware that the arguments name."""
+    """Print the plan of `params.yaml` on the hardware named by the flags."""
     args = vars(_parser().parse_args(argv))
     preset, as_json = args.pop("preset"), args.pop("json")
     plan = make_plan(load(preset), Options(**args))
@@ -43,42 +43,49 @@ def main(argv: Sequence[str] = ()) -> None:
         print(table(plan, preset))
 
 
-def _parser() -> Parser:
-    parser = Parser(
+def _parser() -> command.Parser:
+    parser = command.Parser(
         prog="python -m train.plan",
-        description="Memory, time, price and disk of the run in params.yaml, computed.",
+        description="Compute memory, time, price and disk of the run in params.yaml; run nothing.",
     )
     add = parser.add_argument
-    add("--preset", metavar="NAME", help="lay this preset over params.yaml, which stays as it is")
-    add("--hardware", default="a100-80", metavar="NAME", help=f"{', '.join(NAMES)} (this machine)")
-    add("--nodes", type=count, default=1, metavar="N")
-    add("--gpus", type=count, default=8, metavar="N", help="of a node; processes, on a CPU")
-    add("--interconnect", choices=("nvlink", "pcie"), help="within a node; default: the best")
-    add("--network", type=positive, metavar="GBIT", help="between nodes, Gbit/s of each")
+    add("--preset", metavar="NAME", help="merge this preset; params.yaml itself stays unchanged")
+    known = f"{', '.join(NAMES)} (this machine); default a100-80"
+    add("--hardware", default="a100-80", metavar="NAME", help=known)
+    add("--nodes", type=count, default=1, metavar="N", help="number of nodes (default 1)")
+    add(
+        "--gpus",
+        type=count,
+        default=8,
+        metavar="N",
+        help="per node; processes on a CPU (default 8)",
+    )
+    add("--interconnect", choices=("nvlink", "pcie"), help="link within a node; default: fastest")
+    add("--network", type=positive, metavar="GBIT", help="bandwidth between nodes, Gbit/s per node")
     add(
         "--mfu",
-        type=_part,
+        type=_fraction,
         metavar="X",
         help="of forward and backward, as python -m train.bench measures it",
     )
-    add("--rate", type=positive, metavar="DOLLARS", help="for an hour of one GPU")
-    add("--micro-batch", type=count, metavar="N", help="default: as training chooses")
-    add("--checkpoint-activations", action="store_true", help="as in machine.yaml")
-    add("--overlap", action="store_true", help="as in machine.yaml")
-    add("--loss-chunk", type=count, metavar="N", help="as in machine.yaml")
-    add("--json", action="store_true", help="for machines: bytes, seconds, FLOPs")
+    add("--rate", type=positive, metavar="DOLLARS", help="price per GPU-hour")
+    add("--micro-batch", type=count, metavar="N", help="sequences; default: as training chooses")
+    add("--checkpoint-activations", action="store_true", help="as set in machine.yaml")
+    add("--overlap", action="store_true", help="all-reduce during backward, as in machine.yaml")
+    add("--loss-chunk", type=count, metavar="N", help="tokens, as set in machine.yaml")
+    add("--json", action="store_true", help="print JSON: bytes, seconds, FLOPs")
     return parser
 
 
-def _part(text: str) -> float:
+def _fraction(text: str) -> float:
     value = positive(text)
     if value > 1:
-        raise argparse.ArgumentTypeError(f"{text}: not a part of the peak, above 0 and up to 1")
+        raise argparse.ArgumentTypeError(f"{text}: not a fraction of the peak; use 0 to 1")
     return value
 
 
 def table(plan: Plan, preset: str | None = None) -> str:
-    """The plan for people."""
+    """Return the plan as text."""
     options = plan.options
     nodes = f"{options.nodes} x " if options.nodes > 1 else ""
     head = f"{f'preset {preset}' if preset else 'params.yaml'} on {nodes}{options.gpus} x "
@@ -103,7 +110,7 @@ def _model(plan: Plan) -> list[Row]:
     return [
         ("parameters", f"{plan.parameters:,}", ""),
         (
-            "FLOPs a token",
+            "FLOPs per token",
             f"{plan.flops_per_token:,}",
             "forward and backward, full attention square",
         ),
@@ -116,67 +123,62 @@ def _memory(plan: Plan) -> list[Row]:
         (part, _gib(sizes[part]), note) for part, note in PARTS.items() if sizes[part]
     ]
     fits = "fits" if plan.fits else "DOES NOT FIT"
-    most = plan.largest_micro_batch
     return [
         *rows,
+        ("total", _gib(plan.memory.total), f"of {_gib(plan.available)} usable: {fits}"),
         (
-            "together",
-            _gib(plan.memory.total),
-            f"of {_gib(plan.available)} that can be used: {fits}",
+            "micro-batch",
+            str(plan.micro_batch),
+            f"sequences; {plan.micro_steps} micro-steps per step",
         ),
-        ("micro-batch", str(plan.micro_batch), f"sequences; {plan.micro_steps} micro-steps a step"),
-        ("largest micro-batch", str(most or "none"), "that fits and divides the batch"),
+        (
+            "largest micro-batch",
+            str(plan.largest_micro_batch or "none"),
+            "that fits and divides the batch",
+        ),
     ]
 
 
 def _time(plan: Plan) -> list[Row]:
     step = plan.step
-    whole = f"MFU {plan.step_mfu:.0%}"
     peak = f"of {plan.peak / 1e12:,.1f} TFLOP/s"
     rows: list[Row] = [
         ("MFU", f"{plan.mfu:.0%}", f"{peak}; {plan.mfu_source}"),
         ("forward and backward", _ms(step.compute), ""),
     ]
     if plan.world > 1:
-        sent = f"{plan.all_reduce_bytes / 1e9:.2f} GB a device, {_ms(step.all_reduce)}"
-        rows.append(("all-reduce, not hidden", _ms(step.exposed), f"of {sent}"))
+        sent = f"{plan.all_reduce_bytes / 1e9:.2f} GB per device"
+        rows.append(("exposed all-reduce", _ms(step.exposed), f"of {_ms(step.all_reduce)}; {sent}"))
+    speed = f"{plan.tokens_per_second:,.0f} tokens/s per device, MFU {plan.step_mfu:.0%}"
     rows += [
         ("optimizer", _ms(step.optimizer), ""),
-        ("a step", _ms(step.total), f"{plan.tokens_per_second:,.0f} tokens/s a device, {whole}"),
+        ("step", _ms(step.total), speed),
         ("all steps", _hours(plan.training_seconds), f"{plan.steps:,}"),
-        ("evaluation", _hours(plan.evaluation_seconds), "validations, and HellaSwag"),
+        ("evaluation", _hours(plan.evaluation_seconds), "validation and HellaSwag"),
         ("train stage", _hours(plan.seconds), ""),
     ]
     if plan.dollars is not None:
-        rows.append(
-            ("price", f"${plan.dollars:,.2f}", f"{plan.world} x ${plan.options.rate:g} an hour")
-        )
+        rate = f"{plan.world} x ${plan.options.rate:g} per hour"
+        rows.append(("price", f"${plan.dollars:,.2f}", rate))
     return rows
 
 
 def _data(plan: Plan) -> list[Row]:
-    seen = f"{plan.epochs:.2f} epochs" if plan.epochs is not None else ""
-    rows: list[Row] = [("tokens trained on", f"{plan.tokens:,}", seen)]
+    epochs = f"{plan.epochs:.2f} epochs" if plan.epochs is not None else ""
+    rows: list[Row] = [("training tokens", f"{plan.tokens:,}", epochs)]
     if corpus := plan.corpus:
+        files = f"{corpus.files} files, {corpus.documents:,.0f} documents"
+        splits = f"{corpus.train_tokens:,.0f} training, {corpus.val_tokens:,.0f} validation tokens"
         rows += [
-            (
-                "parquet",
-                _gb(corpus.raw_bytes),
-                f"{corpus.files} files, {corpus.documents:,.0f} documents",
-            ),
-            (
-                "token shards",
-                _gb(corpus.token_bytes),
-                f"{corpus.shards:,} shards, "
-                f"{corpus.train_tokens:,.0f} tokens, {corpus.val_tokens:,.0f} held out",
-            ),
+            ("parquet", _gb(corpus.raw_bytes), files),
+            ("token shards", _gb(corpus.token_bytes), f"{corpus.shards:,} shards; {splits}"),
         ]
     else:
-        rows.append(("text", "unknown", "until download has looked"))
+        rows.append(("text", "unknown", "before download"))
     return [
         *rows,
-        ("a checkpoint", _gb(plan.checkpoint_bytes), "weights and optimizer"),
-        ("disk", _gb(plan.disk_bytes), "together, with the checkpoints that are kept"),
+        ("checkpoint", _gb(plan.checkpoint_bytes), "weights and optimizer"),
+        ("disk", _gb(plan.disk_bytes), "total, with all checkpoints that are kept"),
     ]
 
 

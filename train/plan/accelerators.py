@@ -1,8 +1,8 @@
-"""What `python -m train.plan` knows of hardware: memory, links, and the MFU that it assumes.
+"""Hardware that `python -m train.plan` knows: memory, links, and the MFU it assumes.
 
-Peaks of matrix products are in `train.monitor.peak_flops`; here is the rest, each with its source.
-Nothing in this file was measured by this project, but for the CPU's MFU: `python -m train.bench`
-measures your own, and `train.plan --mfu` takes it.
+The peaks of matrix products are in `train.monitor.peak_flops`; everything else is here, with its
+source. Only the CPU's MFU was measured by this project: `python -m train.bench` measures the MFU of
+your hardware, and `train.plan --mfu` uses it.
 """
 
 from __future__ import annotations
@@ -13,114 +13,99 @@ from typing import Literal
 
 from pipeline.runtime.errors import UserError
 from train.monitor.peak_flops import cpu_peak, gpu_peak
+from train.numerics import Dtype
 
 GB, GIB = 1e9, 2.0**30
-Dtype = Literal["float32", "bfloat16"]
 Link = Literal["nvlink", "pcie"]
 
-# Part of a link's speed that a ring all-reduce of some 100 MB gets out of it: "bus bandwidth" of
-# NVIDIA's nccl-tests (doc/PERFORMANCE.md), about 230 of 300 GB/s on a DGX A100. Through the host's
-# memory, as between GeForce cards, it is about half. Assumptions, both.
-LINK_SHARE = {"nvlink": 0.75, "pcie": 0.5, "network": 0.75}
-# Part of the memory's speed that kernels which only read and write reach; an assumption.
-MEMORY_SHARE = 0.8
+# Fraction of a link's speed that a ring all-reduce of some 100 MB reaches ("bus bandwidth" of
+# NVIDIA's nccl-tests, doc/PERFORMANCE.md): about 230 of 300 GB/s on a DGX A100, and about half
+# through host memory, as between GeForce cards. All three are assumptions.
+LINK_EFFICIENCY = {"nvlink": 0.75, "pcie": 0.5, "network": 0.75}
+# Fraction of the memory bandwidth that a kernel reaches which only reads and writes: an assumption.
+MEMORY_EFFICIENCY = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accelerator:
-    """A kind of device, and the node that it is usually rented in.
+    """A type of device, in the node that it is usually rented in."""
 
-    Attributes:
-        name: As `--hardware` takes it.
-        cuda: What `train.monitor.peak_flops.GPU_PEAKS` knows it by; None: a CPU.
-        memory: Bytes that PyTorch sees.
-        bandwidth: Of that memory, bytes a second.
-        nvlink: One way, bytes a second; None where it has none.
-        pcie: The same of its PCIe slot.
-        network: Of a whole node of eight to another, bits a second.
-        mfu: Part of the peak that forward and backward are assumed to reach.
-        mfu_source: Where that is from.
-    """
-
-    name: str
-    cuda: str | None
-    memory: float
-    bandwidth: float
-    nvlink: float | None
-    pcie: float
-    network: float
-    mfu: float
-    mfu_source: str
+    name: str  # name for `--hardware`
+    gpu_name: str | None  # name in `train.monitor.peak_flops.GPU_PEAKS`; None for a CPU
+    memory: float  # memory that PyTorch sees, bytes
+    bandwidth: float  # memory bandwidth, bytes per second
+    nvlink: float | None  # NVLink bandwidth in one direction, bytes per second; None without NVLink
+    pcie: float  # PCIe bandwidth in one direction, bytes per second
+    network: float  # bandwidth between two nodes of eight devices, bits per second
+    mfu: float  # assumed MFU of forward and backward, 0 to 1
+    mfu_source: str  # source of that MFU
 
     def peak(self, dtype: Dtype) -> float:
-        """Dense peak of matrix products, FLOP/s; a CPU's is timed, in 30 ms."""
-        known = cpu_peak(dtype) if self.cuda is None else gpu_peak(self.cuda, dtype)
-        assert known is not None, f"{self.cuda} is not in GPU_PEAKS"
-        return known
+        """Return the dense peak of matrix products in FLOP/s; on a CPU it is timed, in 30 ms."""
+        found = cpu_peak(dtype) if self.gpu_name is None else gpu_peak(self.gpu_name, dtype)
+        assert found is not None, f"{self.gpu_name} is not in GPU_PEAKS"
+        return found
 
-    def link(self, wanted: Link | None = None) -> Link:
-        """How the devices of a node are connected: as asked for, or by the best that they have.
+    def link(self, requested: Link | None = None) -> Link:
+        """Return the link between the devices of a node: as requested, else the fastest.
 
         Raises:
-            UserError: NVLink is asked for where there is none.
+            UserError: NVLink is requested for devices without it.
         """
-        if wanted == "nvlink" and self.nvlink is None:
-            raise UserError(f"--interconnect: {self.name} has no NVLink; take pcie")
-        return wanted or ("pcie" if self.nvlink is None else "nvlink")
+        if requested == "nvlink" and self.nvlink is None:
+            raise UserError(f"--interconnect: {self.name} has no NVLink; use pcie")
+        return requested or ("pcie" if self.nvlink is None else "nvlink")
 
-    def bus(self, link: Link, nodes: int, network: float | None = None) -> float:
-        """Speed of a ring all-reduce, bytes a second: that of its slowest link.
+    def bus_bandwidth(self, link: Link, nodes: int, network: float | None = None) -> float:
+        """Return the bus bandwidth of a ring all-reduce, that of its slowest link, in bytes/s.
 
-        Args:
-            link: Within a node.
-            nodes: How many.
-            network: Between nodes, bits a second of a node; None: as usual.
+        `network` is the bandwidth between nodes in bits per second; None: the usual one.
         """
         within = (self.nvlink if link == "nvlink" else self.pcie) or self.pcie
-        speed = LINK_SHARE[link] * within
+        speed = LINK_EFFICIENCY[link] * within
         if nodes > 1:
-            # NCCL makes as many rings as there are network cards, each through all of the node.
-            speed = min(speed, LINK_SHARE["network"] * (network or self.network) / 8)
+            # NCCL builds one ring per network card, and each ring visits all devices of a node.
+            speed = min(speed, LINK_EFFICIENCY["network"] * (network or self.network) / 8)
         return speed
 
 
-# 16 x 1,024 tokens in 90 ms, 3.4 of it the optimizer by cost.py: 50 % in all.
+# 16 x 1,024 tokens in 90 ms, of which the optimizer takes 3.4 ms (step_time.py): 50 % overall.
 _A100 = "assumed: build-nanogpt's PyTorch on one A100, 182K tokens/s"
-# 9,536 steps of 524,288 tokens in 31.4 min on 8 x H100: 198 ms, 5 of them links and optimizer.
+# 9,536 steps of 524,288 tokens in 31.4 min on 8 x H100: 198 ms, of which links and optimizer 5 ms.
 _H100 = "assumed: modded-nanogpt's record 2, PyTorch, 31.4 min"
-_NONE = "a guess: no published figure was found"
+_GUESS = "a guess: no published figure was found"
 
-# memory: "total capacity" in PyTorch's own messages on such cards (79.1 GiB of an A100-80, 23.6 of
-# an RTX 4090, ...). bandwidth, nvlink (half of the "600" and "900 GB/s" that are both ways), pcie
-# (x16: 31.5 GB/s of generation 4, 63 of 5): NVIDIA's data sheets of each card, SXM where there is
-# one. network: DGX A100 has eight 200 Gbit/s cards, DGX H100 eight of 400; rented L4 and RTX 4090
-# hosts have seldom more than 25 in all.
+# memory: "total capacity" in PyTorch's own messages on such cards (79.1 GiB on an A100-80, 23.6 on
+# an RTX 4090, ...). bandwidth, nvlink (half of the "600" and "900 GB/s", which count both
+# directions), pcie (x16: 31.5 GB/s for generation 4, 63 for generation 5): NVIDIA's data sheet of
+# each card, in SXM form where it exists. network: a DGX A100 has eight 200 Gbit/s cards, a DGX H100
+# eight of 400 Gbit/s; rented L4 and RTX 4090 hosts rarely have more than 25 Gbit/s in total.
 _TABLE: tuple[tuple[str, str, float, float, float | None, float, float, float, str], ...] = (
-    # name, cuda, GiB, GB/s, NVLink GB/s, PCIe GB/s, network Gbit/s, MFU, source of the MFU
+    # name, GPU, GiB, GB/s, NVLink GB/s, PCIe GB/s, network Gbit/s, MFU, source of the MFU
     ("a100-40", "A100", 39.4, 1555, 300, 31.5, 1600, 0.52, _A100),
     ("a100-80", "A100", 79.1, 2039, 300, 31.5, 1600, 0.52, _A100),
     ("h100", "H100", 79.1, 3350, 450, 63.0, 3200, 0.29, _H100),
     ("h200", "H200", 139.8, 4800, 450, 63.0, 3200, 0.29, _H100),
-    ("l4", "L4", 22.0, 300, None, 31.5, 25, 0.40, _NONE),
-    ("rtx4090", "RTX 4090", 23.5, 1008, None, 31.5, 25, 0.40, _NONE),
+    ("l4", "L4", 22.0, 300, None, 31.5, 25, 0.40, _GUESS),
+    ("rtx4090", "RTX 4090", 23.5, 1008, None, 31.5, 25, 0.40, _GUESS),
 )
 
 NAMES = (*(row[0] for row in _TABLE), "cpu")
 
 
 def accelerator(name: str) -> Accelerator:
-    """The hardware of a name; "cpu" is this machine.
+    """Return the accelerator with this name; "cpu" is this machine.
 
     Raises:
-        UserError: No hardware of that name is known.
+        UserError: The name is unknown.
     """
     if name == "cpu":
         return _this_cpu()
-    for known, cuda, memory, bandwidth, nvlink, pcie, network, mfu, source in _TABLE:
+    for known, gpu_name, memory, bandwidth, nvlink, pcie, network, mfu, source in _TABLE:
         if name == known:
             return Accelerator(
                 name=name,
-                cuda=cuda,
+                gpu_name=gpu_name,
                 memory=memory * GIB,
                 bandwidth=bandwidth * GB,
                 nvlink=nvlink * GB if nvlink else None,
@@ -129,19 +114,19 @@ def accelerator(name: str) -> Accelerator:
                 mfu=mfu,
                 mfu_source=source,
             )
-    raise UserError(f"--hardware {name}: unknown; take {', '.join(NAMES)}")
+    raise UserError(f"--hardware {name}: unknown; use one of {', '.join(NAMES)}")
 
 
 def _this_cpu() -> Accelerator:
-    """This machine: its memory, and round figures for the links, which hardly count on a CPU."""
+    """Describe this machine. Links are round figures: they hardly matter on a CPU."""
     return Accelerator(
         name="cpu",
-        cuda=None,
+        gpu_name=None,
         memory=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
         bandwidth=20 * GB,
         nvlink=None,
         pcie=4 * GB,  # gloo over loopback
         network=10 * GB,
         mfu=0.5,
-        mfu_source="assumed: 124M in bfloat16 had 55 % on 2 cores",
+        mfu_source="assumed: 124M in bfloat16 reached 55 % on 2 cores",
     )

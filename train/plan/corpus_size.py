@@ -1,7 +1,7 @@
-"""How much text a source has, before any of it is there: files, tokens, shards, bytes.
+"""Size of a source before it is downloaded: files, documents, tokens, shards, bytes.
 
-Counts of the smaller samples are those that the data sets give themselves; where only one of bytes
-and tokens is known, the other follows from FineWeb's 32 tokens in 100 bytes of parquet.
+Sizes of the smaller samples are those that the datasets state. Where only the bytes or only the
+tokens are known, the other follows from FineWeb's 32 tokens per 100 bytes of parquet.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from pipeline.params import SourceParams, TokenizeParams
 
-TOKENS_A_BYTE = 0.32  # of parquet
-TOKENS_A_DOCUMENT = 690  # of FineWeb
-FILE_BYTES = 2.15e9  # of a full file of FineWeb's samples
+TOKENS_PER_BYTE = 0.32  # of parquet
+TOKENS_PER_DOCUMENT = 690  # in FineWeb
+FILE_BYTES = 2.15e9  # of a full file in FineWeb's samples
 
-# Repository and configuration: files, documents, GPT-2 tokens; about. The samples of 10BT are as
-# the data sets count them; the larger ones follow from their names, in proportion.
+# Repository and configuration: files, documents, GPT-2 tokens, all approximate. The 10BT samples
+# are as the datasets count them; the larger ones are scaled by the size in their names.
 KNOWN = {
     ("HuggingFaceFW/fineweb", "sample-10BT"): (15, 14_868_862, 10.3e9),
     ("HuggingFaceFW/fineweb-edu", "sample-10BT"): (14, 9_672_101, 9.95e9),
@@ -24,35 +24,25 @@ KNOWN = {
     ("HuggingFaceFW/fineweb-edu", "sample-100BT"): (140, 97_000_000, 100e9),
     ("HuggingFaceFW/fineweb", "sample-350BT"): (510, 520_000_000, 350e9),
 }
-SAMPLE = (3, 249, 2_389_157, 4.46e6)  # the State of the Union addresses; bytes, too
+SAMPLE = (3, 249, 2_389_157, 4.46e6)  # State of the Union: files, documents, tokens, bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """What the data stages will make, about.
+    """Estimated output of the data stages."""
 
-    Attributes:
-        files: To download.
-        raw_bytes: Of them.
-        documents: In them.
-        train_tokens: In the training split.
-        val_tokens: Held out.
-        shards: Of both splits.
-        token_bytes: Of the shards and what lies beside them.
-    """
-
-    files: int
-    raw_bytes: float
-    documents: float
-    train_tokens: float
-    val_tokens: float
-    shards: int
-    token_bytes: float
+    files: int  # files to download
+    raw_bytes: float  # bytes of those files
+    documents: float  # documents in those files
+    train_tokens: float  # tokens of the training split
+    val_tokens: float  # tokens of the validation split
+    shards: int  # shards of both splits
+    token_bytes: float  # bytes of the shards and their document indexes
 
     @classmethod
-    def of(cls, source: SourceParams, tokenize: TokenizeParams) -> Corpus | None:
-        """What parameters come to; None where nobody can know without looking."""
-        found = _size(source)
+    def estimate(cls, source: SourceParams, tokenize: TokenizeParams) -> Corpus | None:
+        """Estimate the corpus of some parameters; None if its size is unknown before download."""
+        found = _source_size(source)
         if found is None:
             return None
         files, documents, tokens, raw = found
@@ -72,22 +62,23 @@ class Corpus:
             documents=part * documents,
             train_tokens=train,
             val_tokens=val,
-            # A training shard for each chunk of about so many tokens; the validation is merged.
+            # One training shard per chunk of about `size` tokens; validation shards are merged.
             shards=math.ceil(part * tokens / size) + math.ceil(val / size),
-            # Two bytes a token, and two int64 a document.
+            # Two bytes per token, two int64 per document.
             token_bytes=2 * part * tokens + 16 * part * documents,
         )
 
 
-def _size(source: SourceParams) -> tuple[int, float, float, float] | None:
-    """Files, documents, tokens and bytes of parquet of a whole source."""
+def _source_size(source: SourceParams) -> tuple[int, float, float, float] | None:
+    """Return files, documents, tokens and parquet bytes of the source, before any limit."""
     if source.kind == "sample":
         return SAMPLE
     if source.kind == "hub" and (known := KNOWN.get((source.repo, source.config or ""))):
         files, documents, tokens = known
         return files, documents, tokens, files * FILE_BYTES
     if source.kind in ("hub", "files") and (source.max_tokens or source.max_bytes):
-        tokens = min(source.max_tokens or math.inf, (source.max_bytes or math.inf) * TOKENS_A_BYTE)
-        raw = tokens / TOKENS_A_BYTE
-        return math.ceil(raw / FILE_BYTES), tokens / TOKENS_A_DOCUMENT, tokens, raw
+        max_bytes = source.max_bytes or math.inf
+        tokens = min(source.max_tokens or math.inf, max_bytes * TOKENS_PER_BYTE)
+        raw = tokens / TOKENS_PER_BYTE
+        return math.ceil(raw / FILE_BYTES), tokens / TOKENS_PER_DOCUMENT, tokens, raw
     return None

@@ -1,7 +1,7 @@
-"""The plan of a run: what parameters come to on hardware that is named, nothing being run.
+"""Plan of a run: memory, time, price and disk of some parameters on some hardware.
 
-Formulas and their sources stand in memory.py and cost.py, hardware in accelerators.py, the sizes of
-texts in corpus.py; here they are put together, and what does not fit is said.
+Nothing is run. The formulas are in `memory` and `step_time`, the hardware in `accelerators`, the
+sizes of known sources in `corpus_size`. This module combines them and warns of problems.
 """
 
 from __future__ import annotations
@@ -16,122 +16,83 @@ from train.data.split import divisors, share_batch
 from train.params import TrainParams
 from train.plan.accelerators import Accelerator, Link, accelerator
 from train.plan.corpus_size import Corpus
-from train.plan.memory import CUDA_RESERVE, FRAGMENTS, Memory, training_memory
+from train.plan.memory import CUDA_RESERVE, FRAGMENTATION, Memory, training_memory
 from train.plan.step_time import Cluster, StepTime, all_reduce_bytes, step_time
 from train.preset import Parameters
 
-MANY_EPOCHS = 4  # beyond these a text seen again teaches little (Muennighoff et al. 2023)
-# HellaSwag as it is asked during training: 10,042 tasks of four rows, about 100 tokens each, by the
-# plain module and in batches of all lengths: half the MFU. Assumptions, both.
+# Beyond these, repeated text teaches little (Muennighoff et al. 2023).
+MANY_EPOCHS = 4
+# HellaSwag during training: 10,042 tasks of four rows of about 100 tokens; not compiled, and in
+# batches of mixed lengths, so at half the MFU. Both are assumptions.
 HELLASWAG_TOKENS, HELLASWAG_MFU = 4_000_000, 0.5
-SLOW_LINK = 0.1  # part of a step that the links may take without a word
+# Exposed all-reduce above this fraction of a step causes a warning.
+SLOW_LINK = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What no parameter says.
+    """Hardware and machine settings of a plan: everything that params.yaml does not hold."""
 
-    Attributes:
-        hardware: Name of the accelerator.
-        nodes: How many.
-        gpus: Of each node; on a CPU, processes.
-        interconnect: Within a node; None: the best that there is.
-        network: Between nodes, Gbit/s of each; None: as usual.
-        peak: Of one GPU, or of a node's CPU, FLOP/s; None: what is known, or timed here.
-        mfu: Part of the peak that forward and backward reach; None: train/plan/accelerators.py's.
-        rate: Dollars for an hour of one GPU; None: not known.
-        micro_batch: Sequences at a time; None: as training chooses.
-        checkpoint_activations: As of machine.yaml.
-        overlap: As of machine.yaml.
-        loss_chunk: As of machine.yaml.
-    """
-
-    hardware: str = "a100-80"
-    nodes: int = 1
-    gpus: int = 8
-    interconnect: Link | None = None
-    network: float | None = None
-    peak: float | None = None
-    mfu: float | None = None
-    rate: float | None = None
-    micro_batch: int | None = None
-    checkpoint_activations: bool = False
-    overlap: bool = False
-    loss_chunk: int | None = None
+    hardware: str = "a100-80"  # name of the accelerator
+    nodes: int = 1  # number of nodes
+    gpus: int = 8  # GPUs per node; on a CPU, processes per node
+    interconnect: Link | None = None  # link within a node; None: the fastest that the hardware has
+    network: float | None = None  # bandwidth between nodes, Gbit/s per node; None: the usual one
+    peak: float | None = None  # FLOP/s of a GPU, or of a node's CPU; None: known, or timed here
+    mfu: float | None = None  # of forward and backward; None: as in `accelerators`
+    rate: float | None = None  # dollars per GPU-hour; None: unknown
+    micro_batch: int | None = None  # sequences per micro-batch; None: as training chooses
+    checkpoint_activations: bool = False  # the setting of machine.yaml
+    overlap: bool = False  # the setting of machine.yaml
+    loss_chunk: int | None = None  # the setting of machine.yaml
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What comes of parameters on hardware; in bytes, seconds, tokens, FLOPs, dollars.
+    """Plan of a run; in bytes, seconds, tokens, FLOPs and dollars.
 
-    Attributes:
-        options: What was asked.
-        parameters: Of the model, as published.
-        flops_per_token: Forward and backward (`model.size.flops_per_token`).
-        peak: Of one device, FLOP/s.
-        mfu: That is assumed of forward and backward.
-        mfu_source: Where it is from.
-        world: Processes.
-        micro_batch: Sequences at a time.
-        micro_steps: Of a step of the whole batch.
-        largest_micro_batch: That fits and divides; 0: not even one sequence fits.
-        memory: Of one process, by part, at `micro_batch`.
-        available: What it has.
-        step: Seconds of a step of the whole batch.
-        step_mfu: MFU of all of such a step, as training and train.bench show it.
-        tokens_per_second: Of one device, in such steps.
-        all_reduce_bytes: That one device sends a step.
-        steps: Optimizer steps.
-        tokens: Of all steps.
-        epochs: Passes over the training split; None where its size is not known.
-        training_seconds: Of all steps.
-        evaluation_seconds: Of validations, and HellaSwag, between them.
-        dollars: None without a rate.
-        corpus: What the data stages make; None where that is not known.
-        checkpoint_bytes: Of one: weights and optimizer.
-        disk_bytes: Text, shards and checkpoints together.
-        warnings: What is wrong, and what to do about it.
+    "Step" is a step of the full batch: with `train.batch_doublings`, the first ones are smaller.
     """
 
-    options: Options
-    parameters: int
-    flops_per_token: int
-    peak: float
-    mfu: float
-    mfu_source: str
-    world: int
-    micro_batch: int
-    micro_steps: int
-    largest_micro_batch: int
-    memory: Memory
-    available: float
-    step: StepTime
-    step_mfu: float
-    tokens_per_second: float
-    all_reduce_bytes: float
-    steps: int
-    tokens: int
-    epochs: float | None
-    training_seconds: float
-    evaluation_seconds: float
-    dollars: float | None
-    corpus: Corpus | None
-    checkpoint_bytes: int
-    disk_bytes: float
-    warnings: tuple[str, ...]
+    options: Options  # hardware and machine settings
+    parameters: int  # parameter count, as published
+    flops_per_token: int  # forward and backward (`model.size.flops_per_token`)
+    peak: float  # FLOP/s of one device
+    mfu: float  # MFU of forward and backward
+    mfu_source: str  # source of that MFU
+    world: int  # number of processes
+    micro_batch: int  # sequences per micro-batch
+    micro_steps: int  # micro-steps per step
+    largest_micro_batch: int  # largest that fits and divides the batch; 0: not even one fits
+    memory: Memory  # memory of one process at `micro_batch`
+    available: float  # memory that one process has
+    step: StepTime  # time of a step
+    step_mfu: float  # MFU of a step, as training and train.bench report it
+    tokens_per_second: float  # tokens per second of one device
+    all_reduce_bytes: float  # bytes that one device sends per step
+    steps: int  # optimizer steps
+    tokens: int  # tokens of all steps
+    epochs: float | None  # passes over the training split; None if its size is unknown
+    training_seconds: float  # time of all steps
+    evaluation_seconds: float  # time of validations and HellaSwag between the steps
+    dollars: float | None  # price; None without a rate
+    corpus: Corpus | None  # estimated output of the data stages; None if unknown
+    checkpoint_bytes: int  # size of one checkpoint: weights and optimizer
+    disk_bytes: float  # size of text, shards and checkpoints
+    warnings: tuple[str, ...]  # problems, each with its fix
 
     @property
     def fits(self) -> bool:
-        """Whether a process has the memory that it needs."""
+        """Whether the run fits in the memory of a process."""
         return self.memory.total <= self.available
 
     @property
     def seconds(self) -> float:
-        """Of the train stage."""
+        """Time of the train stage."""
         return self.training_seconds + self.evaluation_seconds
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, for machines."""
+        """Return all fields and derived values, ready for JSON."""
         return {
             **asdict(self),
             "fits": self.fits,
@@ -142,16 +103,16 @@ class Plan:
 
 
 def make_plan(params: Parameters, options: Options) -> Plan:
-    """Computes the plan of some parameters on some hardware.
+    """Return the plan of some parameters on some hardware.
 
     Raises:
-        UserError: The batch cannot be shared so, or the hardware is unknown.
+        UserError: The hardware is unknown, or its processes cannot share the batch.
     """
     config, train = replace(params.model.config(), loss_chunk=options.loss_chunk), params.train
     device = accelerator(options.hardware)
     cluster = _cluster(device, train, options)
     batches = train.batches(config.block_size)
-    kind = "cpu" if device.cuda is None else "cuda"
+    kind = "cpu" if device.gpu_name is None else "cuda"
     split = share_batch(params.model, train, cluster.world, options.micro_batch, kind)
     micro_steps = split.micro_steps(batches.full)
 
@@ -162,10 +123,10 @@ def make_plan(params: Parameters, options: Options) -> Plan:
             train.dtype,
             optimizer=train.optimizer,
             checkpoint_activations=options.checkpoint_activations,
-            reserve=CUDA_RESERVE if device.cuda else 0,
+            reserve=CUDA_RESERVE if device.gpu_name else 0,
         )
 
-    available = cluster.memory * (1 - FRAGMENTS)
+    available = cluster.memory * (1 - FRAGMENTATION)
     fitting = [
         n for n in divisors(batches.smallest // cluster.world) if memory(n).total <= available
     ]
@@ -178,13 +139,13 @@ def make_plan(params: Parameters, options: Options) -> Plan:
         checkpoint_activations=options.checkpoint_activations,
         overlap=options.overlap,
     )
-    training, evaluation = _seconds(train, config, cluster, step)
+    training, evaluation = _train_seconds(train, config, cluster, step)
     tokens = batches(train.steps)[0] * config.block_size
     flops = flops_per_token(config, config.block_size)
     speed = train.batch_tokens / cluster.world / step.total
-    corpus = Corpus.of(params.source, params.tokenize)
+    corpus = Corpus.estimate(params.source, params.tokenize)
     checkpoint = 4 * parameter_count(config) + memory(1).optimizer
-    kept = (train.kept() + 1) * checkpoint  # the next one is written before the oldest goes
+    kept = (train.kept() + 1) * checkpoint  # the next is written before the oldest is deleted
     hours = (training + evaluation) / 3600
     plan = Plan(
         options=options,
@@ -192,7 +153,7 @@ def make_plan(params: Parameters, options: Options) -> Plan:
         flops_per_token=flops,
         peak=cluster.peak,
         mfu=cluster.mfu,
-        mfu_source="given" if options.mfu else device.mfu_source,
+        mfu_source="--mfu" if options.mfu else device.mfu_source,
         world=cluster.world,
         micro_batch=split.micro_batch,
         micro_steps=micro_steps,
@@ -229,13 +190,14 @@ def _cluster(device: Accelerator, train: TrainParams, options: Options) -> Clust
     )
 
 
-def _seconds(
+def _train_seconds(
     train: TrainParams, config: GPTConfig, cluster: Cluster, step: StepTime
 ) -> tuple[float, float]:
-    """Seconds of all steps, and of the validations and HellaSwag between them."""
-    # Smaller batches, while they grow, are as fast a token; links and optimizer take a step's time.
-    whole = train.batches(config.block_size)
-    batches = whole(train.steps)[0] / whole.full
+    """Return the time of all steps, and of the validations and HellaSwag between them."""
+    # The smaller batches of a ramp take as long per token; all-reduce and optimizer as long per
+    # step.
+    schedule = train.batches(config.block_size)
+    batches = schedule(train.steps)[0] / schedule.full
     training = batches * step.compute + train.steps * (step.exposed + step.optimizer)
     tokens: float = train.val_tokens * math.ceil(train.steps / train.val_every)
     if train.hellaswag_every:
@@ -246,37 +208,37 @@ def _seconds(
 
 
 def _warnings(plan: Plan, params: Parameters) -> list[str]:
-    """What is wrong with a plan, each with its mend."""
+    """List the problems of a plan, each with its fix."""
     options, train, found = plan.options, params.train, []
     most = plan.largest_micro_batch
     if not most:
         more = "fewer processes (--gpus)" if options.hardware == "cpu" else "more memory"
-        mends = [more, "a smaller model or model.block_size"]
+        fixes = [more, "a smaller model or model.block_size"]
         if not options.checkpoint_activations:
-            mends.insert(0, "checkpoint_activations: true (--checkpoint-activations)")
-        found.append(f"not one sequence fits: take {', or '.join(mends)}")
+            fixes.insert(0, "checkpoint_activations: true (--checkpoint-activations)")
+        found.append(f"not even one sequence fits in memory; use {', or '.join(fixes)}")
     elif not plan.fits:
         found.append(
-            f"micro-batches of {plan.micro_batch} do not fit: set GPT2_MICRO_BATCH={most} "
-            "(machine.yaml: micro_batch), the largest that fits and divides"
+            f"micro-batches of {plan.micro_batch} do not fit in memory; set micro_batch: {most} in "
+            f"machine.yaml (GPT2_MICRO_BATCH={most}), the largest that fits and divides the batch"
         )
     if plan.step.exposed > SLOW_LINK * plan.step.total:
         part = plan.step.exposed / plan.step.total
-        hide = "" if options.overlap else "overlap: true in machine.yaml (--overlap), "
+        overlap = "" if options.overlap else "set overlap: true in machine.yaml (--overlap), "
         found.append(
-            f"{part:.0%} of a step is spent on sending gradients: {hide}a faster network, or a "
-            "larger train.batch_tokens"
+            f"sending gradients takes {part:.0%} of a step; {overlap}use a faster network, or "
+            "raise train.batch_tokens"
         )
     if plan.epochs is not None and plan.epochs > MANY_EPOCHS:
         found.append(
-            f"{plan.epochs:.1f} epochs: beyond {MANY_EPOCHS} a text seen again teaches little; "
-            "fewer train.steps, or more text"
+            f"train.steps: {plan.epochs:.1f} epochs, and text repeated more than {MANY_EPOCHS} "
+            "times teaches little; lower train.steps, or use more text"
         )
     if plan.corpus and plan.corpus.val_tokens < max(train.val_tokens, params.evaluate.val_tokens):
         found.append(
-            f"the validation split will hold about {plan.corpus.val_tokens:,.0f} tokens, fewer "
-            "than val_tokens of train or evaluate: raise tokenize.val_per_10k"
+            f"the validation split will have about {plan.corpus.val_tokens:,.0f} tokens, fewer "
+            "than val_tokens of train or evaluate; raise tokenize.val_per_10k"
         )
     if options.hardware != "cpu" and train.dtype == "float32":
-        found.append("train.dtype is float32: bfloat16 is twice as fast on this hardware and more")
+        found.append("train.dtype: bfloat16 is at least twice as fast as float32 on this hardware")
     return found

@@ -1,6 +1,5 @@
-"""`python -m train.report`: a page of a run, or of several beside each other."""
+"""`python -m train.report`: write a page about a run, or one that compares several."""
 
-import argparse
 import sys
 
 from pipeline.runtime import command
@@ -10,13 +9,13 @@ from train.report.page import OUT, render
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write the page, print one summary."""
-    parser = argparse.ArgumentParser(prog="python -m train.report", description="A page of a run.")
+    """Write a page about the run in metrics/ and artifacts/, or one that compares several runs."""
+    parser = command.Parser(prog="python -m train.report", description=main.__doc__)
     parser.add_argument(
         "--compare",
         nargs="+",
         metavar="REV",
-        help=f"experiments, branches, tags, commits, `workspace`: one page of them, {compare.OUT}",
+        help=f"experiments, branches, tags, commits or `workspace`: compare them in {compare.OUT}",
     )
     args = parser.parse_args(argv)
     if args.compare:
@@ -24,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         out, page = OUT, render()
     atomic.write_bytes(out, page.encode())
-    print(f"report: {out}, {len(page) / 1e3:.0f} kB, opens in any browser without a network")
+    print(f"report: {out}, {len(page) / 1e3:.0f} kB, opens in any browser, offline")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Charts for a page: matplotlib draws them as SVG, whose colours and font are the page's own.
+"""Charts for a page: SVG drawn by matplotlib, with the colours and the font of the page.
 
-So they are sharp on paper, need no script, and follow the page from light to dark. They are drawn
-small: on a phone they keep their size, on a desk they grow.
+SVG is sharp on paper and needs no script, and its colours follow the page's light or dark scheme.
+Charts are drawn small: they keep their size on a phone and grow on a desktop.
 """
 
 from __future__ import annotations
@@ -16,34 +16,25 @@ from xml.sax.saxutils import escape
 WIDTH, HEIGHT, WIDE = 3.9, 2.6, 8.6  # inches
 
 SERIES = ("c1", "c2", "c3", "c4", "c5", "c6")
-"""The page's colours for lines, in their order (pages/page.html)."""
+"""Colours of curves, in order: CSS variables of pages/page.html."""
 
-# What matplotlib draws in these colours stands for a CSS variable: the page colours it.
+# matplotlib draws in these colours; `_svg` replaces them with the CSS variables.
 _HEX = {name: f"#0a0b{i:02x}" for i, name in enumerate((*SERIES, "soft", "line"))}
 _INK, _GRID = _HEX["soft"], _HEX["line"]
 
-MOST_POINTS = 1200  # of a line: more cannot be seen, and make a big page
+MAX_POINTS = 1200  # per curve: more are not visible and make the page large
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a chart.
+    """Curve of a line chart."""
 
-    Attributes:
-        label: Its name in the legend.
-        xs: Steps, say; ascending.
-        ys: As many values.
-        color: A name of `SERIES`, or "soft".
-        faint: Drawn as a background to another.
-        dashed: Drawn as dashes.
-    """
-
-    label: str
-    xs: Sequence[float]
-    ys: Sequence[float]
-    color: str = "c1"
-    faint: bool = False
-    dashed: bool = False
+    label: str  # name in the legend
+    xs: Sequence[float]  # horizontal positions, ascending
+    ys: Sequence[float]  # values, as many as `xs`
+    color: str = "c1"  # name in `SERIES`, or "soft"
+    faint: bool = False  # whether it is drawn as the background of another curve
+    dashed: bool = False  # whether the line is dashed
 
 
 def line_chart(
@@ -56,23 +47,19 @@ def line_chart(
     log_scale: bool = False,
     wide: bool = False,
 ) -> str:
-    """Curves over the step, as an SVG element.
+    """Draw at least one curve and return an SVG element.
 
     Args:
-        curves: At least one.
-        name: What is drawn, for those who cannot see it.
-        y_label: What is measured, with its unit.
-        x_label: What the values lie over.
-        y_range: Lowest and highest value drawn; a little farther than the curves go, where None.
-        log_scale: Values by their logarithm, where all are positive: a peak leaves the rest in
-            sight.
-        wide: As wide as a page.
+        name: Description for screen readers.
+        y_range: Lowest and highest value shown; None: slightly beyond the curves.
+        log_scale: Whether the vertical axis is logarithmic; ignored if a value is not positive.
+        wide: Whether the chart is as wide as the page.
     """
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     figure, axes = _figure(WIDE if wide else WIDTH, HEIGHT * (1.15 if wide else 1))
     for curve in curves:
-        xs, ys = _thinned(curve.xs, curve.ys)
+        xs, ys = _downsample(curve.xs, curve.ys)
         axes.plot(
             xs,
             [float(f"{y:.5g}") for y in ys],
@@ -97,10 +84,10 @@ def line_chart(
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
         axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.10g}")
-    axes.yaxis.set_major_formatter(lambda y, _: number(y))
+    axes.yaxis.set_major_formatter(lambda y, _: tick_label(y))
     axes.margins(x=0.02)
     low, high = y_range
-    if low is not None and high is None:  # matplotlib's own margin is that of the curves alone
+    if low is not None and high is None:  # matplotlib's margin ignores `low`
         high = low + 1.06 * (max(values) - low) or None
     axes.set_ylim(low, high)
     if len(curves) > 1:
@@ -117,12 +104,12 @@ def line_chart(
 
 
 def bar_chart(labels: Sequence[str], counts: Sequence[int], *, name: str, color: str = "c1") -> str:
-    """Horizontal bars, as an SVG element."""
+    """Draw horizontal bars and return an SVG element."""
     figure, axes = _figure(WIDTH, 0.1 + 0.25 * len(labels))
     bars = axes.barh(range(len(labels)), counts, color=_HEX[color], height=0.7)
     axes.set_yticks(range(len(labels)), labels)
     axes.bar_label(bars, [f"{n:,}" for n in counts], padding=3, fontsize=8, color=_INK)
-    axes.set_ylim(len(labels) - 0.5, -0.5)  # from above; a bar alone is as thick as one of many
+    axes.set_ylim(len(labels) - 0.5, -0.5)  # top to bottom; bars are equally thick in all charts
     axes.margins(x=0.14)
     axes.grid(False)
     axes.spines["bottom"].set_visible(False)
@@ -130,8 +117,8 @@ def bar_chart(labels: Sequence[str], counts: Sequence[int], *, name: str, color:
     return _svg(figure, name)
 
 
-def smooth(values: Sequence[float], memory: int) -> list[float]:
-    """A running mean whose weights fall by 1/e every ``memory`` values, unbiased at the start."""
+def running_mean(values: Sequence[float], memory: int) -> list[float]:
+    """Return the exponential running mean over about ``memory`` values, unbiased at the start."""
     keep, total, weight, means = 1 - 1 / max(1, memory), 0.0, 0.0, []
     for value in values:
         total, weight = keep * total + value, keep * weight + 1
@@ -139,8 +126,8 @@ def smooth(values: Sequence[float], memory: int) -> list[float]:
     return means
 
 
-def number(value: float) -> str:
-    """A number as a person reads it: thousands grouped, small ones as 3e-4."""
+def tick_label(value: float) -> str:
+    """Format a number for an axis: 12,000, 0.25, 3e-4."""
     if value == 0:
         return "0"
     if abs(value) < 1e-3:
@@ -149,14 +136,14 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _thinned(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most `MOST_POINTS` of the points: the lowest and the highest of each stretch."""
+def _downsample(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Keep at most `MAX_POINTS` points: the lowest and the highest of each interval."""
     last, kept = len(xs) - 1, list(range(len(xs)))
-    if last >= MOST_POINTS:
-        size = -(-len(xs) // (MOST_POINTS // 2 - 1))
-        stretches = [range(i, min(i + size, len(xs))) for i in range(0, len(xs), size)]
-        ends = {end(part, key=lambda i: ys[i]) for part in stretches for end in (min, max)}
-        kept = sorted({0, last} | ends)
+    if last >= MAX_POINTS:
+        size = -(-len(xs) // (MAX_POINTS // 2 - 1))
+        intervals = [range(i, min(i + size, len(xs))) for i in range(0, len(xs), size)]
+        extremes = {end(part, key=lambda i: ys[i]) for part in intervals for end in (min, max)}
+        kept = sorted({0, last} | extremes)
     return [xs[i] for i in kept], [ys[i] for i in kept]
 
 
@@ -193,15 +180,15 @@ def _svg(figure: Any, name: str) -> str:
 
     buffer = io.StringIO()
     # Fixed ids and no date: the same run gives the same page.
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata=nothing)
+        figure.savefig(buffer, format="svg", metadata=no_metadata)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     for variable, color in _HEX.items():
         text = text.replace(color, f"var(--{variable})")
     text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
-    # Several charts stand on a page: only ids that something refers to stay.
+    # A page has several charts: keep only the ids that are referenced.
     used = set(re.findall(r"#([\w-]+)", text))
     text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
     label = escape(name, {'"': "&quot;"})

@@ -1,6 +1,6 @@
-"""Self-contained pages: templates of `pages/`, and numbers and text as they stand there.
+"""Self-contained HTML pages: the templates in `pages/`, and formats for numbers and text.
 
-A page asks no network for anything: its policy (pages/page.html) has the browser refuse to.
+A page loads nothing from a network: its content security policy (pages/page.html) forbids it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import jinja2
 
 
-def page(template: str, **values: Any) -> str:
-    """The page of a template, such as ``report.html``."""
+def render(template: str, **values: Any) -> str:
+    """Render a template of `pages/`, such as ``report.html``."""
 
     def load(name: str) -> str:
         return (resources.files("train.report") / "pages" / name).read_text(encoding="utf-8")
@@ -26,16 +26,16 @@ def page(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "figure": figure,
+        "number": number,
         "percent": percent,
-        "visible": visible,
-        "on_one_line": on_one_line,
+        "visible_spaces": visible_spaces,
+        "single_line": single_line,
     }
     return environment.get_template(template).render(**values)
 
 
-def figure(value: Any) -> str:
-    """A number as a person reads it: five digits or four decimals, thousands grouped."""
+def number(value: Any) -> str:
+    """Format a number with five digits or four decimals, and any other value as text."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -50,7 +50,7 @@ def figure(value: Any) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as a percentage."""
+    """Format a fraction as a percentage."""
     value = 100 * share
     if value in (0, 100):
         return f"{value:.0f} %"
@@ -58,13 +58,13 @@ def percent(share: float) -> str:
         return "< 0.001 %"
     if value < 1:
         return f"{value:.2g} %"
-    if value < 9.95 or value >= 99:  # 99.7 % is not all
+    if value < 9.95 or value >= 99:  # 99.7 % is not 100 %
         return f"{min(value, 99.9):.1f} %"
     return f"{value:.0f} %"
 
 
-def size(value: float, unit: str = "B") -> str:
-    """An amount with the SI prefix that fits: 29 MB, 3.1 EFLOP."""
+def quantity(value: float, unit: str) -> str:
+    """Format a quantity with an SI prefix: 29 MB, 3.1 EFLOP."""
     prefixes = ["", "k", "M", "G", "T", "P", "E", "Z"]
     while value >= 999.5 and len(prefixes) > 1:
         value /= 1000
@@ -73,18 +73,18 @@ def size(value: float, unit: str = "B") -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time as a person says it: 42 s, 4 min 14 s, 3 h 52 min."""
+    """Format a time: 42 s, 4 min 14 s, 3 h 52 min."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest} s" if minutes else f"{rest} s"
     return f"{minutes // 60:,} h {minutes % 60} min"
 
 
-def visible(text: str) -> str:
-    """A token's text with its white space made visible."""
+def visible_spaces(text: str) -> str:
+    """Replace white space with visible signs."""
     return text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
 
 
-def on_one_line(text: str) -> str:
-    """A text whose ends of lines are shown as a sign."""
+def single_line(text: str) -> str:
+    """Replace line breaks with a visible sign."""
     return re.sub(r"\s*\n\s*", " ↵ ", text)

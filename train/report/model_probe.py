@@ -1,6 +1,6 @@
-"""A look inside a trained model: sizes of weights and activations, and what it expects next.
+"""Statistics of a trained model: size of weights and activations, and token probabilities.
 
-Sizes are root mean squares, which do not depend on the width: 0.02 is where a GPT-2 begins.
+Sizes are root mean squares (RMS), which do not depend on the width: GPT-2's weights start at 0.02.
 """
 
 from __future__ import annotations
@@ -21,41 +21,30 @@ STREAMS = ("residual", "attn", "mlp")
 
 @dataclass(frozen=True)
 class Token:
-    """A token in its context.
+    """Token of a text, with the prediction of the model for its position."""
 
-    Attributes:
-        text: What it stands for.
-        probability: That the model gave it.
-        likeliest: (text, probability) of the tokens that the model found likeliest there.
-    """
-
-    text: str
-    probability: float
-    likeliest: list[tuple[str, float]]
+    text: str  # text of the token
+    probability: float  # probability of the token
+    likeliest: list[tuple[str, float]]  # (text, probability) of the most likely tokens here
 
 
 def rms(tensor: Tensor) -> float:
-    """Root mean square of all elements."""
+    """Return the root mean square of all elements."""
     return float(tensor.detach().float().square().mean().sqrt())
 
 
-def weight_sizes(gpt: GPT) -> dict[str, list[float]]:
-    """RMS of each of `MATRICES`, a value a layer."""
+def weight_rms(gpt: GPT) -> dict[str, list[float]]:
+    """Return the RMS of each of `MATRICES`, one value per layer."""
     weights = dict(gpt.named_parameters())
     layers = range(gpt.config.n_layer)
     return {name: [rms(weights[f"h.{i}.{name}.weight"]) for i in layers] for name in MATRICES}
 
 
 @torch.no_grad()
-def activation_sizes(gpt: GPT, tokens: np.ndarray) -> dict[str, list[float]]:
-    """RMS over all tokens of what flows through the model, a value a layer.
+def activation_rms(gpt: GPT, tokens: np.ndarray) -> dict[str, list[float]]:
+    """Return the RMS of activations over tokens (B, T), one value per layer; on the CPU.
 
-    Args:
-        gpt: The model, on the CPU.
-        tokens: (B, T), some text.
-
-    Returns:
-        Of the residual stream after each block, and of what its attention and MLP add to it.
+    They are the residual stream after each block, and what attention and MLP add to it.
     """
     sizes: dict[str, list[float]] = {name: [] for name in STREAMS}
 
@@ -76,33 +65,28 @@ def activation_sizes(gpt: GPT, tokens: np.ndarray) -> dict[str, list[float]]:
 
 
 @torch.no_grad()
-def read_text(gpt: GPT, text: str, n: int = 8) -> tuple[list[Token], list[tuple[str, float]]]:
-    """How a model reads a text, token by token.
-
-    Args:
-        gpt: The model, on the CPU.
-        text: The beginning of a document; its first tokens are read where it is too long.
-        n: How many of the likeliest tokens are named.
+def predict_text(gpt: GPT, text: str, n: int = 8) -> tuple[list[Token], list[tuple[str, float]]]:
+    """Predict every token of a document's beginning, cut to the context; on the CPU.
 
     Returns:
-        The text's tokens; and what the model finds likeliest after them.
+        The tokens of the text, and the ``n`` most likely tokens after them.
     """
     tokens = [tokenizer.EOT, *tokenizer.encode(text)][: gpt.config.block_size]
     probabilities = gpt(torch.tensor([tokens]))[0].float().softmax(-1)  # (T, V)
-    likeliest = [top(row, n) for row in probabilities]
-    read = [
-        Token(shown(token), float(probabilities[i, token]), likeliest[i])
+    likeliest = [top_tokens(row, n) for row in probabilities]
+    predicted = [
+        Token(token_text(token), float(probabilities[i, token]), likeliest[i])
         for i, token in enumerate(tokens[1:])
     ]
-    return read, likeliest[-1]
+    return predicted, likeliest[-1]
 
 
-def top(probabilities: Tensor, n: int) -> list[tuple[str, float]]:
-    """The ``n`` likeliest tokens of (V,) probabilities, as text, with theirs."""
+def top_tokens(probabilities: Tensor, n: int) -> list[tuple[str, float]]:
+    """Return (text, probability) of the ``n`` most likely tokens of (V,) probabilities."""
     values, tokens = probabilities.topk(n)
-    return [(shown(t), p) for t, p in zip(tokens.tolist(), values.tolist(), strict=True)]
+    return [(token_text(t), p) for t, p in zip(tokens.tolist(), values.tolist(), strict=True)]
 
 
-def shown(token: int) -> str:
-    """A token as text; a part of a character as U+FFFD."""
+def token_text(token: int) -> str:
+    """Return a token as text; part of a character becomes U+FFFD."""
     return "<|endoftext|>" if token == tokenizer.EOT else tokenizer.decode([token])

@@ -1,12 +1,10 @@
-"""`python -m train.report`: one self-contained page of a run, `artifacts/report.html`.
-
-With `--compare REV...` a page that holds several experiments beside each other (compare.py).
-"""
+"""Page about one run, `artifacts/report.html`, from its metrics, log, samples and checkpoint."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.params_file import PARAMS, read_yaml
 from train.report import html, model_probe, run_charts
 from train.report.run_charts import METRICS
-from train.report.run_log import Log
+from train.report.run_log import Log, sample_text
 
 OUT = Path("artifacts/report.html")
 CHECKPOINT = Path("artifacts/checkpoint")
@@ -29,104 +27,104 @@ LOG = Path("artifacts/log.jsonl")
 SAMPLES = Path("artifacts/samples.md")
 TOKENS = Path("data/tokens")
 
-ACTIVATION_TOKENS = 2048  # of the validation split, looked at inside the model
-PROMPTS = 2  # of the evaluation's, read token by token
-SAMPLE_PROMPT = 16  # tokens of a sample in the log that were given (trainer.py)
+ACTIVATION_TOKENS = 2048  # of the validation split, to measure activations
+PROMPTS = 2  # of evaluate.prompts, shown token by token
+SAMPLE_PROMPT = 16  # tokens of the prompt of a logged sample (train/trainer.py)
 
-MEASURES = {
-    "val_loss": ("validation loss", "nats a token, mean over the first {val_tokens} tokens"),
-    "val_shards_loss": ("loss on the published split", "nats a token, on evaluate.val_shards"),
-    "perplexity": ("perplexity", "e to the loss: as unsure as among so many equal tokens"),
-    "bits_per_byte": ("bits a byte", "of text: independent of the tokenizer"),
-    "unigram_entropy": ("unigram entropy", "nats a token: the loss of a model without context"),
-    "below_unigram": ("below the unigram entropy", "nats a token that context is worth"),
-    "above_reference": ("above the published run", "nats a token, at the last step it has"),
+EVALUATION_METRICS = {
+    "val_loss": ("validation loss", "nats per token, mean over the first {val_tokens} tokens"),
+    "val_shards_loss": ("loss on the published split", "nats per token, on evaluate.val_shards"),
+    "perplexity": ("perplexity", "exp(validation loss)"),
+    "bits_per_byte": ("bits per byte", "of text; independent of the tokenizer"),
+    "unigram_entropy": ("unigram entropy", "nats per token; best loss of a model without context"),
+    "below_unigram": ("below the unigram entropy", "nats per token gained from context"),
+    "above_reference": ("above the published run", "nats per token, at the last published step"),
     "hellaswag_acc": ("HellaSwag acc", "ending of the highest likelihood; chance: 0.25"),
-    "hellaswag_acc_norm": ("HellaSwag acc_norm", "per byte; GPT-2 124M as published: 0.311"),
+    "hellaswag_acc_norm": ("HellaSwag acc_norm", "per byte; published GPT-2 124M: 0.311"),
     "hellaswag_acc_completion": ("HellaSwag, completion", "per token; GPT-2 124M: 0.2955"),
-    "lambada_acc": ("LAMBADA accuracy", "last word of a passage, greedily"),
-    "lambada_perplexity": ("LAMBADA perplexity", "of that word"),
+    "lambada_acc": ("LAMBADA accuracy", "last word of a passage, greedy"),
+    "lambada_perplexity": ("LAMBADA perplexity", "of the last word"),
 }
-"""Name and meaning of what `metrics/eval.json` may hold."""
+"""Name and description of each key that `metrics/eval.json` may have."""
 
-DATA = {
+DATA_METRICS = {
     "documents": "documents",
     "tokens": "tokens",
-    "train_tokens": "of them to train on",
-    "val_tokens": "of them held out",
+    "train_tokens": "training tokens",
+    "val_tokens": "validation tokens",
     "text_bytes": "bytes of text",
-    "bytes_per_token": "bytes a token",
-    "tokens_per_document": "tokens a document, on average",
+    "bytes_per_token": "bytes per token",
+    "tokens_per_document": "tokens per document, mean",
     "shortest_document": "tokens of the shortest document",
-    "longest_document": "tokens of the longest",
-    "duplicate_documents": "documents that repeat another",
-    "val_documents_in_train": "held-out documents that are trained on",
-    "skipped": "documents left out",
+    "longest_document": "tokens of the longest document",
+    "duplicate_documents": "duplicate documents",
+    "val_documents_in_train": "validation documents that are also trained on",
+    "skipped": "skipped documents",
     "shards": "shards",
-    "gigatoken_share": "share of the text encoded by gigatoken",
-    "tiktoken_share": "share encoded by tiktoken",
-    "engine_differences": "documents on which the two differ",
-    "token_count_agreement": "agreement with the source's own counts",
+    "gigatoken_share": "text encoded by gigatoken",
+    "tiktoken_share": "text encoded by tiktoken",
+    "engine_differences": "documents that the two encode differently",
+    "token_count_agreement": "token counts equal to the source's",
 }
-"""Names of what `metrics/data.json` may hold."""
+"""Name of each key that `metrics/data.json` may have."""
 
 
 def render() -> str:
-    """The page of the run whose metrics, log, samples and checkpoint lie here.
+    """Return the page about the run in the working directory.
 
     Raises:
-        UserError: one of them is missing.
+        UserError: A file of the run is missing.
     """
-    data, train, evaluation = (_json(METRICS / f"{n}.json") for n in ("data", "train", "eval"))
-    state, log = _json(CHECKPOINT / "state.json"), Log.parse(_read(LOG))
+    data, train, evaluation = (_read_json(METRICS / f"{n}.json") for n in ("data", "train", "eval"))
+    state, log = _read_json(CHECKPOINT / "state.json"), Log.parse(_read(LOG))
     manifest, params = Manifest.load(TOKENS), read_yaml(PARAMS)
     try:
         gpt = GPT.from_checkpoint(CHECKPOINT)
     except FormatError as error:
-        raise UserError(f"{error}; `dvc repro` makes it") from None
-    text = some_text(gpt.config.block_size)
-    return html.page(
+        raise UserError(f"{error}; run `dvc repro`") from None
+    text = probe_tokens(gpt.config.block_size)
+    return html.render(
         "report.html",
         state=state,
         train=train,
         evaluation=evaluation,
         evaluate=params["evaluate"],
         manifest=manifest,
-        where=where(train),
+        hardware=hardware(train),
         tiles=tiles(train, evaluation),
-        verdict=verdict(evaluation),
+        reference=reference(evaluation),
         loss_charts=[run_charts.loss_chart(log, evaluation, wide=wide) for wide in (True, False)],
         training_charts=run_charts.training_charts(log),
         incidents=log.incidents(),
-        measures=measures(evaluation),
-        progress=progress(log),
-        samples=read_samples(_read(SAMPLES)),
-        data_facts=data_facts(data),
+        evaluation_rows=evaluation_rows(evaluation),
+        training_samples=training_samples(log),
+        samples=parse_samples(_read(SAMPLES)),
+        data_rows=data_rows(data),
         data_charts=run_charts.data_charts(),
-        inside_charts=run_charts.inside_charts(gpt, text),
+        layer_charts=run_charts.layer_charts(gpt, text),
         activation_tokens=text.size,
-        readings=readings(gpt, params["evaluate"]["prompts"]),
-        time=time_facts(train, state),
-        cost=cost_facts(train, state, gpt.config),
+        predictions=predictions(gpt, params["evaluate"]["prompts"]),
+        time_rows=time_rows(train, state),
+        compute_rows=compute_rows(train, state, gpt.config),
         identity=[
             ("commit", train.get("commit") or "not recorded"),
             ("run", state["run_key"]),
             ("data", manifest.dataset_key),
-            ("code of the training", state["code_key"]),
+            ("training code", state["code_key"]),
             ("source", f"{manifest.source.source.repo} at {manifest.source.source.revision}"),
         ],
         machine=[
             *((name.replace("_", " "), value) for name, value in state["arithmetic"].items()),
             *([("device name", train["device"])] if train["device"] != "cpu" else []),
-            ("dtype of the products", train["dtype"]),
+            ("dtype of matrix products", train["dtype"]),
         ],
         versions=sorted(state["versions"].items()),
         params=_read(PARAMS),
     )
 
 
-def where(train: Mapping[str, Any]) -> str:
-    """What the run ran on, to read."""
+def hardware(train: Mapping[str, Any]) -> str:
+    """Describe the hardware of the run, as the end of a sentence."""
     n, device = train["world_size"], train["device"]
     if device != "cpu":
         return f"on {n} × {device}"
@@ -134,94 +132,90 @@ def where(train: Mapping[str, Any]) -> str:
 
 
 def tiles(train: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(value, what it is) of the figures that one looks for first."""
+    """Return (value, label) of the most important figures."""
     below = evaluation["below_unigram"]
     if "hellaswag_acc_norm" in evaluation:
-        third = (f"{evaluation['hellaswag_acc_norm']:.4f}", "HellaSwag, acc_norm")
+        quality = (f"{evaluation['hellaswag_acc_norm']:.4f}", "HellaSwag acc_norm")
     else:
         side = "below" if below >= 0 else "above"
-        third = (html.figure(abs(below)), f"nats {side} the unigram entropy")
+        quality = (html.number(abs(below)), f"nats per token {side} the unigram entropy")
     return [
-        (f"{evaluation['val_loss']:.4f}", "validation loss, nats a token"),
-        (html.figure(evaluation["perplexity"]), "perplexity"),
-        (f"{evaluation['bits_per_byte']:.3f}", "bits a byte"),
-        third,
-        (html.figure(train["tokens_per_second"]), "tokens a second"),
-        (html.duration(train["seconds"]), "of training"),
+        (f"{evaluation['val_loss']:.4f}", "validation loss, nats per token"),
+        (html.number(evaluation["perplexity"]), "perplexity"),
+        (f"{evaluation['bits_per_byte']:.3f}", "bits per byte"),
+        quality,
+        (html.number(train["tokens_per_second"]), "tokens per second"),
+        (html.duration(train["seconds"]), "training time"),
     ]
 
 
-def verdict(evaluation: Mapping[str, Any]) -> str | None:
-    """What the published curve says of the run; None where it says nothing (reference.py)."""
-    said = str(evaluation.get("reference", ""))
-    return said if said and not said.startswith("does not apply") else None
+def reference(evaluation: Mapping[str, Any]) -> str | None:
+    """Return the comparison with the published loss curve; None if it does not apply."""
+    verdict = str(evaluation.get("reference", ""))
+    return verdict if verdict and not verdict.startswith("does not apply") else None
 
 
-def measures(evaluation: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
-    """(name, value, meaning) of what was measured."""
-    known = {key: html.figure(value) for key, value in evaluation.items()}
+def evaluation_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
+    """Return (name, value, description) of each metric of the evaluation."""
+    numbers = {key: html.number(value) for key, value in evaluation.items()}
     return [
-        (name, evaluation[key], meaning.format_map(known))
-        for key, (name, meaning) in MEASURES.items()
+        (name, evaluation[key], description.format_map(numbers))
+        for key, (name, description) in EVALUATION_METRICS.items()
         if key in evaluation
     ]
 
 
-def data_facts(data: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """(name, value) of what is known of the data."""
-    shares = ("_share", "_agreement")
+def data_rows(data: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return (name, value) of each metric of the data."""
+    fractions = ("_share", "_agreement")
     return [
-        (name, html.percent(data[key]) if key.endswith(shares) else data[key])
-        for key, name in DATA.items()
+        (name, html.percent(data[key]) if key.endswith(fractions) else data[key])
+        for key, name in DATA_METRICS.items()
         if key in data
     ]
 
 
-def time_facts(train: Mapping[str, Any], state: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """How long it took."""
+def time_rows(train: Mapping[str, Any], state: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return (name, value) of the times of the run."""
     worker = "GPU" if state["arithmetic"]["device"] == "cuda" else "process"
     return [
         ("steps", state["step"]),
-        ("training, without validation and saving", html.duration(train["seconds"])),
-        ("seconds a step", train["seconds"] / state["step"]),
-        ("tokens a second", train["tokens_per_second"]),
+        ("training, without validation and checkpoints", html.duration(train["seconds"])),
+        ("seconds per step", train["seconds"] / state["step"]),
+        ("tokens per second", train["tokens_per_second"]),
         (f"{worker}-hours", train["seconds"] * train["world_size"] / 3600),
     ]
 
 
-def cost_facts(
+def compute_rows(
     train: Mapping[str, Any], state: Mapping[str, Any], config: GPTConfig
 ) -> list[tuple[str, Any]]:
-    """What it took."""
+    """Return (name, value) of the operations and the memory of the run."""
     flops = flops_per_token(config, config.block_size) * state["tokens"]
-    facts = [
-        ("operations", html.size(flops, "FLOP")),
-        ("operations a second", html.size(flops / train["seconds"], "FLOP/s")),
-        ("most memory of the first process", html.size(train["peak_memory_bytes"])),
-        ("weights", html.size((CHECKPOINT / "model.safetensors").stat().st_size)),
+    rows = [
+        ("operations", html.quantity(flops, "FLOP")),
+        ("operations per second", html.quantity(flops / train["seconds"], "FLOP/s")),
+        ("peak memory of rank 0", html.quantity(train["peak_memory_bytes"], "B")),
+        ("weights", html.quantity((CHECKPOINT / "model.safetensors").stat().st_size, "B")),
     ]
     if "mfu" in train:
-        facts.insert(2, ("of what the devices can do (MFU)", html.percent(train["mfu"])))
-    return facts
+        rows.insert(2, ("fraction of the devices' peak (MFU)", html.percent(train["mfu"])))
+    return rows
 
 
-def progress(log: Log) -> list[tuple[int, str, str]]:
-    """(step, prompt, continuation) of up to 8 samples, the first and the last among them."""
+def training_samples(log: Log) -> list[tuple[int, str, str]]:
+    """Return (step, prompt, continuation) of up to 8 samples, the first and the last included."""
     samples = log.samples()
     most = min(8, len(samples))
     chosen = sorted({round(i * (len(samples) - 1) / max(1, most - 1)) for i in range(most)})
     return [
-        (step, _text(tokens[:SAMPLE_PROMPT]), _text(tokens[SAMPLE_PROMPT:]))
+        (step, sample_text(tokens[:SAMPLE_PROMPT]), sample_text(tokens[SAMPLE_PROMPT:]))
         for step, tokens in (samples[i] for i in chosen)
     ]
 
 
-def _text(tokens: list[int]) -> str:
-    return tokenizer.decode([token for token in tokens if token != tokenizer.EOT])
-
-
-def read_samples(text: str) -> list[tuple[str, str]]:
-    """(prompt, continuation) of the quoted texts of the samples' page."""
+def parse_samples(text: str) -> list[tuple[str, str]]:
+    """Return (prompt, continuation) of the samples in a file written by train.evaluate."""
     quoted: list[list[str]] = []
     for line in text.splitlines():
         if line.startswith("## "):
@@ -235,40 +229,34 @@ def read_samples(text: str) -> list[tuple[str, str]]:
     return samples
 
 
-def some_text(block_size: int) -> np.ndarray:
-    """(B, T) tokens of the validation split, to look inside the model with."""
+def probe_tokens(block_size: int) -> np.ndarray:
+    """Return validation tokens to measure activations on, (B, T)."""
     tokens = TokenStream(TOKENS, "val")[: max(ACTIVATION_TOKENS, block_size)]
     rows = max(1, len(tokens) // block_size)
     return tokens[: rows * block_size].reshape(rows, -1)
 
 
-def readings(gpt: GPT, prompts: list[str]) -> list[tuple[list[dict[str, Any]], Any]]:
-    """The first prompts token by token, with what is expected after them."""
+def predictions(gpt: GPT, prompts: list[str]) -> list[tuple[list[dict[str, Any]], Any]]:
+    """Return the tokens of the first prompts, and the most likely tokens after each prompt."""
     if gpt.config.vocab_size != tokenizer.N_VOCAB:
-        return []  # its tokens are no text of ours
-    read = []
+        return []  # not GPT-2's tokens
+    found = []
     for prompt in [prompt for prompt in prompts if prompt][:PROMPTS] or [""]:
-        tokens, likeliest = model_probe.read_text(gpt, prompt)
+        tokens, likeliest = model_probe.predict_text(gpt, prompt)
         shaded = [
-            {
-                "text": token.text,
-                "probability": token.probability,
-                "likeliest": token.likeliest,
-                "shade": round(70 * token.probability**0.5),
-            }
-            for token in tokens
+            {**asdict(token), "shade": round(70 * token.probability**0.5)} for token in tokens
         ]
-        read.append((shaded, likeliest))
-    return read
+        found.append((shaded, likeliest))
+    return found
 
 
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; `dvc repro` makes it") from None
+        raise UserError(f"{path}: no such file; run `dvc repro`") from None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(_read(path))
     return value

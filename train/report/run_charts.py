@@ -1,4 +1,4 @@
-"""The charts of a run's report: what is drawn, from which curves and tables."""
+"""Charts of a run's report, drawn from its log, its tables and its model."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import numpy as np
 
 from model import GPT
 from train.report import model_probe
-from train.report.charts import SERIES, Curve, bar_chart, line_chart, smooth
+from train.report.charts import SERIES, Curve, bar_chart, line_chart, running_mean
 from train.report.run_log import Log
 
 METRICS = Path("metrics")
 
 Chart = tuple[str, str, str]
-"""Title, note, SVG."""
+"""Title, note and SVG of a chart."""
 
 
 def loss_chart(log: Log, evaluation: Mapping[str, Any], *, wide: bool) -> str:
-    """Training and validation loss, the unigram entropy, and the published run where it applies."""
+    """Draw training and validation loss, unigram entropy, and the published run if comparable."""
     train, val = log.curve("train/loss"), log.curve("val/loss")
-    mean = smooth(train[1], memory=max(2, len(train[1]) // 200))
+    mean = running_mean(train[1], memory=max(2, len(train[1]) // 200))
     curves = [
         Curve("training", *train, "c1", faint=True),
         Curve("training, running mean", train[0], mean, "c1"),
@@ -34,12 +34,11 @@ def loss_chart(log: Log, evaluation: Mapping[str, Any], *, wide: bool) -> str:
     curves.append(
         Curve("unigram entropy", steps, [evaluation["unigram_entropy"]] * 2, "soft", dashed=True)
     )
-    published = _table(METRICS / "reference.csv")
-    if published:
+    if published := _read_csv(METRICS / "reference.csv"):
         xs = [int(row["step"]) for row in published]
         ys = [float(row["reference"]) for row in published]
         curves.append(Curve("published run", xs, ys, "c3", dashed=True))
-    # The first steps fall from ln V: drawn whole, they would press all that follows into a line.
+    # The first steps fall from ln V: in full, they would flatten the rest of the curve.
     settled = [y for x, y in zip(*train, strict=True) if x >= train[0][-1] / 20]
     values = [*settled, *val[1], evaluation["unigram_entropy"]]
     low, high = min(values), max(values)
@@ -47,22 +46,22 @@ def loss_chart(log: Log, evaluation: Mapping[str, Any], *, wide: bool) -> str:
     return line_chart(
         curves,
         name="Training and validation loss by step",
-        y_label="nats a token",
+        y_label="nats per token",
         y_range=(low - margin, high + margin),
         wide=wide,
     )
 
 
 def training_charts(log: Log) -> list[Chart]:
-    """The other curves, as far as they were logged."""
+    """Draw the other curves that were logged."""
     charts = []
     for key, title, note, unit, color in (
         ("lr", "Learning rate", "", "learning rate", "c1"),
         ("grad_norm", "Gradient norm", "before clipping, logarithmic", "norm", "c4"),
-        ("tokens_per_second", "Speed", "", "tokens a second", "c3"),
+        ("tokens_per_second", "Throughput", "", "tokens per second", "c3"),
         ("mfu", "MFU", "of the device's peak", "%", "c3"),
-        ("data_wait", "Data wait", "of the step", "%", "c5"),
-        ("memory_gb", "Memory", "of the first process", "GB", "c5"),
+        ("data_wait", "Data wait", "of the step time", "%", "c5"),
+        ("memory_gb", "Memory", "of rank 0", "GB", "c5"),
     ):
         steps, values = log.curve(key)
         if not steps:
@@ -78,33 +77,27 @@ def training_charts(log: Log) -> list[Chart]:
 
 
 def data_charts() -> list[Chart]:
-    """The tables of `verify`; none of an empty one."""
+    """Draw the tables of the verify stage that are not empty."""
     charts = []
     for key, column, title in (
         ("document_lengths", "tokens", "Documents by length in tokens"),
         ("hosts", "host", "Documents by host"),
         ("dumps", "dump", "Documents by dump"),
     ):
-        rows = _table(METRICS / f"{key}.csv")
-        if rows:
+        if rows := _read_csv(METRICS / f"{key}.csv"):
             labels, counts = [row[column] for row in rows], [int(row["documents"]) for row in rows]
             note = "" if key == "document_lengths" else "the largest"
             charts.append((title, note, bar_chart(labels, counts, name=title)))
     return charts
 
 
-def inside_charts(gpt: GPT, tokens: np.ndarray) -> list[Chart]:
-    """Sizes of weights and of activations by layer.
-
-    Args:
-        gpt: The model, on the CPU.
-        tokens: (B, T), some text.
-    """
+def layer_charts(gpt: GPT, tokens: np.ndarray) -> list[Chart]:
+    """Draw the RMS of weights, and of activations for tokens (B, T), by layer; on the CPU."""
     layers = list(range(1, gpt.config.n_layer + 1))
     charts = []
     for title, sizes in (
-        ("Weights", model_probe.weight_sizes(gpt)),
-        ("Activations", model_probe.activation_sizes(gpt, tokens)),
+        ("Weights", model_probe.weight_rms(gpt)),
+        ("Activations", model_probe.activation_rms(gpt, tokens)),
     ):
         curves = [
             Curve(name, layers, values, color)
@@ -115,8 +108,8 @@ def inside_charts(gpt: GPT, tokens: np.ndarray) -> list[Chart]:
     return charts
 
 
-def _table(path: Path) -> list[dict[str, str]]:
-    """The rows of a table; none where the run has no such table."""
+def _read_csv(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file, none if it does not exist."""
     if not path.exists():
         return []
     return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))

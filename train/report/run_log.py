@@ -1,4 +1,4 @@
-"""The log of a run as its readers see it: curves and samples, by step (written by history.py)."""
+"""Log of a run (`artifacts/log.jsonl`, written by train.monitor.history) as curves and samples."""
 
 from __future__ import annotations
 
@@ -6,32 +6,39 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.format import tokenizer
+
 
 @dataclass(frozen=True)
 class Log:
-    """The records of `artifacts/log.jsonl`, oldest first."""
+    """Records of a log, oldest first."""
 
     records: list[dict[str, Any]]
 
     @classmethod
     def parse(cls, text: str) -> Log:
-        """The log in a file's text."""
+        """Parse the text of a log file."""
         return cls([json.loads(line) for line in text.splitlines()])
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a curve, such as "train/loss"; empty where it was not logged."""
+        """Return steps and values of a curve, such as "train/loss"; empty if it was not logged."""
         found = [(record["step"], record[name]) for record in self.records if name in record]
         return [step for step, _ in found], [value for _, value in found]
 
     def incidents(self) -> list[str]:
-        """Steps whose loss leapt, or whose update was left out (health.py), as lines to read."""
+        """List loss spikes and skipped steps (train.monitor.health) as text."""
         return [
             f"step {record['step']:,}: "
-            + (f"the loss leapt to {record['spike']:.4f}" if "spike" in record else "was skipped")
+            + (f"loss spike to {record['spike']:.4f}" if "spike" in record else "skipped")
             for record in self.records
             if "spike" in record or "skipped" in record
         ]
 
     def samples(self) -> list[tuple[int, list[int]]]:
-        """(step, tokens) of the samples: the same prompt each time, and what was added to it."""
+        """Return (step, tokens) of each sample: a fixed prompt with the continuation."""
         return [(record["step"], record["sample"]) for record in self.records if "sample" in record]
+
+
+def sample_text(tokens: list[int]) -> str:
+    """Decode tokens of a sample, without <|endoftext|>."""
+    return tokenizer.decode([token for token in tokens if token != tokenizer.EOT])
