@@ -1,4 +1,4 @@
-"""What all tests share: a clean environment, real data, and a machine with its own store."""
+"""Fixtures of all tests: a clean environment, the sample data, and machine settings."""
 
 from __future__ import annotations
 
@@ -7,29 +7,31 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from pipeline.download.stage import download
 from pipeline.params import SourceParams
 from pipeline.runtime.machine import Machine
 from pipeline.store.store import Store
 
-
-def _is_ours(variable: str) -> bool:
-    return variable.startswith(("GPT2_", "DVC_", "RAY_"))
+# On a shared machine a time limit per example only makes tests flaky.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _clean_session() -> Iterator[None]:
-    """Nothing of the caller's machine decides a test, session fixtures included."""
+    """Remove the caller's settings before any test or session fixture."""
     with pytest.MonkeyPatch.context() as patch:
-        for variable in filter(_is_ours, list(os.environ)):
-            patch.delenv(variable)
+        for variable in os.environ.copy():
+            if variable.startswith(("GPT2_", "DVC_", "RAY_")):
+                patch.delenv(variable)
         yield
 
 
 @pytest.fixture(autouse=True)
 def _clean_environment() -> Iterator[None]:
-    """What a test, or Ray, puts into the environment does not reach the next test."""
+    """Undo changes that a test, or Ray, makes to the environment."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -38,7 +40,7 @@ def _clean_environment() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def sample_raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`data/raw` as the real download leaves it: the whole sample. Not to be changed."""
+    """`data/raw` with the complete sample, as downloaded. Do not change it."""
     folder = tmp_path_factory.mktemp("sample")
     download(SourceParams(), Store(folder / "work"), folder / "raw", Machine())
     return folder / "raw"
@@ -46,5 +48,5 @@ def sample_raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
-    """One worker, and a store of its own."""
+    """Settings with one worker and a store for this test."""
     return Machine(workers=1, work_dir=tmp_path / "work")

@@ -1,29 +1,29 @@
-"""Of the house: who imports whom, what the stages say they are made of, and the committed files."""
+"""Tests for the layout: imports between rooms, the deps of stages, and the committed files."""
 
 from __future__ import annotations
 
 import ast
 import graphlib
+import importlib
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.runtime.params_file import validate
+from pipeline.runtime.params_file import SECTIONS, validate
+from pipeline.store.code_key import PACKAGES
+from tests.support.repo import REPO
 from train import preset
 
-REPO = Path(__file__).parents[1]
-PACKAGES = ("pipeline", "model", "train")
 MODULES = sorted(path for package in PACKAGES for path in (REPO / package).rglob("*.py"))
 NAMES = [path.relative_to(REPO).as_posix() for path in MODULES]
 
-# How a stage is scheduled, stored, shown and ended: no byte of an out depends on these rooms, so
-# they are deps of no stage.
+# Scheduling, storage, display and exit: no byte of an out depends on these, so no stage has them as
+# deps.
 DECIDE_NO_BYTE = (
     "pipeline/cluster/",
     "pipeline/runtime/",
@@ -37,20 +37,20 @@ DECIDE_NO_BYTE = (
     "train/distributed/rendezvous.py",
     "train/distributed/torchrun.py",
 )
-# What a stage imports and its outs do not depend on: the train stage samples and asks evaluation
-# tasks to observe a run; `model/gpt.py` offers more than each stage needs.
+# Imports of a stage on which its outs do not depend: training uses samples and evaluation tasks to
+# observe a run; `model/gpt.py` offers more than each stage needs.
 NOT_USED_BY = {
     "train": ("train/evals/", "model/generation.py"),
     "evaluate": ("model/hf.py",),
     "export": ("model/generation.py",),
     "report": ("model/generation.py", "model/hf.py"),
 }
-# The train stage hands over to torchrun, which runs the second.
+# The train stage starts torchrun, which runs the second.
 STARTS = {"train": ["train/launch/__main__.py", "train/__main__.py"]}
 
 
 def file_of(module: str) -> str | None:
-    """The file of a dotted name of ours: `pipeline.store` -> pipeline/store.py."""
+    """Return the file of a module of this project: `pipeline.params` -> pipeline/params.py."""
     path = module.replace(".", "/")
     for candidate in (f"{path}.py", f"{path}/__init__.py"):
         if (REPO / candidate).is_file() and candidate.startswith(PACKAGES):
@@ -59,12 +59,11 @@ def file_of(module: str) -> str | None:
 
 
 def imports(name: str, everywhere: bool = True, typing: bool = False) -> Iterator[str]:
-    """The dotted names that a file imports.
+    """Yield the dotted names that a file imports.
 
     Args:
-        name: The file.
-        everywhere: Also inside functions.
-        typing: Also for the type checker alone.
+        everywhere: Also those imported inside functions.
+        typing: Also those imported only for the type checker.
     """
 
     def visit(node: ast.AST) -> Iterator[str]:
@@ -87,7 +86,7 @@ def imports(name: str, everywhere: bool = True, typing: bool = False) -> Iterato
 
 
 def provider(module: str) -> str | None:
-    """The file behind a dotted name; a name that a package passes on is its module's."""
+    """Return the file that defines a dotted name, also if a package re-exports it."""
     package, _, name = module.rpartition(".")
     if package in PACKAGES and file_of(module) is None:
         for node in ast.walk(ast.parse((REPO / package / "__init__.py").read_text("utf-8"))):
@@ -97,9 +96,9 @@ def provider(module: str) -> str | None:
 
 
 def reached(*names: str, without: tuple[str, ...] = ()) -> set[str]:
-    """The files and every file of the three packages that they import, however far.
+    """Return the files and all files of the three packages that they import, directly or not.
 
-    A package's `__init__.py` only passes names on: what it passes on is followed where it is used.
+    A package's `__init__.py` only re-exports names: these are followed where they are used.
     """
     found, todo = set(), list(names)
     while todo:
@@ -116,22 +115,21 @@ def roots(name: str, everywhere: bool = True) -> set[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_borders(name: str) -> None:
+def test_packages_import_only_what_they_may(name: str) -> None:
     package, found = name.split("/")[0], roots(name)
     if package == "pipeline":
         assert found.isdisjoint({"model", "train", "torch"})
     if package == "model":
         assert "train" not in found
-        commands = ("model/generate.py", "model/export.py")
         if "pipeline" in found:
-            assert name in commands
+            assert name in ("model/generate.py", "model/export.py")
             assert "pipeline" not in roots(name, everywhere=False), "only inside functions"
             reaches = {m for m in imports(name) if m.startswith("pipeline")}
             assert reaches <= {"pipeline", "pipeline.format", "pipeline.format.tokenizer"} | {
                 m for m in reaches if m.startswith("pipeline.format.tokenizer.")
             }
         allowed = {*sys.stdlib_module_names, "torch", "safetensors", "model", "pipeline"}
-        if name == "model/import_hf.py":  # where the user asks for a hub id
+        if name == "model/import_hf.py":  # only for a hub id
             assert "huggingface_hub" not in roots(name, everywhere=False)
             allowed |= {"huggingface_hub"}
         assert found <= allowed, found - allowed
@@ -143,18 +141,12 @@ def test_modules_are_short_and_named_by_what_they_hold(name: str) -> None:
     assert not re.search(r"util|common|helper|misc", name)
 
 
-def dvc() -> dict[str, Any]:
-    stages: dict[str, Any] = YAML(typ="safe", pure=True).load(REPO / "dvc.yaml")["stages"]
-    return stages
+STAGES: dict[str, Any] = YAML(typ="safe", pure=True).load(REPO / "dvc.yaml")["stages"]
 
 
-def stage_names() -> list[str]:
-    return list(dvc())
-
-
-@pytest.mark.parametrize("stage", stage_names())
-def test_a_stage_lists_the_modules_it_is_made_of(stage: str) -> None:
-    described = dvc()[stage]
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_lists_the_modules_that_decide_its_outs(stage: str) -> None:
+    described = STAGES[stage]
     match = re.match(r"exec python -m ([\w.]+)", described["cmd"])
     assert match, described["cmd"]
     start = file_of(f"{match[1]}.__main__") or file_of(match[1])
@@ -176,7 +168,7 @@ def test_a_stage_lists_the_modules_it_is_made_of(stage: str) -> None:
     assert {dep for dep in ours if not any(covers(dep, name) for name in needed)} == set()
 
 
-def test_no_cycles() -> None:
+def test_imports_have_no_cycle() -> None:
     """Imports inside functions and for the type checker count as well."""
     graph = {name: {f for m in imports(name, typing=True) if (f := provider(m))} for name in NAMES}
     packages = {name for name in NAMES if name.endswith("__init__.py")}  # they pass names on
@@ -187,16 +179,13 @@ def test_no_cycles() -> None:
         sorter.prepare()
     except graphlib.CycleError as error:
         raise AssertionError(" -> ".join(error.args[1])) from None
+    assert "train/trainer.py" not in reached("train/plan/__main__.py")
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "train.preset",
-        "train.launch",
-        *(f"pipeline.{name}" for name in ("verify", "store", "convert")),
-    ],
-)
+WITHOUT_TORCH = ["train.preset", "train.launch", "pipeline.verify", "pipeline.store"]
+
+
+@pytest.mark.parametrize("command", [*WITHOUT_TORCH, "pipeline.convert"])
 def test_commands_that_compute_nothing_import_no_torch(command: str) -> None:
     code = (
         "import atexit, runpy, sys; atexit.register(lambda: print('torch' in sys.modules)); "
@@ -207,70 +196,27 @@ def test_commands_that_compute_nothing_import_no_torch(command: str) -> None:
     assert done.stdout.splitlines()[-1] == "False"
 
 
-def test_the_plan_needs_no_trainer() -> None:
-    assert "train/trainer.py" not in reached("train/plan/__main__.py")
+def test_stages_with_the_tokenizer_list_its_ranks_and_no_stage_depends_on_the_machine() -> None:
+    for name, stage in STAGES.items():
+        if "pipeline/format/tokenizer.py" in stage["deps"]:
+            assert "pipeline/format/gpt2.tiktoken" in stage["deps"]
+        assert not re.search(r"machine\.yaml|GPT2_|persist", str(stage)), name
 
 
-@pytest.mark.parametrize("stage", stage_names())
-def test_a_stage_lists_the_ranks_with_the_tokenizer(stage: str) -> None:
-    deps = dvc()[stage]["deps"]
-    if "pipeline/format/tokenizer.py" in deps:
-        assert "pipeline/format/gpt2.tiktoken" in deps
-
-
-def test_no_stage_hangs_on_the_machine() -> None:
-    for name, stage in dvc().items():
-        text = str(stage)
-        assert "machine.yaml" not in text, name
-        assert "GPT2_" not in text, name
-        assert "persist" not in text, name
-
-
-def params_text() -> str:
-    return (REPO / "params.yaml").read_text(encoding="utf-8")
-
-
-def test_every_parameter_has_a_comment() -> None:
-    bare = [
-        line
-        for line in params_text().splitlines()
-        if re.match(r"\s*\w+:", line) and not re.search(r" # \w|#.*\w", line)
-    ]
-    assert bare == []
-
-
-def test_the_committed_parameters_hold_every_section_and_every_key() -> None:
-    params = YAML(typ="safe", pure=True).load(params_text())
-    assert set(params) == set(preset.SECTIONS)
+def test_committed_parameters_have_every_section_key_and_comment() -> None:
+    text = (REPO / "params.yaml").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if re.match(r"\s*\w+:", line)]
+    assert [line for line in lines if not re.search(r"#.*\w", line)] == []
+    params = YAML(typ="safe", pure=True).load(text)
+    assert tuple(params) == tuple(preset.SECTIONS) == SECTIONS
     for name, section in preset.SECTIONS.items():
         validate(section, params[name], name)
-        # Written out: the file, and no default in the code, is the whole truth.
-        assert set(params[name]) == set(section.model_fields), name
-
-
-def preset_names() -> list[str]:
-    return list(preset.preset_files())
-
-
-@pytest.mark.parametrize("name", preset_names())
-def test_a_preset_can_be_applied_and_applied_twice(name: str) -> None:
-    once = preset.merge(params_text(), preset.read_preset(name))
-    assert preset.merge(once, preset.read_preset(name)) == once
-    assert once.count("#") == params_text().count("#")
-
-
-def test_the_committed_parameters_are_the_preset_mini() -> None:
-    mini, params = preset.read_preset("mini"), YAML(typ="safe", pure=True).load(params_text())
-    assert mini == params  # whole: it undoes any other preset
-    assert preset.merge(params_text(), mini) == params_text()
-    for name in preset_names():
-        other = preset.merge(params_text(), preset.read_preset(name))
-        assert YAML(typ="safe", pure=True).load(preset.merge(other, mini)) == params
+        assert set(params[name]) == set(section.model_fields), name  # no default of the code
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.endswith("__main__.py")])
-def test_nothing_happens_at_import(name: str) -> None:
-    """At the top of a module: definitions, imports, constants, and the guard of a command."""
+def test_importing_a_module_runs_nothing(name: str) -> None:
+    """The top of a module holds definitions, imports, constants, and a command's guard."""
     tree = ast.parse((REPO / name).read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.Expr):
@@ -280,3 +226,28 @@ def test_nothing_happens_at_import(name: str) -> None:
             assert "__name__" in test or "TYPE_CHECKING" in test or "sys." in test, test
         else:
             assert not isinstance(node, ast.For | ast.While | ast.With), ast.unparse(node)
+
+
+COMMANDS = [
+    *(f"pipeline.{name}" for name in ("convert", "download", "store", "tokenize", "verify")),
+    *(f"model.{name}" for name in ("export", "generate", "import_hf")),
+    *(f"train.{name}" for name in ("bench", "evaluate", "launch", "plan", "play", "preset")),
+    *("train.report", "train.trace", "train"),
+]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_and_refuses_an_unknown_flag(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = file_of(f"{name}.__main__") or file_of(name)
+    assert file is not None
+    main = importlib.import_module(file.removesuffix(".py").replace("/", ".")).main
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert f"python -m {name} " in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["--unknown-flag"])
+    assert ended.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

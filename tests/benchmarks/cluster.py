@@ -1,15 +1,14 @@
-"""What a cluster's driver costs, and where a cluster ends: `python -m tests.benchmarks.cluster`.
+"""Cost of a cluster's driver, and limits of a cluster: `python -m tests.benchmarks.cluster`.
 
-- `chunks`: many tiny chunks by a local Ray, with `data: shared` or `--data ship`. CPU time of the
-  driver a chunk, its resident memory along the way, and what Ray's object store holds.
-- `ship`: how fast one process reads and packs text, unpacks it, encodes it, and takes pieces in.
-- `table`: what is measured, extrapolated: the inputs are arguments, the formula is `Plan`.
+- `chunks`: many tiny chunks on a local Ray, with `data: shared` or `--data ship`: the driver's CPU
+  time per chunk, its resident memory, and the size of Ray's object store.
+- `ship`: speed of one process at reading and packing text, unpacking, encoding, receiving pieces.
+- `table`: an extrapolation by `Plan` from the measured inputs, which are arguments.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -35,65 +34,55 @@ from tests.support.small_data import write_raw
 
 MB = 1e6
 
-# Of English web text, as FineWeb's sample-10BT has it: 15 files of 2.15 GB, 10.3 billion tokens.
+# English web text. FineWeb's sample-10BT: 15 files of 2.15 GB, 10.3 billion tokens.
 BYTES_PER_TOKEN = 4.5
-# Bytes for a byte of text: parquet (zstd), tokens (uint16), and what `ship` sends (lz4, measured).
+# Bytes per byte of text: parquet (zstd), tokens (uint16), and Arrow for `ship` (lz4, measured).
 PARQUET = 15 * 2.15e9 / 10.3e9 / BYTES_PER_TOKEN
 TOKENS = 2 / BYTES_PER_TOKEN
 PACKED = 0.65
-# Where parquet and tokens are kept.
-KEPT = {"shared": "storage", "ship": "disk"}
-
-
-def cpu() -> float:
-    """CPU seconds of this process, user and system."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
-def resident() -> float:
-    """Resident memory of this process in MB."""
-    return float(psutil.Process().memory_info().rss) / MB
+# Where parquet and tokens are stored.
+STORED_ON = {"shared": "storage", "ship": "disk"}
 
 
 def chunks(count: int, data: Any) -> None:
-    """The driver's cost of ``count`` chunks of one short document each."""
+    """Measure the driver's cost of ``count`` chunks of one short document each."""
     texts = [f"Document {i} of many. " + "All men are created equal. " * 160 for i in range(count)]
-    marks: list[tuple[int, float, float, float]] = []
+    samples: list[tuple[int, float, float, float]] = []
     advance, seen, measuring = Progress.advance, 0, 0.0
 
-    def watched(self: Progress, units: int, note: str = "") -> None:
+    def measured(self: Progress, units: int, note: str = "") -> None:
         nonlocal seen, measuring
         advance(self, units, note)
         seen += units > 0
         if units and seen % (count // 10) == 0:
-            begin = cpu()
-            marks.append((seen, begin - measuring, resident(), stored()))
+            begin = time.process_time()
+            resident = psutil.Process().memory_info().rss / MB
+            samples.append((seen, begin - measuring, resident, stored()))
             if seen == count // 10 * 9:
                 check_meter()
-            measuring += cpu() - begin
+            measuring += time.process_time() - begin
 
-    Progress.advance = watched  # type: ignore[method-assign]
+    Progress.advance = measured  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         raw = write_raw(Path(folder) / "raw", [texts])
         params = TokenizeParams(shard_tokens=1000, val_per_10k=20)
-        begin, wall = cpu(), time.monotonic()
+        begin, wall = time.process_time(), time.monotonic()
         machine = Machine(work_dir=Path(folder) / "work", data=data)
         manifest = tokenize(raw, Path(folder) / "tokens", params, machine, "benchmark")
         parts = sum(len(shard.parts) for shard in manifest.shards)
+        used = time.process_time() - begin - measuring
         print(f"\n{parts} chunks in {time.monotonic() - wall:.1f} s with data: {data}")
-        (first, cpu_first, *_), (last, cpu_last, *_) = marks[0], marks[-1]
+        (first, cpu_first, *_), (last, cpu_last, *_) = samples[0], samples[-1]
         print(
-            f"driver: {1e3 * (cpu_last - cpu_first) / (last - first):.2f} ms CPU a chunk while "
-            f"they run; {1e3 * (cpu() - begin - measuring) / parts:.2f} ms with all of the stage, "
-            "start-up of Ray too"
+            f"driver: {1e3 * (cpu_last - cpu_first) / (last - first):.2f} ms of CPU per chunk "
+            f"while they run; {1e3 * used / parts:.2f} ms for the complete stage, with Ray's start"
         )
-        for done, _, memory, store in marks:
+        for done, _, memory, store in samples:
             print(f"  {done:5} done: driver {memory:.0f} MB resident, object store {store:.2f} MB")
 
 
 def stored() -> float:
-    """MB in the object stores of the cluster, as the nodes report it."""
+    """Return the MB in the cluster's object stores, as reported by the nodes."""
     import ray
 
     total, free = ray.cluster_resources(), ray.available_resources()
@@ -102,27 +91,19 @@ def stored() -> float:
 
 
 def check_meter() -> None:
-    """Have `stored` show an object of 10 MB, and show that it is gone: it can see one."""
+    """Print what `stored` reports with and without an object of 10 MB."""
     import ray
 
     held = ray.put(np.zeros(10_000_000, np.uint8))
-    shown = largest_of(stored)
+    time.sleep(3)  # nodes report from time to time
+    reported = stored()
     del held
     time.sleep(3)
-    print(f"the meter: {shown:.1f} MB with an object of 10 MB, {stored():.1f} MB without")
-
-
-def largest_of(measure: Callable[[], float], seconds: float = 3) -> float:
-    """The largest of what is measured in so long a time."""
-    end, largest = time.monotonic() + seconds, 0.0
-    while time.monotonic() < end:
-        largest = max(largest, measure())
-        time.sleep(0.1)
-    return largest
+    print(f"object store: {reported:.1f} MB with an object of 10 MB, {stored():.1f} MB without")
 
 
 def rates(megabytes: int) -> None:
-    """One process at a time, on the sample's text, again and again."""
+    """Measure one process on ``megabytes`` of the sample's text, repeated."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for _ in write_sample(folder, None):
@@ -153,9 +134,9 @@ def rates(megabytes: int) -> None:
 
 
 def encoding(paths: list[Path], folder: Path) -> None:
-    """The work of a task, and the driver's when its piece comes."""
+    """Measure a task, and the driver's work when it receives the piece."""
     texts = [t for p in paths for _, b in read_batches(p, "text", 0, 10**9) for t in b.to_pylist()]
-    raw = write_raw(folder / "raw", [8 * texts], group=25)  # one chunk of some 20M tokens
+    raw = write_raw(folder / "raw", [8 * texts], group=25)  # one chunk of about 20M tokens
     files = RawManifest.load(raw).files
     params = TokenizeParams(shard_tokens=20_000_000, val_per_10k=20)
     store, taken = Store(folder / "one"), Store(folder / "two")
@@ -180,11 +161,11 @@ def encoding(paths: list[Path], folder: Path) -> None:
         ship_chunks.receive(iter(blocks), key, taken)
         receiving += time.perf_counter() - begin
     print(f"encode (a task):        {text / MB / seconds:7.1f} MB/s of text")
-    print(f"take in (the driver):   {text / MB / receiving:7.0f} MB/s of text")
+    print(f"receive (the driver):   {text / MB / receiving:7.0f} MB/s of text")
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds that it takes."""
+    """Return the seconds that ``work`` takes."""
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
@@ -192,48 +173,48 @@ def timed(work: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured or bought, and the rates that follow, in MB/s of text.
+    """Measured or assumed rates of a cluster, and the rates of the stages in MB/s of text.
 
-    A stage is as fast as its slowest part: each method gives what every part could do alone. The
-    bytes that a part moves for a byte of text are those of parquet, of tokens, or of packed text.
+    A stage is as fast as its slowest component: each method returns the rate of every component
+    alone. Per byte of text a component moves the bytes of parquet, tokens or packed text.
     """
 
     core: float
-    """MB/s of text that a core tokenizes."""
+    """MB/s of text tokenized per core."""
     check: float
-    """MB/s of text that a core verifies, parquet and shards."""
+    """MB/s of text verified per core, parquet and shards."""
     cores: int
-    """Of a node."""
+    """Cores per node."""
     network: float
-    """MB/s that a node's network carries, each way."""
+    """MB/s of a node's network in each direction."""
     storage: float
-    """MB/s that the shared storage gives to all nodes together."""
+    """MB/s of the shared storage for all nodes together."""
     disk: float
-    """MB/s of the driver's own disk, with `ship`."""
+    """MB/s of the driver's disk, with `ship`."""
     hub: float
-    """MB/s that the hub, or a mirror of it, gives to all nodes together."""
+    """MB/s of the hub, or a mirror of it, for all nodes together."""
     read: float
-    """MB/s of text that a core of the driver reads and packs, with `ship`."""
+    """MB/s of text read and packed per core of the driver, with `ship`."""
     take_in: float
-    """MB/s of text whose tokens the driver's one thread takes into the store, with `ship`."""
+    """MB/s of text whose tokens the driver's only thread receives, with `ship`."""
     driver_ms: float
-    """CPU milliseconds of the driver a chunk, with `shared`."""
+    """CPU milliseconds of the driver per chunk, with `shared`."""
     shard_tokens: float
-    """Tokens a chunk."""
+    """Tokens per chunk."""
     dvc: float
-    """MB/s that DVC hashes, on one machine, when a stage has ended."""
+    """MB/s that DVC hashes on one machine after a stage."""
 
     def download(self, nodes: int, data: str) -> dict[str, float]:
-        """Parquet from the hub to where it is kept."""
-        machines, kept = (nodes, self.storage) if data == "shared" else (1, self.disk)
+        """Rates of downloading parquet from the hub and storing it."""
+        machines, rate = (nodes, self.storage) if data == "shared" else (1, self.disk)
         return {
             "hub": self.hub / PARQUET,
             "network": machines * self.network / PARQUET,
-            KEPT[data]: kept / PARQUET,
+            STORED_ON[data]: rate / PARQUET,
         }
 
     def tokenize(self, nodes: int, data: str) -> dict[str, float]:
-        """Parquet to tokens; with `ship` the driver's machine has a node's cores and network."""
+        """Rates of tokenizing; with `ship` the driver's machine is one of the nodes."""
         cores = nodes * self.cores * self.core
         if data == "shared":
             return {
@@ -250,23 +231,23 @@ class Plan:
         }
 
     def verify(self, nodes: int, data: str) -> dict[str, float]:
-        """Parquet and tokens, read where they are kept."""
-        machines, kept = (nodes, self.storage) if data == "shared" else (1, self.disk)
+        """Rates of verifying parquet and tokens where they are stored."""
+        machines, rate = (nodes, self.storage) if data == "shared" else (1, self.disk)
         limits = {
             "cores": machines * self.cores * self.check,
-            KEPT[data]: kept / (PARQUET + TOKENS),
+            STORED_ON[data]: rate / (PARQUET + TOKENS),
         }
         if data == "shared":
             limits["network"] = nodes * self.network / (PARQUET + TOKENS)
         return limits
 
     def commit(self) -> float:
-        """DVC's hashing of data/raw and data/tokens."""
+        """Rate at which DVC hashes data/raw and data/tokens."""
         return self.dvc / (PARQUET + TOKENS)
 
 
 def table(plan: Plan) -> None:
-    """The extrapolation, as Markdown."""
+    """Print the extrapolation as a Markdown table."""
     print("| tokens | nodes | data | download | tokenize | verify | DVC hashes |")
     print("|---|---|---|---|---|---|---|")
     for name, tokens in (("10BT", 10.3e9), ("350BT", 350e9), ("15T", 15e12)):
@@ -282,7 +263,7 @@ def table(plan: Plan) -> None:
 
 
 def span(seconds: float) -> str:
-    """Seconds as one reads them."""
+    """Format seconds in a readable unit."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

@@ -1,15 +1,15 @@
-"""Our run against the same run written plainly over `transformers`, on real text.
+"""Compare our training curves with a plain training loop over `transformers`, on real text.
 
     python -m tests.benchmarks.curves FOLDER --text PARQUET... [--minutes N] [--only ours|plain]
 
 `ours` is `python -m train.launch` with two processes. `plain` is one process, one loop and
-`transformers.GPT2LMHeadModel`: no DDP, no loader, no module of train/ but the data order (what is
-compared needs the same data), with the schedule, the decay groups, clipping and AdamW written out
-again from their papers. Both start from the same weights. Where their losses, gradient norms and
-rates lie on each other, none of the two has a bug of its own.
+`transformers.GPT2LMHeadModel`: no DDP, no loader, no module of train/ except the sampling order,
+because both need the same data. Schedule, decay groups, clipping and AdamW are written again from
+their papers. Both start from the same weights. If losses, gradient norms and learning rates agree,
+neither has a bug that the other has not.
 
-Both resume: with --minutes each call goes on for so long, and says at its end whether more is to be
-done (status 3). The figures, and `curves.png`, are of the steps that both have made so far.
+Both runs can be resumed: with --minutes each call continues for that long, and exits with status 3
+if the runs are not finished. Numbers and `curves.png` cover the steps that both have done.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ TRAIN: dict[str, Any] = {
     "dtype": "float32", "val_every": 50, "val_tokens": 16384, "checkpoint_every": 50,
     "log_every": 1,
 }  # fmt: skip
-# A machine that others use as well may leave a process waiting for long.
+# A process may wait for long on a machine that is shared with others.
 MACHINE = {
     "GPT2_PROCESSES": "2", "GPT2_DEVICE": "cpu", "GPT2_COMPILE": "true", "GPT2_TIMEOUT": "7200",
 }  # fmt: skip
@@ -47,7 +48,7 @@ STOPPED = 3
 
 
 def prepare(folder: Path, text: list[Path]) -> None:
-    """A project of its own, with a copy of the code, and the tokens of parquet files."""
+    """Make a project with a copy of the code and the tokens of parquet files."""
     if (folder / "data/verified.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +65,7 @@ def prepare(folder: Path, text: list[Path]) -> None:
 
 
 def ours(folder: Path, seconds: float) -> None:
-    """Runs `train.launch`, which goes on where it stopped; a SIGTERM ends it in time."""
+    """Run `train.launch`, which resumes, and stop it with SIGTERM after ``seconds``."""
     process = subprocess.Popen(
         [sys.executable, "-m", "train.launch"],
         cwd=folder,
@@ -78,28 +79,27 @@ def ours(folder: Path, seconds: float) -> None:
         sys.exit(process.returncode)
 
 
-def our_log(folder: Path) -> dict[str, dict[int, float]]:
-    """Curve -> step -> value, of our run."""
-    (path,) = (folder / ".work/runs").glob("*/log.jsonl")
-    names = {"loss": "train/loss", "val": "val/loss", "norm": "grad_norm", "lr": "lr"}
-    return _curves(path, {**names, "spike": "spike"})
-
-
-def plain_log(folder: Path) -> dict[str, dict[int, float]]:
-    """The same of the plain one."""
-    return _curves(folder / "plain.jsonl", {k: k for k in ("loss", "val", "norm", "lr")})
-
-
-def _curves(path: Path, names: dict[str, str]) -> dict[str, dict[int, float]]:
+def read_log(path: Path, names: Mapping[str, str]) -> dict[str, dict[int, float]]:
+    """Read a run's log: curve -> step -> value, for the keys of the log by curve."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     return {
-        short: {record["step"]: record[name] for record in records if name in record}
-        for short, name in names.items()
+        curve: {record["step"]: record[name] for record in records if name in record}
+        for curve, name in names.items()
     }
 
 
+def both_logs(folder: Path) -> list[dict[str, dict[int, float]]]:
+    """Read the logs of our run and of the plain one."""
+    (ours,) = (folder / ".work/runs").glob("*/log.jsonl")
+    names = {"loss": "train/loss", "val": "val/loss", "norm": "grad_norm", "lr": "lr"}
+    return [
+        read_log(ours, {**names, "spike": "spike"}),
+        read_log(folder / "plain.jsonl", {name: name for name in names}),
+    ]
+
+
 def rate(step: int) -> float:
-    """Linear warm-up, then a cosine to a tenth at the last step; steps from 0."""
+    """Learning rate: linear warm-up, then a cosine to a tenth at the last step; steps from 0."""
     peak, warmup, last = TRAIN["learning_rate"], TRAIN["warmup_steps"], TRAIN["steps"] - 1
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -107,14 +107,14 @@ def rate(step: int) -> float:
 
 
 def all_tokens(folder: Path, split: str) -> np.ndarray:
-    """A split's tokens, read as numpy reads any file."""
+    """Read the tokens of a split with plain numpy."""
     tokens = folder / "data/tokens"
     names = [shard.name for shard in Manifest.load(tokens).shards if shard.split == split]
     return np.concatenate([np.fromfile(tokens / name, "<u2")[512:] for name in names])
 
 
 def plain(folder: Path, seconds: float) -> None:
-    """Goes on with the run over `transformers` for so long, or to its end."""
+    """Continue the run over `transformers` for ``seconds``, or to its end."""
     import transformers
 
     from model import GPT, GPTConfig
@@ -129,7 +129,7 @@ def plain(folder: Path, seconds: float) -> None:
     sizes = {key: value for key, value in MODEL.items() if key != "size"}
     GPT.initialised(GPTConfig(**sizes), seed=params["seed"]).to_hf(folder / "initial")
     model = transformers.GPT2LMHeadModel.from_pretrained(folder / "initial")
-    matrices = [p for p in model.parameters() if p.dim() >= 2]  # embeddings among them, tied once
+    matrices = [p for p in model.parameters() if p.dim() >= 2]  # with embeddings, the tied one once
     vectors = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
@@ -148,7 +148,7 @@ def plain(folder: Path, seconds: float) -> None:
         return F.cross_entropy(model(window[None, :-1]).logits[0], window[1:])
 
     def validate() -> float:
-        n = TRAIN["val_tokens"] // T  # whole windows only
+        n = TRAIN["val_tokens"] // T  # complete windows only
         with torch.no_grad():
             return sum(loss_of(val_tokens, w * T).item() for w in range(n)) / n
 
@@ -187,8 +187,8 @@ def plain(folder: Path, seconds: float) -> None:
 
 
 def compare(folder: Path) -> None:
-    """Prints how far the curves lie apart, and draws them."""
-    mine, theirs = our_log(folder), plain_log(folder)
+    """Print how far the curves are apart, and plot them."""
+    mine, theirs = both_logs(folder)
     steps = sorted(mine["loss"].keys() & theirs["loss"].keys())
     print(f"{len(steps)} of {TRAIN['steps']} steps, {len(steps) * TRAIN['batch_tokens']:,} tokens")
 
@@ -201,7 +201,7 @@ def compare(folder: Path) -> None:
         if not len(apart):
             break
         until = first + len(apart)
-        print(f"  steps {first + 1} to {until}: mean {apart.mean():.1e}, most {apart.max():.1e}")
+        print(f"  steps {first + 1} to {until}: mean {apart.mean():.1e}, max {apart.max():.1e}")
     relative = difference("norm", steps) / [theirs["norm"][s] for s in steps]
     print(f"gradient norm: mean relative difference {relative.mean():.1e}")
     print(f"learning rate: largest difference {difference('lr', steps).max():.1e}")
@@ -212,13 +212,13 @@ def compare(folder: Path) -> None:
     losses = np.array([loss for _, loss in sorted(mine["loss"].items())])
     rises = [losses[i] - np.median(losses[i - 20 : i]) for i in range(20, len(losses))]
     if rises:
-        print(f"our {len(losses)} steps: {len(mine['spike'])} spikes noted")
+        print(f"our {len(losses)} steps: {len(mine['spike'])} spikes logged")
         print(f"  largest rise of the loss over the median of the 20 before: {max(rises):.3f}")
     draw(mine, theirs, folder / "curves.png")
 
 
 def draw(mine: dict[str, dict[int, float]], theirs: dict[str, Any], path: Path) -> None:
-    """The curves of both, on each other, and the difference of the losses."""
+    """Plot the curves of both runs and the difference of the losses."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 9), layout="constrained")
@@ -240,14 +240,16 @@ def draw(mine: dict[str, dict[int, float]], theirs: dict[str, Any], path: Path) 
         axes.grid(alpha=0.3)
     panels[0].legend()
     figure.savefig(path, dpi=80)
-    print(f"drawn: {path}")
+    print(f"plot: {path}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.curves")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="parquet files")
-    parser.add_argument("--minutes", type=float, default=1e4, help="of each run, at most")
+    parser.add_argument(
+        "--minutes", type=float, default=1e4, help="time limit per run (default 10000)"
+    )
     parser.add_argument("--only", choices=["ours", "plain"])
     args = parser.parse_args()
     folder = args.folder.absolute()
@@ -256,11 +258,11 @@ def main() -> None:
         ours(folder, 60 * args.minutes)
     if args.only != "ours":
         plain(folder, 60 * args.minutes)
-    begun = (folder / "plain.jsonl").exists() and (folder / ".work/runs").exists()
-    if begun:
+    both = (folder / "plain.jsonl").exists() and (folder / ".work/runs").exists()
+    if both:
         compare(folder)
-    if not begun or min(max(log(folder)["loss"]) for log in (our_log, plain_log)) < TRAIN["steps"]:
-        print("there is more to do: the same command goes on", flush=True)
+    if not both or min(max(log["loss"]) for log in both_logs(folder)) < TRAIN["steps"]:
+        print("not finished: run the same command again to continue", flush=True)
         sys.exit(STOPPED)
 
 

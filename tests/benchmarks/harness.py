@@ -1,11 +1,11 @@
-"""Are our HellaSwag answers those of EleutherAI's lm-evaluation-harness? Task for task, no network.
+"""Comparison of HellaSwag answers with EleutherAI's lm-evaluation-harness, task by task, offline.
 
     python -m tests.benchmarks.harness --checkpoint artifacts/checkpoint --tasks hellaswag.jsonl \\
         --python /path/to/a/venv/with/lm_eval/bin/python
 
-The checkpoint is exported and measured by `lm_eval --model hf` in float32, with the harness's own
-`process_docs` where the tasks have `ctx_a` and `ctx_b`; and by train.hellaswag, in several batches.
-Ends with status 1 where an answer differs.
+The checkpoint is exported and scored by `lm_eval --model hf` in float32, with the harness's own
+`process_docs` if the tasks have `ctx_a` and `ctx_b`; and by train.evals.hellaswag with several
+batch sizes. The exit status is 1 if an answer differs.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ import numpy as np
 
 from model import GPT
 from train.evals import hellaswag
-from train.evals.likelihood import scores
-from train.evals.task_files import read_tasks
+from train.evals.likelihood import score_requests
 
 TASK = """\
 task: hellaswag_here
@@ -51,8 +50,8 @@ def process(dataset):
 """
 
 
-def of_the_harness(python: str, exported: Path, tasks: Path, folder: Path) -> np.ndarray:
-    """The harness's log-likelihoods (tasks, 4), and whether it counts acc and acc_norm: (n, 6)."""
+def run_harness(python: str, exported: Path, tasks: Path, folder: Path) -> np.ndarray:
+    """Return (tasks, 6): the log-likelihoods of the 4 endings, acc and acc_norm, by the harness."""
     (folder / "task.yaml").write_text(TASK.format(tasks=tasks.absolute()))
     (folder / "here.py").write_text(PROCESS)
     command = [
@@ -74,44 +73,45 @@ def of_the_harness(python: str, exported: Path, tasks: Path, folder: Path) -> np
 
 
 def main() -> None:
-    """Compare, print, and say by the status whether all is equal."""
+    """Compare, print, and exit with status 0 if all answers are equal."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.harness")
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--tasks", type=Path, required=True, help="a .jsonl file of HellaSwag")
-    parser.add_argument("--python", required=True, help="of an environment that has lm_eval")
+    parser.add_argument("--python", required=True, help="interpreter with lm_eval installed")
     args = parser.parse_args()
     gpt = GPT.from_checkpoint(args.checkpoint)
-    tasks = read_tasks("evaluate.hellaswag", str(args.tasks), hellaswag.HUB, hellaswag.Task.of)
+    tasks = hellaswag.read("evaluate.hellaswag", str(args.tasks))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         export = ("--checkpoint", str(args.checkpoint), "--out", str(folder / "hf"))
         subprocess.run([sys.executable, "-m", "model.export", *export], check=True)
         start = time.perf_counter()
-        theirs = of_the_harness(args.python, folder / "hf", args.tasks, folder)
+        theirs = run_harness(args.python, folder / "hf", args.tasks, folder)
         n = len(theirs)
-        print(f"harness: {time.perf_counter() - start:.0f} s with its start", flush=True)
-    likely, good = theirs[:, :4], True
+        print(f"harness: {time.perf_counter() - start:.0f} s, including startup", flush=True)
+    expected, good = theirs[:, :4], True
     for size in (1, 16, None):
         start = time.perf_counter()
-        answers = hellaswag.answer(gpt, tasks, size=size)
+        predictions = hellaswag.predict(gpt, tasks, batch_size=size)
         seconds = time.perf_counter() - start
-        rows = [row for task in tasks for row, _ in task.harness()]
-        ours = np.array([score.log_likelihood for score in scores(gpt, rows, size=size)])
+        requests = [request for task in tasks for request, _ in task.harness_requests()]
+        scores = score_requests(gpt, requests, batch_size=size)
+        ours = np.array([score.log_likelihood for score in scores])
+        answers = np.array([p.acc for p in predictions])
+        acc = np.array([p.acc == p.label for p in predictions])
+        acc_norm = np.array([p.acc_norm == p.label for p in predictions])
         same = [
-            sum(a.acc == choice for a, choice in zip(answers, likely.argmax(1), strict=True)),
-            sum((a.acc == a.label) == bool(t) for a, t in zip(answers, theirs[:, 4], strict=True)),
-            sum(
-                (a.acc_norm == a.label) == bool(t)
-                for a, t in zip(answers, theirs[:, 5], strict=True)
-            ),
+            int((answers == expected.argmax(1)).sum()),
+            int((acc == theirs[:, 4]).sum()),
+            int((acc_norm == theirs[:, 5]).sum()),
         ]
         good = good and same == [n, n, n]
         print(
-            f"batch {size or 'chosen'}: {seconds:.1f} s; of {n} tasks the same answer in "
-            f"{same[0]}, the same acc in {same[1]}, the same acc_norm in {same[2]}; "
-            f"log-likelihoods differ by "
-            f"{np.abs(ours.reshape(likely.shape) - likely).max():.1e} at most; "
-            + ", ".join(f"{k} {v:.4g}" for k, v in hellaswag.measures(answers).items()),
+            f"batch size {size or 'chosen'}: {seconds:.1f} s; of {n} tasks, {same[0]} have the "
+            f"same answer, {same[1]} the same acc, {same[2]} the same acc_norm; "
+            f"log-likelihoods differ by at most "
+            f"{np.abs(ours.reshape(expected.shape) - expected).max():.1e}; "
+            + ", ".join(f"{k} {v:.4g}" for k, v in hellaswag.metrics(predictions).items()),
             flush=True,
         )
     sys.exit(0 if good else 1)

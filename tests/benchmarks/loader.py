@@ -1,8 +1,8 @@
-"""How fast the loader is, and what it keeps in memory: `python -m tests.benchmarks.loader`.
+"""Speed and memory of the loader: `python -m tests.benchmarks.loader`.
 
-*Speed*: tokens a second of `Batches`, from the page cache, with nobody computing on them.
-*Memory*: the resident set while a part of an epoch over 20 GB of sparse shards is read in shuffled
-order, as the kernel counts it: anonymous memory, and pages of files that are mapped in.
+*Speed*: tokens per second of `Batches`, from the page cache, without a training step.
+*Memory*: resident set (Linux) while part of an epoch over 20 GB of sparse shards is read in
+shuffled order: anonymous memory, and mapped pages of files.
 """
 
 import argparse
@@ -16,9 +16,7 @@ import numpy as np
 import torch
 
 from pipeline import TokenStream
-from pipeline.format.manifest import Manifest, RawManifest, Shard, Source, Tokenizer, Totals
-from pipeline.format.shards import HEADER_BYTES, MAGIC, VERSION
-from pipeline.store import atomic
+from tests.support.training import shard_entry, shard_header, write_manifest
 from train import DataOrder
 from train.data.loader import Batches
 from train.data.split import Split
@@ -29,74 +27,60 @@ MICRO_BATCH_TOKENS = 16_384
 
 
 def write_folder(folder: Path, shards: int, tokens: int, sparse: bool) -> TokenStream:
-    """A token folder of random tokens, or of holes, which read as zeros and take no disk."""
+    """Write a token folder of random tokens, or of sparse files, which read as zeros."""
     rng, entries = np.random.default_rng(0), []
     for number in range(shards):
         name = f"train-{number:05d}.bin"
-        header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
-        header[:3] = MAGIC, VERSION, tokens
         with open(folder / name, "wb") as file:
-            file.write(header.tobytes())
+            file.write(header := shard_header(tokens))
             if sparse:
-                file.truncate(HEADER_BYTES + 2 * tokens)
+                file.truncate(len(header) + 2 * tokens)
             else:
                 file.write(rng.integers(0, 50257, tokens).astype("<u2").tobytes())
-        entries.append(
-            Shard(name=name, split="train", tokens=tokens, docs=0, text_bytes=0, sha256="",
-                  docs_sha256="", parts=[])
-        )  # fmt: skip
-    manifest = Manifest(
-        dataset_key="0" * 64, format="llm.c", dtype="uint16",
-        tokenizer=Tokenizer(name="gpt2", ranks_sha256="", n_vocab=50257, eot=50256),
-        params={},
-        source=RawManifest(source=Source(kind="test", repo="", revision=""), files=[]),
-        shards=entries,
-        totals={"train": Totals(shards=shards, docs=0, tokens=shards * tokens, text_bytes=0)},
-        skipped={},
-    )  # fmt: skip
-    atomic.write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
+        entries.append(shard_entry(name, tokens))
+    write_manifest(folder, entries)
     return TokenStream(folder, "train")
 
 
 def batches(stream: TokenStream, block_size: int, tokens: int) -> Batches:
-    """The loader of one process over so many tokens, with the batch of the real run."""
+    """Make the loader of one process over ``tokens`` tokens, with the batch size of a real run."""
     schedule = BatchSchedule(full=BATCH_TOKENS // block_size)
     return Batches(
         stream,
         DataOrder(n_tokens=len(stream), block_size=block_size, seed=1),
         Split(world=1, micro_batch=MICRO_BATCH_TOKENS // block_size),
         rank=0,
-        spans=(schedule(step) for step in range(tokens // BATCH_TOKENS)),
+        spans=schedule.spans(0, tokens // BATCH_TOKENS),
         device=torch.device("cpu"),
     )
 
 
 def speed(stream: TokenStream, block_size: int, tokens: int) -> float:
-    """Tokens a second."""
+    """Measure tokens per second."""
     before, read = time.perf_counter(), 0
     with batches(stream, block_size, tokens) as loader:
-        for inputs, _ in loader:
+        for _, inputs, _ in loader:
             read += inputs.numel()
     return read / (time.perf_counter() - before)
 
 
 def resident() -> tuple[float, float]:
-    """MB of anonymous memory and of mapped files that this process holds (Linux)."""
+    """Return MB of anonymous memory and of mapped files of this process (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith("Rss")}
     return kib["RssAnon"] / 1024, kib["RssFile"] / 1024
 
 
 def memory(stream: TokenStream, tokens: int) -> None:
-    """Prints the resident set while so many tokens are read."""
+    """Print the resident set while ``tokens`` tokens are read."""
     samples = [(0.0, *resident())]
-    # The page cache is everybody's: what was read is dropped from it now and then.
+    # Other processes need the page cache, too: drop what was read from time to time.
     files = [os.open(stream.folder / shard.name, os.O_RDONLY) for shard in stream.shards]
     with batches(stream, 1024, tokens) as loader:
-        for number, (inputs, _) in enumerate(loader, 1):
+        for number, (_, inputs, _) in enumerate(loader, 1):
             if number % 100 == 0:
                 samples.append((number * inputs.numel() / 1e9, *resident()))
-            if number % 2000 == 0:  # some 4 GB, with what the kernel reads round each window
+            if number % 2000 == 0:  # about 4 GB, with the kernel's read-ahead around each window
                 for file in files:
                     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     print(f"{'tokens read':>12} {'anonymous':>12} {'mapped':>9}")
@@ -104,15 +88,19 @@ def memory(stream: TokenStream, tokens: int) -> None:
         print(f"{read:>10.2f} G {anonymous:>9.0f} MB {mapped:>6.0f} MB")
     halves = np.array_split(np.array([a + m for _, a, m in samples[1:]]), 2)
     print(
-        f"most in the first half {halves[0].max():.0f} MB, in the second {halves[1].max():.0f} MB"
+        f"peak in the first half {halves[0].max():.0f} MB, in the second {halves[1].max():.0f} MB"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.loader", description=__doc__)
-    parser.add_argument("--gb", type=float, default=20, help="of the sparse shards")
-    parser.add_argument("--part", type=float, default=0.02, help="of an epoch over them")
-    parser.add_argument("--folder", type=Path, help="on a disk that knows sparse files")
+    parser.add_argument(
+        "--gb", type=float, default=20, help="size of the sparse shards (default 20)"
+    )
+    parser.add_argument(
+        "--part", type=float, default=0.02, help="fraction of an epoch to read (default 0.02)"
+    )
+    parser.add_argument("--folder", type=Path, help="for the shards, on a disk with sparse files")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:

@@ -1,27 +1,25 @@
-"""How fast a training step is: `python -m tests.benchmarks.model`.
+"""Benchmark of a training step: `python -m tests.benchmarks.model`.
 
 A step is forward, backward, clipping and fused AdamW, in float32 or under bfloat16 autocast, of
 
     ours          this project's model: fused kernels, chunked loss
-    ours plain    the same, with the loss of a plain loop: all logits, then `F.cross_entropy`
+    ours plain    the same with a plain loss: all logits, then `F.cross_entropy`
     transformers  `GPT2LMHeadModel` with its fastest attention (sdpa), dropout 0
-    torch.nn      a GPT out of `nn.TransformerEncoder`, as its tutorial has it
+    torch.nn      a GPT built from `nn.TransformerEncoder`, as in its tutorial
 
-each eager and compiled, all with a tied head and, by this project's own `adamw`, the same
-optimizer. The peers have 50,257 rows in the table, as they come; ours has 50,304 and multiplies
-them all. Every variant lives in a process of its own, so that its peak of resident
-memory can be told; they take their steps in turns, one at a time, in an order that moves on with
-each round, so that a machine that is slow for a while is slow for all of them. Medians; and
-where two are compared, the median of each round's ratio. The peak of the machine is that of square
-matrix products, the fastest of those measured in turn with them; FLOPs are those of
-`model.size.flops_per_token`, the same for all.
+each eager and compiled, all with a tied head and this project's `adamw`. The tables of the other
+two models have 50,257 rows; ours has 50,304 and multiplies all of them.
 
-    --size gpt2 --batch 1          the 124M model (a few minutes: run it with --rounds 0 first,
-                                   which only fills the compiler's cache; a variant
-                                   holds up to 3 GB: some of them, with --only)
-    --preset mini                  model, batch and dtype of a preset, or of params.yaml
-    --only "ours eager"            the bare step alone
-    --only "ours eager" --profile  where its time goes
+Every variant runs in its own process, to measure its peak resident memory. Variants step in turn,
+one at a time, in an order that rotates each round: when the machine slows down, it slows all of
+them. Results are medians; ratios are medians over the rounds. The machine's peak is the fastest of
+the square matrix products measured between the steps. FLOPs are `model.size.flops_per_token`.
+
+    --size gpt2 --batch 1          the 124M model (a few minutes; first fill the compiler's cache
+                                   with --rounds 0; up to 3 GB per variant, select with --only)
+    --preset mini                  model, batch and dtype of a preset
+    --only "ours eager"            a single variant
+    --only "ours eager" --profile  time per operation
 """
 
 from __future__ import annotations
@@ -61,7 +59,7 @@ VARIANTS = [
 
 @dataclass(frozen=True)
 class Job:
-    """What every variant computes."""
+    """The training step that every variant computes."""
 
     config: GPTConfig
     batch: int
@@ -70,12 +68,12 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Tokens a step."""
+        """Tokens per step."""
         return self.batch * self.config.block_size
 
     @property
     def flops(self) -> int:
-        """Floating-point operations a step."""
+        """FLOPs per step."""
         return self.tokens * flops_per_token(self.config, self.config.block_size)
 
 
@@ -83,7 +81,7 @@ class Job:
 
 
 class PlainLoss(nn.Module):
-    """Our model as a plain loop uses it: all logits at once, and PyTorch's cross-entropy."""
+    """Our model with all logits at once and PyTorch's cross-entropy."""
 
     def __init__(self, gpt: GPT) -> None:
         super().__init__()
@@ -94,7 +92,7 @@ class PlainLoss(nn.Module):
 
 
 class Encoder(nn.Module):
-    """GPT-2's shape out of PyTorch's own transformer: what one writes without this project."""
+    """GPT-2 built from PyTorch's own transformer layers."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -151,23 +149,23 @@ class Transformers(nn.Module):
         )
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        # it shifts labels itself: the tokens are their own targets, one fewer a row
+        # it shifts the labels itself: one target fewer per row
         return self.gpt(input_ids=tokens, labels=tokens).loss
 
 
 def build(name: str, config: GPTConfig) -> nn.Module:
-    """The model of a variant, in training mode."""
+    """Build the model of a variant, in training mode."""
     if name.startswith("ours"):
         gpt = GPT.initialised(config)
         return PlainLoss(gpt) if name == "ours plain" else gpt
     return Transformers(config) if name == "transformers" else Encoder(config)
 
 
-# -- a process of its own for each -----------------------------------------------------------------
+# -- one process per variant -----------------------------------------------------------------------
 
 
-def training(variant: str, job: Job) -> Callable[[], float]:
-    """The step of a variant: call it to do one; it gives the loss."""
+def training_step(variant: str, job: Job) -> Callable[[], float]:
+    """Return a function that runs one step of a variant and returns the loss."""
     name, _, mode = variant.rpartition(" ")
     torch.manual_seed(0)
     module = build(name, job.config)
@@ -190,7 +188,7 @@ def training(variant: str, job: Job) -> Callable[[], float]:
 
 
 def matmul(job: Job) -> Callable[[], float]:
-    """A product of square matrices, for the machine's peak; it gives 0."""
+    """Return a function that multiplies square matrices, for the machine's peak."""
     dtype = torch.bfloat16 if job.dtype == "bfloat16" else torch.float32
     a, b = torch.randn(2, SQUARE, SQUARE).to(dtype).unbind()
 
@@ -206,26 +204,26 @@ MATMUL = "matrix product"
 
 
 def serve(pipe: Any, variant: str, job: Job) -> None:
-    """Warms up, then does as many steps as it is told to, until it is told 0."""
+    """Warm up, then run as many steps as the pipe asks for, until it sends 0."""
     torch.set_num_threads(job.threads)
-    step = matmul(job) if variant == MATMUL else training(variant, job)
-    began = time.perf_counter()
+    step = matmul(job) if variant == MATMUL else training_step(variant, job)
+    start = time.perf_counter()
     first = step()
-    step()  # the optimizer's state is there now
-    pipe.send((first, time.perf_counter() - began))
+    step()  # the first step allocates the optimizer's state
+    pipe.send((first, time.perf_counter() - start))
     memory = Path("/proc/self/clear_refs")
     if memory.exists():
-        memory.write_text("5")  # forget the peak so far, which is the compiler's
+        memory.write_text("5")  # reset the peak, which includes the compiler
     while n := pipe.recv():
-        began = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(n):
             step()
-        seconds = (time.perf_counter() - began) / n
+        seconds = (time.perf_counter() - start) / n
         pipe.send((seconds, peak_memory()))
 
 
 def peak_memory() -> float:
-    """Most resident memory of this process, GB; NaN where Linux does not tell."""
+    """Return the peak resident memory of this process in GB; NaN if Linux does not report it."""
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
     return int(found[1]) * 1024 / 1e9 if found else float("nan")
@@ -233,7 +231,7 @@ def peak_memory() -> float:
 
 @dataclass
 class Runner:
-    """A variant's process, and what it measured."""
+    """The process of a variant, and its measurements."""
 
     variant: str
     pipe: Any
@@ -250,7 +248,7 @@ class Runner:
         runner = cls(variant, ours, process)
         first, seconds = ours.recv()
         if variant != MATMUL:
-            # the same task: the loss of a model that knows nothing yet is about ln V
+            # sanity check: the loss of initial weights is about ln V
             assert abs(first - math.log(job.config.vocab_size)) < 0.3, f"{variant}: loss {first}"
             print(f"  {variant}: first loss {first:.3f}, two steps in {seconds:.0f} s", flush=True)
         return runner
@@ -266,7 +264,7 @@ class Runner:
 
 
 def measure(job: Job, variants: list[str], rounds: int, steps: int) -> dict[str, Runner]:
-    """All variants in turns; each round moves the order on by one."""
+    """Run all variants in turn, in an order that rotates each round."""
     runners = [Runner.start(variant, job) for variant in [MATMUL, *variants]]
     for i in range(rounds):
         for runner in runners[i % len(runners) :] + runners[: i % len(runners)]:
@@ -277,9 +275,9 @@ def measure(job: Job, variants: list[str], rounds: int, steps: int) -> dict[str,
 
 
 def profile(variant: str, job: Job) -> None:
-    """Prints which operations take the time of a step."""
+    """Print the time per operation of a step."""
     torch.set_num_threads(job.threads)
-    step = training(variant, job)
+    step = training_step(variant, job)
     for _ in range(2):
         step()
     with torch.profiler.profile() as profiler:
@@ -292,7 +290,7 @@ def profile(variant: str, job: Job) -> None:
 
 
 def report(job: Job, runners: dict[str, Runner]) -> bool:
-    """Prints the table; whether what is expected of it holds."""
+    """Print the table; return whether all ratios reach their minimum."""
     peak = 2 * SQUARE**3 / min(runners.pop(MATMUL).seconds)
     speed = {name: job.tokens / statistics.median(r.seconds) for name, r in runners.items()}
     best = max(speed.values())
@@ -315,7 +313,7 @@ def report(job: Job, runners: dict[str, Runner]) -> bool:
         ("ours compiled", "ours plain eager", 1.1 if job.dtype == "bfloat16" else 1.0),
     ):
         if a in speed and b in speed:
-            # of each round's pair: what slows the machine for a while slows both
+            # ratio per round: a slow phase of the machine slows both
             pairs = zip(runners[a].seconds, runners[b].seconds, strict=True)
             ratio = statistics.median(theirs / ours for ours, theirs in pairs)
             good &= ratio >= least
@@ -327,15 +325,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.model")
     parser.add_argument("--preset", help="model, batch and dtype of this preset")
     parser.add_argument("--size", help="a published size; default: 4 layers, 256 channels")
-    parser.add_argument("--block-size", type=int, help="tokens a sequence (256; 1024 with --size)")
-    parser.add_argument("--batch", type=int, help="sequences a step (4; 1 with --size)")
+    parser.add_argument(
+        "--block-size", type=int, help="tokens per sequence (256; 1024 with --size)"
+    )
+    parser.add_argument("--batch", type=int, help="sequences per step (4; 1 with --size)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: both")
-    parser.add_argument("--loss-chunk", type=int, help="tokens of logits at a time")
+    parser.add_argument("--loss-chunk", type=int, help="tokens per chunk of the loss")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=3, help="steps a turn")
-    parser.add_argument("--only", action="append", choices=VARIANTS, help="some variants only")
-    parser.add_argument("--profile", action="store_true", help="of --only, instead of timing")
+    parser.add_argument("--steps", type=int, default=3, help="steps per turn")
+    parser.add_argument(
+        "--only", action="append", choices=VARIANTS, help="only this variant; repeatable"
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="print the time per operation instead of timing steps",
+    )
     args = parser.parse_args()
 
     dtypes = [args.dtype] if args.dtype else ["bfloat16", "float32"]
@@ -359,7 +365,7 @@ def main() -> None:
         job = Job(config, args.batch or batch, dtype, args.threads)
         print(
             f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels; "
-            f"{job.batch} x {config.block_size} tokens a step; {dtype}; {args.threads} threads; "
+            f"{job.batch} x {config.block_size} tokens per step; {dtype}; {args.threads} threads; "
             f"torch {torch.__version__}"
         )
         if args.profile:

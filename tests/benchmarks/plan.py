@@ -1,29 +1,25 @@
-"""How far `train.plan` lies from measurement, and from published runs: the tables of docs/plan.md.
+"""Compare `train.plan` with measurements and published runs: the tables of docs/plan.md.
 
     python -m tests.benchmarks.plan [--compiled] [--full]
 
-Memory: what autograd saves is counted on the CPU, through `torch.autograd.graph`'s hooks: each
-storage once, parameters left out; the highest moment of a step is found by following every storage
-of a step over fake tensors, which have shapes and no memory. Time: the plan of a published run's
-model, batch and hardware, at the MFU that it states, and at the plan's own.
+Saved tensors are measured on the CPU, through the hooks of `torch.autograd.graph`: each storage
+once, parameters excluded. The peak of a step is that of all storages of a step over fake tensors,
+which have shapes but no memory. For time, the plan uses the model, batch and hardware
+of a published run, at the MFU that it states and at the MFU that the plan assumes.
 """
 
 from __future__ import annotations
 
 import argparse
-import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from model import GPT, GPTConfig
+from tests.support.metering import Meter
 from train.numerics import Dtype, summed_loss
 from train.plan import memory
 from train.plan.estimate import Options, Plan, make_plan
@@ -32,7 +28,7 @@ from train.preset import load
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and a micro-batch."""
+    """Model and micro-batch."""
 
     config: GPTConfig
     micro_batch: int
@@ -62,13 +58,13 @@ PEAKS = (
 def saved_bytes(
     shape: Shape, dtype: Dtype, checkpoint_activations: bool = False, compiled: bool = False
 ) -> int:
-    """Bytes that autograd holds after a forward pass, parameters left out."""
+    """Measure the bytes that autograd holds after a forward pass, parameters excluded."""
     gpt = GPT(shape.config)
     gpt.checkpoint_activations = checkpoint_activations
     forward: Any = torch.compile(gpt, fullgraph=True) if compiled else gpt
     tokens = torch.randint(shape.config.vocab_size, (shape.micro_batch, shape.config.block_size))
     targets = tokens.roll(-1, 1)
-    if compiled:  # what is saved while it compiles is not what it saves afterwards
+    if compiled:  # the compiling call saves other tensors than later calls
         summed_loss(forward, tokens, targets, dtype).backward()
     parameters = {parameter.untyped_storage().data_ptr() for parameter in gpt.parameters()}
     sizes: dict[int, int] = {}
@@ -77,7 +73,7 @@ def saved_bytes(
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor  # and so it is held: no two of them share an address
+        return tensor  # keeps it alive, so that no two tensors share an address
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = summed_loss(forward, tokens, targets, dtype)
@@ -85,66 +81,26 @@ def saved_bytes(
     return sum(sizes.values())
 
 
-class Follow(TorchDispatchMode):
-    """Follows every storage from its making to its end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, int] = {}
-        self.now = self.peak = 0
-
-    def take(self, tensor: Tensor) -> None:
-        """Counts a tensor's storage, unless it is counted already."""
-        storage = tensor.untyped_storage()
-        if (key := storage._cdata) not in self.live:
-            self.live[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.drop, key)
-
-    def drop(self, key: int) -> None:
-        """A storage's end."""
-        self.now -= self.live.pop(key)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.take(leaf)
-        return result
-
-
-@contextmanager
-def fake_model(config: GPTConfig) -> Iterator[GPT]:
-    """A model whose tensors have shapes, and no memory."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        gpt = GPT._unallocated(config, "fused")
-        empty = {name: torch.empty(t.shape, device="cpu") for name, t in gpt.state_dict().items()}
-        gpt.load_state_dict(empty, assign=True)
-        yield gpt
-
-
 def peak_bytes(shape: Shape, dtype: Dtype, checkpoint_activations: bool = False) -> int:
-    """Bytes at the highest moment of forward and backward, gradients and AdamW's moments held."""
-    with fake_model(shape.config) as gpt:
-        gpt.checkpoint_activations = checkpoint_activations
+    """Measure the peak of forward and backward, with gradients and AdamW's moments allocated."""
+    gpt = GPT._unallocated(shape.config, "fused")
+    gpt.checkpoint_activations = checkpoint_activations
+    with FakeTensorMode(allow_non_fake_inputs=True):
         size = (shape.micro_batch, shape.config.block_size)
         tokens, targets = (torch.zeros(size, dtype=torch.int64) for _ in range(2))
-        with Follow() as follow:
+        with Meter("cpu") as meter:
+            empty = {name: torch.empty(t.shape) for name, t in gpt.state_dict().items()}
+            gpt.load_state_dict(empty, assign=True)
             for parameter in gpt.parameters():
-                follow.take(parameter)
                 parameter.grad = torch.zeros_like(parameter)
             moments = [torch.zeros_like(p) for p in gpt.parameters() for _ in range(2)]
             summed_loss(gpt, tokens, targets, dtype).backward()
             del moments
-    return follow.peak
+    return meter.peak
 
 
 def _memory_tables(compiled: bool, full: bool) -> None:
-    print("| saved by autograd | | measured MB | formula MB | formula / measured |")
-    print("|---|---|---|---|---|")
+    _header("saved by autograd")
     for shape in (*SMALL, *(FULL if full else ())):
         cases: list[tuple[Dtype, bool, bool]] = [
             ("float32", False, False),
@@ -155,18 +111,25 @@ def _memory_tables(compiled: bool, full: bool) -> None:
             cases += [("float32", False, True), ("bfloat16", False, True)]
         for dtype, checkpointed, compile_it in cases:
             measured = saved_bytes(shape, dtype, checkpointed, compile_it)
-            formula = memory.saved(shape.config, shape.micro_batch, dtype, checkpointed)
+            formula = memory.saved_for_backward(
+                shape.config, shape.micro_batch, dtype, checkpointed
+            )
             how = ", compiled" if compile_it else ", checkpointed" if checkpointed else ""
             _row(str(shape), f"{dtype}{how}", measured, formula)
-    print("\n| highest moment of a step | | found MB | formula MB | formula / found |")
-    print("|---|---|---|---|---|")
+    print()
+    _header("peak of a step")
     for shape in PEAKS:
         for dtype, checkpointed in (("bfloat16", False), ("bfloat16", True), ("float32", False)):
-            found = peak_bytes(shape, dtype, checkpointed)
+            measured = peak_bytes(shape, dtype, checkpointed)
             formula = memory.training_memory(
                 shape.config, shape.micro_batch, dtype, checkpoint_activations=checkpointed
             ).total
-            _row(str(shape), f"{dtype}{', checkpointed' if checkpointed else ''}", found, formula)
+            _row(str(shape), f"{dtype}{', checkpointed' * checkpointed}", measured, formula)
+
+
+def _header(name: str) -> None:
+    print(f"| {name} | dtype | measured MB | formula MB | formula / measured |")
+    print("|---|---|---|---|---|")
 
 
 def _row(name: str, how: str, measured: float, formula: float) -> None:
@@ -182,30 +145,19 @@ def _row(name: str, how: str, measured: float, formula: float) -> None:
 
 @dataclass(frozen=True)
 class Published:
-    """A run that others have published.
+    """Run published by another project."""
 
-    Attributes:
-        name: Whose.
-        size: Of the model.
-        hardware: As `--hardware`.
-        gpus: How many.
-        batch_tokens: Of a step.
-        mfu: That is stated, each by its own count of operations.
-        seconds: Of a step.
-        source: Where.
-    """
-
-    name: str
-    size: str
-    hardware: str
-    gpus: int
-    batch_tokens: int
-    mfu: float
-    seconds: float
-    source: str
+    name: str  # name of the project
+    size: str  # size of the model
+    hardware: str  # name for `--hardware`
+    gpus: int  # number of GPUs
+    batch_tokens: int  # tokens per step
+    mfu: float  # stated MFU; each project counts operations in its own way
+    seconds: float  # time of a step
+    source: str  # source of the time
 
     def plan(self, mfu: float | None) -> Plan:
-        """Our plan of it."""
+        """Return our plan of the run; at our MFU if ``mfu`` is None."""
         params = load("fineweb-10b")
         model = params.model.model_copy(update={"size": self.size})
         train = params.train.model_copy(update={"batch_tokens": self.batch_tokens})
@@ -219,7 +171,7 @@ PUBLISHED = (
     Published("build-nanogpt", "gpt2", "a100-80", 1, 16384, 0.50, 0.090,
               "the lecture: 182K tokens/s, 90 ms"),
     Published("llm-foundry, MPT-125M", "gpt2", "a100-80", 8, 1048576, 0.4315, 1048576 / 1251751,
-              "scripts/train/benchmarking: 156,468 tokens/s a GPU"),
+              "scripts/train/benchmarking: 156,468 tokens/s per GPU"),
     Published("llm.c", "gpt2-medium", "a100-80", 8, 524288, 0.60, 0.820,
               "scripts/run_gpt2_350M.sh: 820 ms; MFU of its 124M"),
     Published("llm.c", "gpt2-large", "a100-80", 8, 524288, 0.60, 1.7,
@@ -228,7 +180,7 @@ PUBLISHED = (
 
 
 def _time_table() -> None:
-    print("| run | published ms | stated MFU | plan ms | | plan's MFU | plan ms | |")
+    print("| run | published ms | stated MFU | plan ms | error | assumed MFU | plan ms | error |")
     print("|---|---|---|---|---|---|---|---|")
     for run in PUBLISHED:
         stated, own = run.plan(run.mfu), run.plan(None)
@@ -237,15 +189,15 @@ def _time_table() -> None:
             f"{1000 * run.seconds:,.0f}",
         ]
         for plan in (stated, own):
-            far = plan.step.total / run.seconds - 1
-            cells += [f"{plan.mfu:.0%}", f"{1000 * plan.step.total:,.0f}", f"{far:+.1%}"]
+            difference = plan.step.total / run.seconds - 1
+            cells += [f"{plan.mfu:.0%}", f"{1000 * plan.step.total:,.0f}", f"{difference:+.1%}"]
         print(f"| {' | '.join(cells)} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--compiled", action="store_true", help="torch.compile as well: minutes")
-    parser.add_argument("--full", action="store_true", help="GPT-2 124M as well: 4 GB of memory")
+    parser.add_argument("--compiled", action="store_true", help="also with torch.compile (minutes)")
+    parser.add_argument("--full", action="store_true", help="also GPT-2 124M (4 GB of memory)")
     args = parser.parse_args()
     _time_table()
     print()

@@ -1,15 +1,14 @@
-"""What saving costs the training: `python -m tests.benchmarks.saving`, some 4 minutes.
+"""Cost of saving checkpoints: `python -m tests.benchmarks.saving`, about 4 minutes.
 
-A GPT-2 of 124M parameters trains on the CPU, one sequence of 1,024 tokens a step, as `python -m
-train` does it. Some steps follow a save, and as many follow none, in turns; what the former take
-longer, the save itself included, is what a save costs. It is compared with 50 steps; and with a
+A GPT-2 of 124M parameters trains on the CPU, one sequence of 1,024 tokens per step, as with `python
+-m train`. Groups of steps with a save at their start alternate with groups without one. The cost of
+a save is the difference of their times, printed as a fraction of 50 steps, and beside the time of a
 save that is waited for.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import statistics
 import tempfile
@@ -18,8 +17,7 @@ from pathlib import Path
 
 import torch
 
-from tests.support.training import make_project
-from train.data.loader import Batches
+from tests.support.training import batches, make_project
 from train.distributed.interrupt import Interrupt
 from train.distributed.rendezvous import process_group
 from train.run import Run
@@ -29,11 +27,12 @@ TOKENS = 1024  # one sequence of the published context
 
 
 def main() -> None:
-    """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=9, help="after each save, and after none")
-    parser.add_argument("--every", type=int, default=50, help="steps between saves")
+    parser.add_argument("--steps", type=int, default=9, help="steps per group (default 9)")
+    parser.add_argument(
+        "--every", type=int, default=50, help="steps between saves of a real run (default 50)"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         project = make_project(Path(folder))
@@ -47,17 +46,14 @@ def main() -> None:
 
 
 def measure(turns: int, steps: int, every: int) -> None:
-    """Prints what a save costs."""
+    """Print the cost of a save."""
     run = Run.open()
     with process_group("cpu") as world, run.lock():
         trainer = Trainer(run, world)
         done = trainer.restore()
-        trainer.join()
-        batches = Batches(
-            run.train_data, run.order, trainer.split, rank=0, device=world.device,
-            spans=map(run.batches, itertools.count()),
-        )  # fmt: skip
-        with batches, trainer.writer, Interrupt(world) as interrupt:
+        trainer.warm_up()
+        loader = batches(run, trainer, 0)
+        with loader, trainer.writer, Interrupt(world) as interrupt:
 
             def train(n: int, save: bool) -> float:
                 nonlocal done
@@ -66,7 +62,7 @@ def measure(turns: int, steps: int, every: int) -> None:
                     trainer.save(done)
                     copied.append(time.perf_counter() - start)
                 for _ in range(n):
-                    _, numbers = trainer.step(done, batches, interrupt)
+                    _, numbers = trainer.step(done, loader, interrupt)
                     numbers.tolist()
                     done += 1
                     trainer.writer.check()
@@ -86,18 +82,18 @@ def measure(turns: int, steps: int, every: int) -> None:
     step = statistics.median(without) / steps
     costs = [b - a for a, b in zip(without, with_save, strict=True)]
     cost = statistics.median(costs)
-    print(f"a step of {TOKENS} tokens: {step:.2f} s ({TOKENS / step:.0f} tokens/s)")
-    print(f"the copy: {statistics.median(copied[1:]):.2f} s (the first: {copied[0]:.2f} s)")
-    print(f"a save waited for: {waited:.2f} s, {waited / step / every:.1%} of {every} steps")
+    print(f"step of {TOKENS} tokens: {step:.2f} s ({TOKENS / step:.0f} tokens/s)")
+    print(f"copy: {statistics.median(copied[1:]):.2f} s (the first: {copied[0]:.2f} s)")
+    print(f"save, waited for: {waited:.2f} s, {waited / step / every:.1%} of {every} steps")
     cores = torch.get_num_threads()
     share = used / (cores * step * every)
-    print(f"the thread's processor time: {used:.2f} s, {share:.1%} of that of {every} steps")
-    said = ", ".join(f"{c:.2f}" for c in sorted(costs))
-    print(f"a save beside the training: {cost:.2f} s ({said}), {cost / step / every:.1%}")
+    print(f"CPU time of the thread: {used:.2f} s, {share:.1%} of that of {every} steps")
+    each = ", ".join(f"{c:.2f}" for c in sorted(costs))
+    print(f"save during training: {cost:.2f} s ({each}), {cost / step / every:.1%}")
 
 
 def thread_seconds(trainer: Trainer) -> float:
-    """Processor time that the writer's thread has used."""
+    """Return the CPU time of the writer's thread in seconds."""
     return trainer.writer._pool.submit(time.thread_time).result()
 
 

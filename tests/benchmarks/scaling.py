@@ -1,7 +1,7 @@
-"""The tables of docs/scaling.md: `python -m tests.benchmarks.scaling`. Computed by `train.plan`.
+"""The tables of docs/scaling.md, computed by `train.plan`: `python -m tests.benchmarks.scaling`.
 
-The preset `fineweb-10b` with other models, batches and numbers of A100-80; micro-batches of one
-sequence, for memory, which training would choose larger where they fit.
+The preset `fineweb-10b` with other models, batch sizes and numbers of A100-80 GPUs. Micro-batches
+are one sequence, to need little memory; training would choose larger ones where they fit.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ MODELS = {
     "13B": ModelParams(n_layer=40, n_head=40, n_embd=5120),
 }
 CLUSTERS = [(1, 2**19), (8, 2**19), (8, 2**22), (64, 2**19), (64, 2**22)]
-ETHERNET = 100.0  # Gbit/s of a node; the other is the plan's own, eight cards of 200
+ETHERNET = 100.0  # Gbit/s per node; the default of the plan is eight cards of 200
 
 
 def plan(model: str, nodes: int, batch: int, network: float | None = None) -> Plan:
-    """The plan of a model on so many nodes of eight."""
+    """Return the plan of a model on ``nodes`` nodes of eight GPUs."""
     params: Parameters = load("fineweb-10b")
     train = params.train.model_copy(update={"batch_tokens": batch})
     params = replace(params, model=MODELS[model], train=train)
@@ -32,8 +32,8 @@ def plan(model: str, nodes: int, batch: int, network: float | None = None) -> Pl
 
 
 def memory() -> None:
-    """What DDP holds on each GPU, whatever the batch, and what FSDP2 would."""
-    print("| | parameters | DDP | FSDP2 over 8 | over 512 | checkpoint | activations, a sequence |")
+    """Print the memory per GPU that does not depend on the batch, with DDP and FSDP2."""
+    print("| | parameters | DDP | FSDP2 over 8 | over 512 | checkpoint | activations/sequence |")
     print("|---|---|---|---|---|---|---|")
     for name in MODELS:
         found = plan(name, 1, 2**19)
@@ -47,8 +47,8 @@ def memory() -> None:
 
 
 def steps() -> None:
-    """Arithmetic and all-reduce of a step, nothing of it hidden."""
-    print("| GPUs | tokens a step | sequences a GPU | model | compute | all-reduce | busy |")
+    """Print the time of a step in arithmetic and in all-reduce, without overlap."""
+    print("| GPUs | tokens per step | sequences per GPU | model | compute | all-reduce | busy |")
     print("|---|---|---|---|---|---|---|")
     for nodes, batch in CLUSTERS:
         for name in ("gpt2", "gpt2-xl"):
@@ -63,7 +63,7 @@ def steps() -> None:
 
 
 def hours() -> None:
-    """Of a trillion tokens."""
+    """Print the hours for 10^12 tokens."""
     for name, nodes, batch in (("gpt2", 1, 2**19), ("gpt2-xl", 1, 2**19), ("gpt2-xl", 64, 2**22)):
         found = plan(name, nodes, batch)
         rate = batch / found.step.total

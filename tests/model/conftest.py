@@ -1,4 +1,4 @@
-"""What all tests of the model share."""
+"""Shared fixtures of the model tests."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="package")
 def one_thread() -> Iterator[None]:
-    """The models here are tiny: threads that wait for one another cost more than they give."""
+    """Use one thread: on models this small, synchronising threads costs more than it saves."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""torch.compile: one graph for training, one for evaluation, none broken."""
+"""Tests for `torch.compile` of the model: one graph for training, one for evaluation."""
 
 import dataclasses
 from typing import Any
@@ -14,20 +14,20 @@ CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=300
 
 
 @pytest.fixture(autouse=True)
-def fresh():
+def reset_compiler():
     torch._dynamo.reset()
     counters.clear()
     yield
     torch._dynamo.reset()
 
 
-def graphs():
+def graph_count():
     assert not counters["graph_break"]
     return counters["stats"]["unique_graphs"]
 
 
 def train_and_evaluate(gpt, steps, autocast, documents=None):
-    """Losses of some steps of SGD, each followed by an evaluation, and both ways' graphs."""
+    """Return the losses of SGD steps, each followed by an evaluation on the same batch."""
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.SGD(gpt.parameters(), lr=0.1)
     losses = []
@@ -45,40 +45,38 @@ def train_and_evaluate(gpt, steps, autocast, documents=None):
     return torch.tensor(losses)
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-def test_exactly_two_graphs(autocast):
-    """Tracing alone decides how many graphs there are; the backend that makes code is slow."""
-    compiled = torch.compile(GPT(CONFIG), fullgraph=True, backend="aot_eager")
-    losses = train_and_evaluate(compiled, 20, autocast)
-    assert graphs() == 2
-    expected = train_and_evaluate(GPT(CONFIG), 20, autocast)
+@pytest.mark.parametrize(
+    ("steps", "autocast", "documents", "checkpointed"),
+    [
+        (20, False, False, False),
+        (20, True, False, False),
+        (3, False, True, False),
+        (3, False, True, True),
+    ],
+)
+def test_training_and_evaluation_compile_to_two_graphs(steps, autocast, documents, checkpointed):
+    """The number of graphs depends on tracing only, so a backend without code generation does."""
+    config = dataclasses.replace(CONFIG, checkpoint_activations=checkpointed)
+    ids = torch.arange(32).expand(2, 32) // 10 if documents else None
+    compiled = torch.compile(GPT(config), fullgraph=True, backend="aot_eager")
+    losses = train_and_evaluate(compiled, steps, autocast, ids)
+    assert graph_count() == 2
+    expected = train_and_evaluate(GPT(config), steps, autocast, ids)
     torch.testing.assert_close(losses, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_documents_and_checkpointing_trace(checkpointed):
-    config = dataclasses.replace(CONFIG, checkpoint_activations=checkpointed)
-    compiled = torch.compile(GPT(config), fullgraph=True, backend="aot_eager")
-    documents = torch.arange(32).expand(2, 32) // 10
-    losses = train_and_evaluate(compiled, 3, False, documents)
-    assert graphs() == 2
-    expected = train_and_evaluate(GPT(config), 3, False, documents)
-    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=0)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-def test_compiled_code_equals_eager(autocast):
-    compiled = torch.compile(GPT(CONFIG), fullgraph=True)
-    losses = train_and_evaluate(compiled, 20, autocast)
-    assert graphs() == 2
-    expected = train_and_evaluate(GPT(CONFIG), 20, autocast)
-    torch.testing.assert_close(losses, expected, atol=2e-2 if autocast else 1e-4, rtol=0)
+def test_compiled_code_equals_eager_in_bfloat16():
+    """In float32, the next test compiles it."""
+    losses = train_and_evaluate(torch.compile(GPT(CONFIG), fullgraph=True), 20, autocast=True)
+    assert graph_count() == 2
+    expected = train_and_evaluate(GPT(CONFIG), 20, autocast=True)
+    torch.testing.assert_close(losses, expected, atol=2e-2, rtol=0)
 
 
 @pytest.mark.slow
 def test_compiled_under_ddp(tmp_path):
-    """As the training wraps it: DDP of the compiled model, called through forward alone."""
+    """Wrap as training does: DDP around the compiled model, called through `forward` only."""
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
@@ -92,7 +90,7 @@ def test_compiled_under_ddp(tmp_path):
                 torch.compile(gpt, fullgraph=True), gradient_as_bucket_view=True
             )
             losses = train_and_evaluate(wrapped, 20, False)
-            assert graphs() == 2
+            assert graph_count() == 2
     finally:
         dist.destroy_process_group()
     expected = train_and_evaluate(GPT(CONFIG), 20, False)
@@ -104,16 +102,10 @@ def test_compiled_under_ddp(tmp_path):
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 def test_flex_attention_equals_the_boolean_mask(autocast, checkpointed):
-    config = GPTConfig(
-        n_layer=2,
-        n_head=2,
-        n_embd=128,
-        block_size=256,
-        vocab_size=300,
-        checkpoint_activations=checkpointed,
-    )
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=128, block_size=256, vocab_size=300)
     gpt = GPT.initialised(config, device="cuda")
-    # 200 tokens: the last block of 128 is not full
+    gpt.checkpoint_activations = checkpointed
+    # 200 tokens: the last block of 128 is partly filled
     tokens, targets = torch.randint(300, (2, 2, 200), device="cuda").unbind()
     documents = torch.arange(200, device="cuda").expand(2, 200) // 90
     losses: list[float] = []
@@ -127,7 +119,7 @@ def test_flex_attention_equals_the_boolean_mask(autocast, checkpointed):
         gpt.zero_grad(set_to_none=True)
     assert abs(losses[0] - losses[1]) < (5e-3 if autocast else 1e-4)
     for name, expected in gradients[0].items():
-        if name.endswith("c_attn.bias"):  # its key third is round-off
+        if name.endswith("c_attn.bias"):  # the keys' third is rounding error
             continue
         distance = (gradients[1][name] - expected).norm() / expected.norm()
         assert distance < (0.05 if autocast else 1e-3), name

@@ -1,4 +1,4 @@
-"""Initial weights: the formula, and that nothing but (seed, name) decides them."""
+"""Tests for `model.init`: the formula, and that weights depend on seed and name only."""
 
 import math
 
@@ -13,7 +13,7 @@ CONFIG = GPTConfig(n_layer=3, n_head=2, n_embd=64, block_size=64, vocab_size=100
 
 
 def check_table(gpt):
-    """Holds every parameter against the formula, and prints the table that docs/model.md shows."""
+    """Check every parameter against the formula; print the table of docs/model.md."""
     L, V = gpt.config.n_layer, gpt.config.vocab_size
     print(f"{'parameter':24} {'formula':>9} {'measured':>9}")
     for name, parameter in gpt.named_parameters():
@@ -30,7 +30,7 @@ def check_table(gpt):
             expected = 0.02 / math.sqrt(2 * L) if residual else 0.02
             assert initial_std(name, L) == pytest.approx(expected)
             print(f"{name:24} {expected:9.6f} {p.std():9.6f}")
-            # the error of a standard deviation of n draws is its size / sqrt(2 n)
+            # standard error of a standard deviation of n draws: std / sqrt(2 n)
             assert abs(p.std() / expected - 1) < 5 / math.sqrt(2 * p.numel()), name
             assert abs(p.mean()) < 5 * expected / math.sqrt(p.numel()), name
 
@@ -39,7 +39,7 @@ def test_standard_deviations_follow_the_formula():
     check_table(GPT(CONFIG, seed=5))
 
 
-def test_same_seed_same_weights_and_other_seed_others():
+def test_the_seed_decides_the_weights():
     a, b, c = GPT(CONFIG, seed=1), GPT(CONFIG, seed=1), GPT(CONFIG, seed=2)
     for (name, p), q, r in zip(a.named_parameters(), b.parameters(), c.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -48,39 +48,32 @@ def test_same_seed_same_weights_and_other_seed_others():
 
 
 def test_weights_depend_on_their_name_only():
-    """Not on what was built or drawn before, nor on the number of layers or the padding."""
+    """Not on the number of layers, nor on what was built or drawn before."""
     deep = GPT(GPTConfig(n_layer=6, n_head=2, n_embd=64, block_size=64, vocab_size=1000))
     torch.manual_seed(99)
     torch.rand(10)
+    state = torch.get_rng_state()
     shallow = GPT(CONFIG)
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is not used
     for name in ("wte.weight", "wpe.weight", "h.2.attn.c_attn.weight", "h.0.mlp.c_fc.weight"):
         assert torch.equal(deep.get_parameter(name), shallow.get_parameter(name)), name
     tensors = [p for n, p in shallow.named_parameters() if n.endswith("c_fc.weight")]
     assert not torch.equal(tensors[0], tensors[1])
 
 
-def test_initialising_leaves_the_global_generator_alone():
-    before = torch.get_rng_state()
-    GPT(CONFIG)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_meta_device_and_materialising():
+def test_a_model_built_on_the_meta_device_gets_the_same_weights():
     with torch.device("meta"):
         gpt = GPT(CONFIG)
     assert all(p.is_meta for p in gpt.parameters())
     gpt.to_empty(device="cpu")
     initialise(gpt, CONFIG, seed=3)
-    made = GPT.initialised(CONFIG, seed=3)
-    for p, q, r in zip(
-        gpt.parameters(), made.parameters(), GPT(CONFIG, seed=3).parameters(), strict=True
-    ):
-        assert torch.equal(p, q)
-        assert torch.equal(p, r)
+    for other in (GPT(CONFIG, seed=3), GPT.initialised(CONFIG, seed=3)):
+        for p, q in zip(gpt.parameters(), other.parameters(), strict=True):
+            assert torch.equal(p, q)
 
 
 def test_initialising_holds_no_second_copy():
-    """The weights, and beside them the one parameter that is being drawn."""
+    """Peak memory: all weights, and the parameter being drawn."""
     with Meter("cpu") as meter:
         gpt = GPT.initialised(CONFIG)
     sizes = [4 * p.numel() for p in gpt.parameters()]
@@ -95,14 +88,14 @@ def test_initial_loss_of_the_124m_model():
     tokens, targets = torch.randint(50257, (2, 4, 1024), generator=generator).unbind()
     with torch.no_grad():
         loss = gpt(tokens, targets)
-    # a tied N(0, 0.02) head over normalised channels gives logits of variance C 0.02^2
+    # logits of a N(0, 0.02²) head over normalised channels have variance C 0.02²
     expected = math.log(50257) + 768 * 0.02**2 / 2
     print(f"initial loss {loss:.4f}, expected {expected:.4f}")
     assert abs(loss - expected) < 0.03
 
 
 def test_overfits_one_batch():
-    """4 x 64 tokens to under 0.05 nats in 200 steps."""
+    """4 x 64 tokens, to a loss below 0.05 nats in 200 steps."""
     torch.manual_seed(0)
     gpt = GPT(CONFIG)
     tokens, targets = torch.randint(1000, (2, 4, 64)).unbind()

@@ -1,4 +1,4 @@
-"""Each operation written out against its fused kernel: values and gradients, fp32 and autocast."""
+"""Tests for layers and attention: explicit equals fused, in values, gradients and dtypes."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ BF16_STEP = 2.0**-8
 
 
 def twins(make):
-    """A fused and an explicit layer with the same random parameters."""
+    """Return a fused and an explicit layer with the same random parameters."""
     torch.manual_seed(0)
     fused, explicit = make("fused"), make("explicit")
     for a, b in zip(fused.parameters(), explicit.parameters(), strict=True):
@@ -30,7 +30,7 @@ def twins(make):
 
 
 def run(layer, x, autocast):
-    """Output, gradient of the input, gradients of the parameters, for a fixed upstream."""
+    """Return output, gradient of the input, and gradients of the parameters."""
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = layer(x)
@@ -39,8 +39,8 @@ def run(layer, x, autocast):
     return [y, x.grad, *(p.grad for p in layer.parameters())]
 
 
-def far(a, b):
-    """Distance of two tensors by norm, relative to the second."""
+def distance(a, b):
+    """Return the norm of the difference, relative to the second tensor."""
     a, b = a.detach().float(), b.detach().float()
     return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
@@ -53,15 +53,15 @@ def test_explicit_layer_equals_fused(name, autocast):
     expected, got = run(fused, x, autocast), run(explicit, x, autocast)
     assert [t.dtype for t in got] == [t.dtype for t in expected]
     for a, b in zip(got, expected, strict=True):
-        assert far(a, b) < (BF16_STEP if autocast else 1e-5)
+        assert distance(a, b) < (BF16_STEP if autocast else 1e-5)
 
 
 @pytest.mark.parametrize("make", [LAYERS["gelu"], LAYERS["linear"], LAYERS["layer_norm"]])
-def test_bfloat16_input_without_autocast_keeps_its_type(make):
+def test_bfloat16_input_without_autocast_keeps_its_dtype(make):
     fused, explicit = twins(lambda kind: make(kind).bfloat16())
     x = torch.randn(3, 24).bfloat16()
     assert fused(x).dtype == explicit(x).dtype == torch.bfloat16
-    assert far(explicit(x), fused(x)) < 2 * BF16_STEP
+    assert distance(explicit(x), fused(x)) < 2 * BF16_STEP
 
 
 def test_explicit_embedding_equals_fused():
@@ -74,7 +74,7 @@ def test_explicit_embedding_equals_fused():
     torch.testing.assert_close(explicit.weight.grad, fused.weight.grad, atol=1e-6, rtol=0)
 
 
-def test_gelu_is_the_tanh_one():
+def test_gelu_is_the_tanh_approximation():
     x = torch.linspace(-4, 4, 101)
     exact = 0.5 * x * (1 + torch.erf(x / 2**0.5))
     assert 1e-4 < (GELU("explicit")(x) - exact).abs().max() < 1e-3
@@ -95,10 +95,10 @@ def test_explicit_attention_equals_fused(masked, dtype):
         results.append((y, *torch.autograd.grad(y, (q, k, v), upstream)))
     for a, b in zip(*results, strict=True):
         assert a.dtype == b.dtype == dtype
-        assert far(a, b) < (1e-5 if dtype == torch.float32 else 3 * BF16_STEP)
+        assert distance(a, b) < (1e-5 if dtype == torch.float32 else 3 * BF16_STEP)
 
 
-def test_attention_survives_scores_that_overflow_exp():
+def test_attention_handles_scores_that_overflow_exp():
     q = torch.full((1, 1, 3, 4), 300.0)
     y = explicit_attention(q, q, torch.ones(1, 1, 3, 4), None)
     torch.testing.assert_close(y, torch.ones(1, 1, 3, 4))
@@ -123,10 +123,8 @@ def test_explicit_model_equals_fused(autocast, documents):
     results = []
     for gpt in (fused, explicit):
         with torch.no_grad():
-            for i, p in enumerate(gpt.parameters()):  # so that no bias is zero
-                p[:300] += 0.02 * torch.randn(
-                    p[:300].shape, generator=torch.Generator().manual_seed(i)
-                )
+            for i, p in enumerate(gpt.parameters()):  # no bias is zero
+                p[:300] += 0.02 * torch.randn(p[:300].shape, generator=torch.manual_seed(i))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             logits, loss = gpt(tokens, documents=ids), gpt(tokens, targets, documents=ids)
         loss.backward()
@@ -134,24 +132,22 @@ def test_explicit_model_equals_fused(autocast, documents):
     (logits, loss, _), (explicit_logits, explicit_loss, _) = results
     assert logits.dtype == explicit_logits.dtype == (torch.bfloat16 if autocast else torch.float32)
     assert loss.dtype == explicit_loss.dtype == torch.float32
-    assert far(explicit_logits, logits) < (0.02 if autocast else 1e-5)
+    assert distance(explicit_logits, logits) < (0.02 if autocast else 1e-5)
     assert abs(loss - explicit_loss) < (5e-3 if autocast else 1e-6)
     for (name, a), b in zip(explicit.named_parameters(), fused.parameters(), strict=True):
-        assert a.grad is not None
-        assert b.grad is not None
-        if name.endswith("c_attn.bias"):  # its key third is mathematically zero: round-off
-            a_grad, b_grad = a.grad.view(3, -1)[[0, 2]], b.grad.view(3, -1)[[0, 2]]
-        else:
-            a_grad, b_grad = a.grad, b.grad
-        assert far(a_grad, b_grad) < (0.05 if autocast else 1e-5), name
+        a_grad, b_grad = a.grad, b.grad
+        assert a_grad is not None
+        assert b_grad is not None
+        if name.endswith("c_attn.bias"):  # the keys' third is zero up to rounding
+            a_grad, b_grad = (grad.view(3, -1)[[0, 2]] for grad in (a_grad, b_grad))
+        assert distance(a_grad, b_grad) < (0.05 if autocast else 1e-5), name
 
 
-def test_no_layer_of_torch_nn():
-    """Every layer is our own: torch.nn gives Module, Parameter, ModuleList, ModuleDict only."""
-    allowed = {torch.nn.Module, torch.nn.ModuleList, torch.nn.ModuleDict}
-    for implementation in ("fused", "explicit"):
-        for name, module in GPT(TINY, implementation=implementation).named_modules():
-            kind = type(module)
-            assert kind in allowed or kind.__module__.startswith("model."), f"{name} is a {kind}"
-            # nor a layer of ours that inherits the work of one of theirs
-            assert {k for k in kind.__mro__ if k.__module__.startswith("torch.")} <= allowed, name
+@pytest.mark.parametrize("implementation", ["fused", "explicit"])
+def test_every_layer_is_our_own(implementation):
+    """Only Module and ModuleList come from torch.nn, also as base classes."""
+    allowed = {torch.nn.Module, torch.nn.ModuleList}
+    for name, module in GPT(TINY, implementation=implementation).named_modules():
+        assert {k for k in type(module).__mro__ if k.__module__.startswith("torch.")} <= allowed, (
+            name
+        )

@@ -1,4 +1,4 @@
-"""Generation: the cache, the window, the options, and what may never be sampled."""
+"""Tests for `model.generation`: KV cache, context window, sampling options."""
 
 import time
 
@@ -8,7 +8,7 @@ import torch
 from model import GPT, GPTConfig
 from model.attention import KVCache
 from model.errors import ConfigError
-from model.generation import choose, stream
+from model.generation import sample, stream
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=300)
 
@@ -18,13 +18,13 @@ def gpt():
     gpt = GPT(CONFIG, seed=4)
     with torch.no_grad():
         for p in gpt.parameters():
-            p[:300].mul_(4)  # so that likely and unlikely tokens differ
-        gpt.wte.weight[300:] = 50.0  # padded rows: any use of them would show
+            p[:300].mul_(4)  # makes probabilities differ
+        gpt.wte.weight[300:] = 50.0  # any use of padded rows would show
     return gpt
 
 
 def uncached(gpt, prompt, n):
-    """Greedy tokens the slow way: the whole window again for every token."""
+    """Generate greedily without a cache: the full window again for every token."""
     row, window = list(prompt), list(prompt)
     for _ in range(n):
         if len(window) > gpt.config.block_size:
@@ -47,45 +47,33 @@ def test_cached_logits_equal_uncached(gpt):
     torch.testing.assert_close(torch.cat(pieces, 1), gpt(tokens), atol=1e-4, rtol=0)
 
 
-def test_greedy_equals_uncached_also_past_the_block_size(gpt):
-    prompt = [5, 17, 250, 3]
+@pytest.mark.parametrize("length", [4, 45])
+def test_greedy_tokens_equal_uncached_beyond_the_block_size(gpt, length):
+    prompt = torch.randint(300, (length,)).tolist()
     assert gpt.generate([prompt], 100, temperature=0) == [uncached(gpt, prompt, 100)]
 
 
-def test_prompt_longer_than_the_block_size(gpt):
-    prompt = torch.randint(300, (45,)).tolist()
-    assert gpt.generate([prompt], 40, temperature=0) == [uncached(gpt, prompt, 40)]
-
-
-def test_rows_of_different_length_do_not_touch_each_other(gpt):
+def test_rows_do_not_depend_on_each_other(gpt):
     prompts = [torch.randint(300, (n,)).tolist() for n in (3, 20, 1, 31)]
     together = gpt.generate(prompts, 70, temperature=0)
     assert together == [uncached(gpt, prompt, 70) for prompt in prompts]
-    # sampled, a row depends on its place in the batch and the seed, not on its neighbours
+    # a sampled row depends on the seed and its index in the batch, not on other rows
     sampled = gpt.generate(prompts, 40, seed=3)
     assert gpt.generate([prompts[0], [1, 2]], 40, seed=3)[0] == sampled[0]
 
 
-def test_block_size_of_one():
+def test_block_size_one():
     gpt = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=1, vocab_size=50))
     assert len(gpt.generate([[1, 2, 3]], 5, temperature=0)[0]) == 8
 
 
-def test_shapes_and_types(gpt):
-    tokens = torch.randint(300, (2, 5))
-    out = gpt.generate(tokens, max_new_tokens=6, temperature=0.9, top_k=20, top_p=0.9, seed=0)
-    assert out.shape == (2, 11)
-    assert out.dtype == torch.int64
-    assert torch.equal(out[:, :5], tokens)
-    assert torch.equal(gpt.generate(tokens, 0), tokens)
-    assert gpt.generate([[1], [2, 3]], 0) == [[1], [2, 3]]
-
-
-def test_seed_repeats_and_differs(gpt):
+def test_the_seed_decides_the_sample(gpt):
     tokens = torch.randint(300, (2, 5))
     torch.manual_seed(0)
     first = gpt.generate(tokens, 30, seed=7)
-    torch.manual_seed(1)  # the global generator has no say
+    assert (first.shape, first.dtype) == ((2, 35), torch.int64)
+    assert torch.equal(first[:, :5], tokens)
+    torch.manual_seed(1)  # the global generator is not used
     assert torch.equal(gpt.generate(tokens, 30, seed=7), first)
     assert not torch.equal(gpt.generate(tokens, 30, seed=8), first)
     same = tokens[:1].expand(2, 5)
@@ -100,10 +88,10 @@ def test_padded_tokens_are_never_sampled(gpt):
         assert gpt.generate(tokens, 60, temperature=temperature, seed=1).max() < 300
 
 
-def test_stop_ends_a_row_and_the_others_go_on(gpt):
+def test_stop_ends_its_row_only(gpt):
     prompt = [5, 17, 250, 3]
     free = gpt.generate([prompt, [9, 9]], 20, seed=2, stop=None)
-    # the token that row 0 makes first at its fourth step or later ends it there
+    # stop at a token that row 0 first samples at its fourth step or later
     stop = next(t for i, t in enumerate(free[0][4:]) if i >= 3 and t not in free[0][4 : 4 + i])
     end = free[0].index(stop, 4) + 1
     rows = gpt.generate([prompt, [9, 9]], 20, seed=2, stop=stop)
@@ -116,40 +104,40 @@ def test_stop_ends_a_row_and_the_others_go_on(gpt):
     assert filled[0, end:].eq(stop).all()
 
 
-def test_a_row_stops_at_endoftext_unless_told_otherwise():
+def test_a_row_stops_at_endoftext_by_default():
     gpt = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16))
-    with torch.no_grad():  # a model that ends every document at once
+    with torch.no_grad():  # a model that always predicts the end
         gpt.ln_f.bias.fill_(1.0)
         gpt.wte.weight[50256] = 100.0
     assert gpt.generate([[1], [2, 3]], 5, temperature=0) == [[1, 50256], [2, 3, 50256]]
     assert gpt.generate([[1]], 3, temperature=0, stop=None) == [[1, 50256, 50256, 50256]]
 
 
-def test_choose_follows_the_probabilities():
+def test_sample_follows_the_probabilities():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     generator = torch.Generator().manual_seed(0)
 
-    def shares(**options):
+    def frequencies(**options):
         options = {"temperature": 1.0, "top_k": None, "top_p": None, **options}
-        drawn = [choose(logits, generator=generator, **options) for _ in range(4000)]
+        drawn = [sample(logits, generator=generator, **options) for _ in range(4000)]
         return torch.bincount(torch.tensor(drawn), minlength=4) / 4000
 
     def close(got, expected):
         return (got - torch.tensor(expected)).abs().max() < 0.035
 
-    assert close(shares(), [0.5, 0.3, 0.15, 0.05])
-    assert close(shares(top_k=2), [0.625, 0.375, 0, 0])
-    assert close(shares(top_k=9), [0.5, 0.3, 0.15, 0.05])
-    assert close(shares(top_p=0.7), [0.625, 0.375, 0, 0])  # the second crosses 0.7
-    assert close(shares(top_p=0.1), [1, 0, 0, 0])
-    assert close(shares(top_k=3, top_p=0.5), [1, 0, 0, 0])
-    assert close(shares(temperature=0.5), [0.685, 0.247, 0.0616, 0.007])
-    assert shares(temperature=1e-30)[0] == 1
-    assert shares(temperature=0)[0] == 1
+    assert close(frequencies(), [0.5, 0.3, 0.15, 0.05])
+    assert close(frequencies(top_k=2), [0.625, 0.375, 0, 0])
+    assert close(frequencies(top_k=9), [0.5, 0.3, 0.15, 0.05])
+    assert close(frequencies(top_p=0.7), [0.625, 0.375, 0, 0])  # the second token reaches 0.7
+    assert close(frequencies(top_p=0.1), [1, 0, 0, 0])
+    assert close(frequencies(top_k=3, top_p=0.5), [1, 0, 0, 0])
+    assert close(frequencies(temperature=0.5), [0.685, 0.247, 0.0616, 0.007])
+    assert frequencies(temperature=1e-30)[0] == 1
+    assert frequencies(temperature=0)[0] == 1
 
 
 @pytest.mark.parametrize(
-    ("options", "word"),
+    ("options", "named"),
     [
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
@@ -159,37 +147,32 @@ def test_choose_follows_the_probabilities():
         ({"max_new_tokens": -1}, "max_new_tokens"),
     ],
 )
-def test_wrong_options_are_refused(gpt, options, word):
-    with pytest.raises(ConfigError, match=word):
+def test_invalid_options_are_named(gpt, options, named):
+    with pytest.raises(ConfigError, match=named):
         gpt.generate([[1]], **{"max_new_tokens": 3, **options})
 
 
 @pytest.mark.parametrize("prompts", [[], [[]], [[1], []], [[300]], [[-1]]])
-def test_wrong_prompts_are_refused(gpt, prompts):
+def test_invalid_prompts_are_refused(gpt, prompts):
     with pytest.raises(ConfigError):
         gpt.generate(prompts, 3)
 
 
-def test_generating_leaves_no_gradients_and_keeps_the_grad_mode(gpt):
-    steps = stream(gpt, [[1, 2]], 3)
-    next(steps)
-    assert torch.is_grad_enabled()
-    assert all(p.grad is None for p in gpt.parameters())
-
-
-def test_autocast_generation(gpt):
+def test_generation_keeps_the_grad_mode_and_runs_under_autocast(gpt):
     with torch.autocast("cpu", torch.bfloat16):
-        assert gpt.generate(torch.randint(300, (2, 5)), 40, seed=0).shape == (2, 45)
+        assert len(list(stream(gpt, [[1, 2]], 40))) == 40
+    next(stream(gpt, [[1, 2]], 3))
+    assert torch.is_grad_enabled()
 
 
-@pytest.mark.slow
-def test_cache_speeds_up_the_124m_model():
-    """At least 5 times over 512 new tokens; the uncached way computes only the last logits."""
+@pytest.mark.soak
+def test_the_cache_speeds_up_the_124m_model_five_times():
+    """512 new tokens; without the cache, still only the last logits are computed."""
     gpt = GPT.initialised(GPTConfig.named("gpt2"))
-    start = time.process_time()  # one thread: what other processes do has no say
+    start = time.process_time()  # one thread, CPU time: independent of other processes
     gpt.generate(torch.randint(50257, (1, 8)), 512, temperature=0, stop=None)
     cached = time.process_time() - start
-    # a sample of window lengths stands for all 512
+    # estimated from 8 of the 512 window lengths
     lengths = range(40, 520, 64)
     start = time.process_time()
     with torch.no_grad():

@@ -1,10 +1,11 @@
-"""Parameter counts and FLOPs against published figures and PyTorch's own counter."""
+"""Tests for `model.size`: published parameter counts, FLOPs as PyTorch counts them."""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT, GPTConfig
+from model.loss import linear_cross_entropy
 from model.size import flops_per_token, parameter_count
 
 
@@ -17,7 +18,7 @@ from model.size import flops_per_token, parameter_count
         ("gpt2-xl", 1_557_611_200),
     ],
 )
-def test_published_counts(name, count):
+def test_parameter_counts_are_the_published_ones(name, count):
     config = GPTConfig.named(name)
     assert parameter_count(config) == count
     with torch.device("meta"):
@@ -29,7 +30,7 @@ def test_published_counts(name, count):
 
 
 @pytest.mark.parametrize("T", [16, 48])
-def test_flops_equal_those_counted_on_the_module(T):
+def test_flops_equal_those_counted_by_pytorch(T):
     config = GPTConfig(n_layer=3, n_head=2, n_embd=32, block_size=64, vocab_size=300, loss_chunk=20)
     gpt = GPT(config, implementation="explicit")
     tokens = torch.randint(300, (2, T))
@@ -41,19 +42,17 @@ def test_flops_equal_those_counted_on_the_module(T):
     assert counter.get_total_flops() == 2 * T * flops_per_token(config, T, backward=False)
 
 
-def test_chunked_loss_has_the_flops_of_the_plain_one():
+def test_the_chunked_loss_has_the_flops_of_the_plain_loss():
     config = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=64, vocab_size=300, loss_chunk=20)
     gpt = GPT(config)
     tokens = torch.randint(300, (2, 64))
     hidden = gpt.hidden(tokens).detach().requires_grad_()
-    from model.loss import linear_cross_entropy
-
     with FlopCounterMode(display=False) as counter:
-        linear_cross_entropy(hidden, gpt.wte.weight, tokens, 300, chunk=20).backward()
+        linear_cross_entropy(hidden, gpt.wte.weight, tokens, 300, chunk_size=20).backward()
     assert counter.get_total_flops() == 128 * 3 * 2 * 32 * config.padded_vocab_size
 
 
-def test_near_the_usual_estimate():
+def test_flops_are_close_to_the_estimate_of_palm():
     config = GPTConfig.named("gpt2")
     n = parameter_count(config) - config.block_size * config.n_embd
     estimate = 6 * n + 12 * config.n_layer * config.n_embd * 1024

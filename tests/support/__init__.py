@@ -1,1 +1,1 @@
-"""What tests share: servers, small data, project folders; no tests."""
+"""Code shared by tests: servers, small data, project folders, hosts."""

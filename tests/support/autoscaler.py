@@ -1,4 +1,4 @@
-"""A provider for Ray's autoscaler that starts raylets on this host, with memory of their own."""
+"""A provider for Ray's autoscaler that starts raylets on this host."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeP
 
 
 class Provider(FakeMultiNodeProvider):
-    """Ray's own for tests, which would hand ``memory`` on as a resource that no node may name."""
+    """Ray's own provider for tests, without ``memory``, which raylets refuse as a resource."""
 
     def create_node_with_resources_and_labels(
         self, node_config: Any, tags: Any, count: int, resources: dict[str, Any], labels: Any

@@ -1,6 +1,6 @@
-"""A real Chromium, headless, driven over its own protocol (Chrome DevTools) through aiohttp.
+"""Headless Chromium, driven over the Chrome DevTools protocol with aiohttp.
 
-A browser automation package would bring 40 MB and a Node.js for the few things done here.
+A browser automation package would add 40 MB and Node.js for the few commands that the tests need.
 """
 
 from __future__ import annotations
@@ -29,11 +29,7 @@ _FLAGS = (
 
 
 class Page:
-    """A page of the browser.
-
-    Attributes:
-        complaints: What the page said on its console, threw, or could not load.
-    """
+    """Page of the browser."""
 
     def __init__(self, socket: Any) -> None:
         self._socket = socket
@@ -41,7 +37,7 @@ class Page:
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._reader = asyncio.create_task(self._read())
         self.loaded = asyncio.Event()
-        self.complaints: list[str] = []
+        self.complaints: list[str] = []  # console messages, exceptions, failed requests
 
     async def _read(self) -> None:
         async for message in self._socket:
@@ -60,7 +56,7 @@ class Page:
                 self.complaints.append(params["entry"]["text"])
 
     async def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """A command of the protocol; its result."""
+        """Run a command of the protocol and return its result."""
         number = next(self._ids)
         self._answers[number] = asyncio.get_running_loop().create_future()
         await self._socket.send_json({"id": number, "method": method, "params": params})
@@ -70,29 +66,29 @@ class Page:
         return result
 
     async def open(self, address: str) -> None:
-        """Goes to an address, and waits until it has loaded."""
+        """Open an address and wait until it has loaded."""
         self.loaded.clear()
         await self.call("Page.navigate", url=address)
         await asyncio.wait_for(self.loaded.wait(), 30)
 
     async def js(self, expression: str) -> Any:
-        """The value of an expression on the page; promises are awaited."""
+        """Evaluate an expression on the page; a promise is awaited."""
         result = await self.call(
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
         )
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    async def until(self, expression: str, seconds: float = 30) -> None:
-        """Waits until an expression holds on the page."""
-        for _ in range(int(seconds * 20)):
+    async def until(self, expression: str) -> None:
+        """Wait until an expression is true on the page."""
+        for _ in range(600):
             if await self.js(expression):
                 return
             await asyncio.sleep(0.05)
-        raise AssertionError(f"never: {expression}; the page said {self.complaints}")
+        raise AssertionError(f"timed out: {expression}; complaints: {self.complaints}")
 
     async def point(self, selector: str, *, click: bool = False) -> None:
-        """Moves the mouse to the middle of an element, and clicks it."""
+        """Move the mouse to the centre of an element, and click if asked to."""
         box = await self.js(
             f"(e => {{ e.scrollIntoView({{block: 'center'}}); const b = e.getBoundingClientRect();"
             f"return [b.x + b.width / 2, b.y + b.height / 2] }})"
@@ -107,34 +103,29 @@ class Page:
                 )
 
     async def type(self, selector: str, text: str) -> None:
-        """Replaces what stands in a field, key by key as a person would."""
+        """Replace the text of a field."""
         await self.point(selector, click=True)
         await self.js(f"document.querySelector({json.dumps(selector)}).select()")
         await self.call("Input.insertText", text=text)
 
-    async def screen(self, width: int, height: int, *, dark: bool = False, scale: int = 1) -> None:
-        """The size and colours of the window: 390 x 844 is a phone."""
+    async def screen(self, width: int, height: int, *, dark: bool = False) -> None:
+        """Set the size and the colour scheme of the window; a phone is 390 x 844."""
         await self.call(
             "Emulation.setDeviceMetricsOverride",
-            width=width, height=height, deviceScaleFactor=scale, mobile=width < 600,
+            width=width, height=height, deviceScaleFactor=1, mobile=width < 600,
         )  # fmt: skip
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         await self.call("Emulation.setEmulatedMedia", features=scheme)
 
-    async def picture(self, path: Path, *, whole: bool = True) -> None:
-        """A PNG of the page."""
-        shot = await self.call("Page.captureScreenshot", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(shot["data"]))
-
     async def pdf(self, path: Path) -> None:
-        """The page on paper."""
+        """Print the page to a PDF."""
         printed = await self.call("Page.printToPDF", preferCSSPageSize=True, printBackground=False)
         path.write_bytes(base64.b64decode(printed["data"]))
 
 
 @asynccontextmanager
 async def browser() -> AsyncIterator[Page]:
-    """A page of a browser of its own, which ends with it."""
+    """Start a browser and yield its page; stop the browser at the end."""
     assert CHROMIUM is not None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(

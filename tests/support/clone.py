@@ -1,8 +1,8 @@
-"""A fresh clone of this tree in another folder, where the real `dvc` runs."""
+"""A fresh clone of this tree in another folder, in which the real `dvc` runs."""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import os
 import shutil
 import subprocess
@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 from tests.support.repo import REPO
+from tests.support.small_data import hashes
 
 
 class Clone:
-    """A project folder with git, DVC, a store and a cache of its own."""
+    """A project folder with its own git repository, DVC cache and store."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -26,11 +27,11 @@ class Clone:
             "GIT_CONFIG_NOSYSTEM": "1",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
+        self.env["SHELL"] = "/bin/sh"  # unlike bash, it remains between DVC and a stage
         self.env.pop("PYTHONDONTWRITEBYTECODE", None)
-        self.env["SHELL"] = "/bin/sh"  # which, unlike bash, stays between DVC and a stage
 
     def run(self, *command: str, status: int = 0, **env: str) -> str:
-        """Run a command; its output. Fails on another exit status."""
+        """Run a command, check its exit status, return its output."""
         done = subprocess.run(
             command,
             cwd=self.folder,
@@ -45,7 +46,7 @@ class Clone:
         return done.stdout
 
     def start(self, *command: str) -> subprocess.Popen[bytes]:
-        """Start a command in a session of its own."""
+        """Start a command in a new session."""
         log = open(self.folder / "log.txt", "w")
         return subprocess.Popen(
             command, cwd=self.folder, env=self.env, stdout=log, stderr=log, start_new_session=True
@@ -63,43 +64,30 @@ class Clone:
         path.write_text("\n".join(lines) + "\n")
 
     def hashes(self, folder: str) -> dict[str, str]:
-        """The sha256 of each file under a folder."""
-        top = self.folder / folder
-        return {
-            path.relative_to(top).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(top.rglob("*"))
-            if path.is_file()
-        }
+        """Return relative path -> sha256 of the files in a folder."""
+        return hashes(self.folder / folder)
 
-    def processes(self) -> dict[int, str]:
-        """The live processes that work in this folder, and their command lines (Linux)."""
-        found = {}
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and (entry / "cwd").readlink() == self.folder:
-                    found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
-            except OSError:
-                continue
-        return found
+    def is_busy(self) -> bool:
+        """Return whether a process runs in this folder (Linux)."""
+        for link in Path("/proc").glob("[0-9]*/cwd"):
+            with contextlib.suppress(OSError):
+                if link.readlink() == self.folder:
+                    return True
+        return False
 
 
-def ran(output: str) -> set[str]:
-    """The stages whose commands ran."""
+def stages_run(output: str) -> set[str]:
+    """Return the stages that `dvc` ran."""
     return {line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")}
 
 
 def make_clone(folder: Path, preset: str) -> Clone:
-    """The tree as git would clone it, with a preset applied, committed."""
+    """Copy the tree as git would clone it, apply a preset, and commit."""
     folder.mkdir(parents=True)
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "-z"],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for name in filter(None, listed.stdout.split("\0")):
-        if (REPO / name).is_file():  # a file may be listed and deleted
+    listed = ("git", "ls-files", "-co", "--exclude-standard", "-z")
+    names = subprocess.check_output(listed, cwd=REPO, text=True)
+    for name in filter(None, names.split("\0")):
+        if (REPO / name).is_file():  # git also lists deleted files
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(REPO / name, folder / name)
     clone = Clone(folder)

@@ -1,7 +1,7 @@
 """`python -m tests.support.faulty_train`: `python -m train` with a fault on one rank.
 
-`FAULT=RANK,CALL` makes the loss of one micro-batch no number, on one rank: the CALL-th that it
-computes, rehearsals included. `SLOW=SECONDS` makes each checkpoint take so much longer.
+`FAULT=RANK,CALL` makes the loss of one micro-batch NaN on one rank: the CALL-th that it computes,
+including warm-up. `SLOW=SECONDS` makes each checkpoint take that much longer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""FineWeb's layout on a loopback hub, filled with what real text is at hand, and two benchmarks.
+"""A local hub with FineWeb's layout, real text, and the HellaSwag and LAMBADA benchmarks.
 
-The text is that of `../shared/data` where it lies there (parquet in FineWeb's nine columns), else
-the addresses of source `sample`, cut into parts as long as a page of the web.
+The text is that of `../shared/data` if it exists (parquet with FineWeb's nine columns), else the
+addresses of source `sample`, cut to the length of web pages.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PAGE_WORDS = 500
 
 
 def corpus() -> pa.Table:
-    """Real documents in FineWeb's columns."""
+    """Return real documents with FineWeb's columns."""
     if files := sorted(SHARED.glob("data/*/*.parquet")):
         return pa.concat_tables([pq.read_table(file).cast(FINEWEB_SCHEMA) for file in files])
     with tempfile.TemporaryDirectory() as folder:
@@ -48,11 +48,11 @@ def serve(hub: Hub, files: int, documents: int | None, *, coarse: bool, tasks: i
     """Fill a hub with FineWeb's `sample-10BT`, HellaSwag and LAMBADA.
 
     Args:
-        files: Parquet files, in row groups of 1,000, that share the documents.
-        documents: So many of those at hand, about; None: all.
-        coarse: Let the last one be a single row group, so large that `download` cuts it anew: the
-            documents again and again.
-        tasks: Of each benchmark, at most.
+        files: Number of parquet files; their row groups have 1,000 rows.
+        documents: Approximate number of documents; None: all.
+        coarse: Make the last file one row group, so large that `download` splits it; it repeats the
+            documents.
+        tasks: Largest number of tasks per benchmark.
 
     Returns:
         Bytes of parquet.
@@ -60,13 +60,13 @@ def serve(hub: Hub, files: int, documents: int | None, *, coarse: bool, tasks: i
     table = corpus()
     if documents is not None:
         table = table.take(list(range(0, table.num_rows, max(1, table.num_rows // documents))))
-    many = files - coarse
-    parts = [table.take(list(range(i, table.num_rows, many))) for i in range(many)]
+    regular = files - coarse
+    parts = [table.take(list(range(i, table.num_rows, regular))) for i in range(regular)]
     served = {_name(i): _parquet(part, ROW_GROUP_ROWS) for i, part in enumerate(parts)}
     if coarse:
         times = MAX_GROUP_BYTES // pc.sum(pc.binary_length(table["text"])).as_py() + 2
-        whole = pa.concat_tables([table] * times)
-        served[_name(many)] = _parquet(whole, whole.num_rows)
+        repeated = pa.concat_tables([table] * times)
+        served[_name(regular)] = _parquet(repeated, repeated.num_rows)
     hub.repo(FINEWEB).commit(served)
     texts = table["text"].slice(0, 8 * tasks).to_pylist()
     _serve_tasks(hub, hellaswag.HUB, _hellaswag(texts)[:tasks])
@@ -82,7 +82,7 @@ def _name(index: int) -> str:
 
 def _parquet(table: pa.Table, row_group_size: int) -> bytes:
     buffer = io.BytesIO()
-    # No dictionary: FineWeb's text has none, and it would hide how large the text is.
+    # No dictionary encoding: FineWeb's text has none, and it would hide the size of the text.
     pq.write_table(
         table, buffer, row_group_size=row_group_size, compression="zstd", use_dictionary=False
     )
@@ -98,7 +98,7 @@ def _serve_tasks(hub: Hub, where: tuple[str, str | None, str], rows: list[dict[s
 
 
 def _hellaswag(texts: list[str]) -> list[dict[str, Any]]:
-    """The real tasks where they are at hand; else which of four texts goes on with this one?"""
+    """Return the real tasks if available; else build some that ask which text continues another."""
     if files := sorted(SHARED.glob("data/hellaswag/*.jsonl")):
         lines = files[0].read_text(encoding="utf-8").splitlines()
         return [{**json.loads(line), "label": str(json.loads(line)["label"])} for line in lines]

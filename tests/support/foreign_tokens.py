@@ -1,4 +1,4 @@
-"""Token files as other projects read them, written out from their published formats."""
+"""Readers and writers of other projects' token files, written from their published formats."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def read_llm_c(path: Path) -> np.ndarray:
-    """As llm.c's loader does (llmc/dataloader.h), and modded-nanogpt's after it."""
+    """Read tokens as llm.c's loader (llmc/dataloader.h) and modded-nanogpt's do."""
     with open(path, "rb") as file:
         header = np.frombuffer(file.read(256 * 4), dtype=np.int32)
         assert header[0] == 20240520
@@ -31,7 +31,7 @@ def write_llm_c(path: Path, tokens: np.ndarray) -> None:
 
 
 def read_megatron(prefix: Path) -> list[np.ndarray]:
-    """The documents, as Megatron-LM's IndexedDataset finds them."""
+    """Read documents as Megatron-LM's IndexedDataset does."""
     index = prefix.with_name(prefix.name + ".idx").read_bytes()
     assert index[:9] == b"MMIDIDX\x00\x00"
     (version,) = struct.unpack_from("<Q", index, 9)

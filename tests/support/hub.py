@@ -1,18 +1,18 @@
-"""A Hugging Face hub on loopback, as far as clients of data sets and models need one, with faults.
+"""A loopback server with the Hugging Face hub's API for data sets and models, and fault injection.
 
 ```
-hub  http://127.0.0.1:PORT   /api/datasets/{repo}[/revision/{rev}]      what a repository is
+hub  http://127.0.0.1:PORT   /api/datasets/{repo}[/revision/{rev}]      description of a repository
                              /api/datasets/{repo}/tree/{rev}[/{path}]   listing, paged by `Link`
-                             /api/datasets/{repo}/paths-info/{rev}      the same, of named paths
+                             /api/datasets/{repo}/paths-info/{rev}      the same for named paths
                              /datasets/{repo}/resolve/{rev}/{path}      a file, or 302 to the CDN
-                             /api/models/{repo}..., /{repo}/resolve/... the same, of models
+                             /api/models/{repo}..., /{repo}/resolve/... the same for models
 cdn  http://127.0.0.2:PORT   /{sha256}?Signature=...                    the bytes of an LFS file
 ```
 
-The CDN is another origin, so a client must not send it the token; as S3 does, it refuses a request
-that comes signed and with a token. Each answer is recorded, with the bytes of body that it sent.
-`Hub.inject` makes chosen answers go wrong. The protocol's facts are those of huggingface_hub 2.4:
-tests/pipeline/download/test_hub_server.py holds this server against that client.
+The CDN is another origin, so a client must not send it the token; like S3, it rejects a request
+with both a signature and a token. Each request is recorded with the bytes of body sent for it.
+`Hub.inject` makes chosen responses fail. The API follows huggingface_hub 2.4;
+tests/pipeline/download/test_hub_server.py checks this server with that client.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 TOKEN = "hf_LoopbackTokenThatMustStayWithTheHub"
 FINEWEB = "HuggingFaceFW/fineweb"
-# The part of FineWeb's card that names its configs.
+# The part of FineWeb's card that names its configurations.
 CARD = """\
 ---
 license: odc-by
@@ -57,58 +57,52 @@ configs:
 # FineWeb, on loopback
 """
 
-# Headers, some of which are known only when they are sent, such as a date.
+# Header values; a callable is evaluated when the header is sent.
 Headers = Mapping[str, str | Callable[[], str]]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with an answer; all that is set applies. Offsets are those in the file."""
+    """An injected fault; all fields that are set apply. Offsets are in the file, in bytes."""
 
     status: int | None = None
-    """Answered instead of the file."""
+    """HTTP status to send instead of the file."""
     headers: Headers = field(default_factory=dict)
-    """Sent with it."""
+    """Headers to send with `status`."""
     reset_at: int | None = None
-    """The connection is reset when the body has come to this byte."""
+    """Reset the connection at this byte."""
     close_at: int | None = None
-    """The same, but closed in order, before the announced length."""
+    """Close the connection at this byte, before the announced length."""
     stall_at: int | None = None
-    """Nothing is sent for `stall` seconds when the body has come to this byte."""
+    """Pause for `stall` seconds at this byte."""
     stall: float = 0.0
     truncate_at: int | None = None
-    """The file ends here, and says that it is whole."""
+    """End the file at this byte and announce it as complete."""
     chunked: bool = False
-    """The body's length is not announced."""
+    """Do not announce the body's length."""
     flip: int | None = None
-    """The byte at this offset is a wrong one."""
+    """Invert the byte at this offset."""
     etag: str | None = None
-    """Another ETag."""
+    """Send this ETag."""
     content: bytes | None = None
-    """Another file."""
+    """Send this file instead."""
     ignore_range: bool = False
-    """Status 200 and the whole file, whatever part was asked for."""
+    """Send status 200 and the complete file for any requested range."""
     shift_range: int = 0
-    """The part that is sent, and named in Content-Range, starts so many bytes too early."""
+    """Start the range, in body and Content-Range, this many bytes too early."""
     rate: float | None = None
-    """Bytes a second."""
-
-    @property
-    def of_body(self) -> bool:
-        """Whether it can only be seen in a body."""
-        return self.status is None
+    """Bytes per second."""
 
 
 def http_date(seconds: float) -> Callable[[], str]:
-    """A header that names a time so far in the future, rounded up to a second."""
+    """Return a header value: the time ``seconds`` from when it is sent, rounded up."""
     return lambda: formatdate(int(time.time() + seconds + 1), usegmt=True)
 
 
 @dataclass
 class Request:
-    """A request, and what came of it."""
+    """A request and the response to it."""
 
-    host: str
     method: str
     route: str
     path: str
@@ -129,19 +123,19 @@ class _Injected:
 
 
 class Repo:
-    """A repository: commits, each a mapping of paths to bytes, and names for them."""
+    """A repository: commits (path -> bytes) and the branches and tags that name them."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.gated: str | None = None
-        """A pattern of the paths that need leave to be read."""
+        """Pattern of the paths that need granted access."""
         self.private = False
         self.commits: dict[str, dict[str, bytes]] = {}
         self.refs: dict[str, str] = {}
         self._sha256: dict[int, tuple[bytes, str]] = {}
 
     def commit(self, files: Mapping[str, bytes], ref: str = "main") -> str:
-        """Make ``files``, and the card where there is none, the newest commit of ``ref``."""
+        """Commit ``files``, with `CARD` if they have no card, to ``ref``; return the commit."""
         files = {"README.md": CARD.encode(), **files}
         text = json.dumps({path: self.sha256(data) for path, data in files.items()})
         commit = hashlib.sha1(f"{len(self.commits)} {text}".encode()).hexdigest()
@@ -150,19 +144,19 @@ class Repo:
         return commit
 
     def resolve(self, revision: str) -> str | None:
-        """The commit that a branch, a tag or a commit names."""
+        """Return the commit of a branch, tag or commit; None if there is none."""
         return self.refs.get(revision) or (revision if revision in self.commits else None)
 
     def sha256(self, data: bytes) -> str:
-        """The hash of a file, computed once."""
-        # The object is kept with its hash, so that its id is not given to another.
+        """Return the sha256 of a file, computed once."""
+        # Keeps a reference to the object, so that its id is not reused.
         known = self._sha256.get(id(data))
         if known is None:
             known = self._sha256[id(data)] = (data, hashlib.sha256(data).hexdigest())
         return known[1]
 
     def entry(self, path: str, data: bytes) -> dict[str, Any]:
-        """A file, as a listing describes it."""
+        """Return a file's entry in a listing."""
         described: dict[str, Any] = {
             "type": "file",
             "path": path,
@@ -170,38 +164,36 @@ class Repo:
             "oid": hashlib.sha1(b"blob %d\0" % len(data) + data[:100]).hexdigest(),
         }
         if is_lfs(path):
-            lfs = {"oid": self.sha256(data), "size": len(data), "pointerSize": 134}
-            described["lfs"] = lfs
+            described["lfs"] = {"oid": self.sha256(data), "size": len(data), "pointerSize": 134}
         return described
 
 
 def is_lfs(path: str) -> bool:
-    """Whether the hub keeps a file on the CDN."""
+    """Return whether the hub stores a file on the CDN."""
     return path.endswith((".parquet", ".zst", ".gz", ".safetensors", ".bin"))
 
 
 class Hub:
-    """The two servers, their repositories, and what they were asked.
+    """The two servers, their repositories and the requests they received.
 
     Args:
-        bandwidth: bytes a second that a connection gives; None: as fast as it goes.
-        page: entries of a page of a listing.
+        bandwidth: Bytes per second and connection; None for no limit.
+        page_size: Entries per page of a listing.
     """
 
-    def __init__(self, bandwidth: float | None = None, page: int = 1000) -> None:
+    def __init__(self, bandwidth: float | None = None, page_size: int = 1000) -> None:
         self.bandwidth = bandwidth
-        self.page = page
-        self.tokens = {TOKEN}
+        self.page_size = page_size
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
         self.gate = threading.Event()
-        """While it is not set, the CDN sends headers and no body."""
+        """While cleared, the CDN sends headers but no body."""
         self.gate.set()
         self.closing = threading.Event()
         self._lock = threading.Lock()
         self._injected: list[_Injected] = []
         self._hub = _Server(("127.0.0.1", 0), self, "hub")
-        # Where only 127.0.0.1 is loopback (macOS) the other port alone makes it another origin.
+        # On macOS only 127.0.0.1 is loopback; the other port already makes it another origin.
         host = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
         self._cdn = _Server((host, 0), self, "cdn")
         self.endpoint = self._hub.url
@@ -219,33 +211,35 @@ class Hub:
             server.server_close()
 
     def repo(self, name: str = FINEWEB) -> Repo:
-        """The repository of that name, made where there is none."""
+        """Return the repository of that name; create it if there is none."""
         return self.repos.setdefault(name, Repo(name))
 
     def inject(
         self, fault: Fault, path: str = "*", route: str = "cdn", times: int | None = 1
     ) -> None:
-        """Have the next ``times`` answers that match go wrong; None: all. First come, first met.
+        """Apply a fault to the next ``times`` matching responses; None for all.
+
+        Of several matching faults the one injected first applies.
 
         Args:
-            path: a pattern of the file's path in its repository.
-            route: a pattern of `info`, `tree`, `paths`, `resolve`, `cdn`.
+            path: Pattern of the file's path in its repository.
+            route: Pattern of `info`, `tree`, `paths`, `resolve` or `cdn`.
         """
         with self._lock:
             self._injected.append(_Injected(fault, route, path, times))
 
-    def heal(self) -> None:
-        """Take back every fault."""
+    def clear_faults(self) -> None:
+        """Remove all faults."""
         with self._lock:
             self._injected.clear()
 
-    def forget(self) -> None:
-        """Count from here."""
+    def clear_requests(self) -> None:
+        """Forget the requests recorded so far."""
         with self._lock:
             self.requests.clear()
 
     def asked(self, route: str = "*", path: str = "*") -> list[Request]:
-        """The requests so far that match, in order."""
+        """Return the recorded requests that match, in order."""
         with self._lock:
             return [
                 request
@@ -255,7 +249,7 @@ class Hub:
             ]
 
     def sent(self) -> Counter[str]:
-        """Bytes of body that the CDN sent so far, by path."""
+        """Return the bytes of body that the CDN has sent, by path."""
         sent: Counter[str] = Counter()
         for request in self.asked("cdn"):
             if request.sent:
@@ -263,25 +257,21 @@ class Hub:
         return sent
 
     def next_fault(self, request: Request) -> Fault:
-        """What is wrong with the answer to this request."""
+        """Return the fault of the response to this request, and count it as applied."""
         with self._lock:
             for entry in self._injected:
                 if (
                     entry.times != 0
                     and fnmatch.fnmatchcase(request.route, entry.route)
                     and fnmatch.fnmatchcase(request.path, entry.pattern)
-                    and not (request.method == "HEAD" and entry.fault.of_body)
+                    and not (request.method == "HEAD" and entry.fault.status is None)
                 ):
                     entry.times = None if entry.times is None else entry.times - 1
                     return entry.fault
         return Fault()
 
-    def record(self, request: Request) -> None:
-        with self._lock:
-            self.requests.append(request)
-
     def blob(self, sha256: str) -> tuple[str, bytes] | None:
-        """The newest LFS file of that hash, and its path."""
+        """Return the path and bytes of the newest LFS file with that hash."""
         for repo in self.repos.values():
             for files in reversed(list(repo.commits.values())):
                 for path, data in files.items():
@@ -301,7 +291,7 @@ class _Server(http.server.ThreadingHTTPServer):
         self.url = f"http://{address[0]}:{self.server_address[1]}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):  # else: the client went away
+        if not isinstance(sys.exc_info()[1], OSError):  # else the client disconnected
             super().handle_error(request, client_address)
 
 
@@ -311,7 +301,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     timeout = 60
 
     def setup(self) -> None:
-        # What waits in the kernel was sent and may never be received: keep it small.
+        # Bytes in the kernel's buffer count as sent but may never be received: keep it small.
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().setup()
@@ -323,8 +313,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.hub = self.server.hub
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
-        self.asked = Request(
-            host=self.server.host,
+        self.recorded = Request(
             method=self.command,
             route="other",
             path="",
@@ -334,18 +323,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         )
         length = int(self.headers.get("Content-Length") or 0)
         self.form = parse_qs(self.rfile.read(length).decode()) if length else {}
-        self.hub.record(self.asked)
+        self.hub.requests.append(self.recorded)
         try:
             if self.server.host == "cdn":
                 self._cdn(url.path[1:])
             else:
                 self._route([unquote(part) for part in url.path.split("/")[1:]])
         finally:
-            self.asked.ended = time.monotonic()
+            self.recorded.ended = time.monotonic()
 
     do_HEAD = do_POST = do_GET
 
-    # Routes of the hub
+    # Routes
 
     def _route(self, parts: list[str]) -> None:
         match parts:
@@ -358,31 +347,26 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if len(rest) < 2 or rest[0] not in ("revision", "tree", "paths-info", "resolve"):
             return self._refuse(404, None, "Not found")
         kind, revision, path = rest[0], rest[1], "/".join(rest[2:])
-        self.asked.route = {"revision": "info", "paths-info": "paths"}.get(kind, kind)
-        self.asked.path = path
-        fault = self.hub.next_fault(self.asked)
+        self.recorded.route = {"revision": "info", "paths-info": "paths"}.get(kind, kind)
+        self.recorded.path = path
+        fault = self.hub.next_fault(self.recorded)
         if fault.status is not None:
             return self._answer(fault.status, dict(fault.headers), b"injected")
-        found = self._admit(repo, revision)
+        found = self._find_repo(repo, revision)
         if found is not None:
-            answer = {
-                "revision": self._info,
-                "tree": self._tree,
-                "paths-info": self._paths,
-                "resolve": self._resolve,
-            }[kind]
+            answer = getattr(self, f"_{self.recorded.route}")  # _info, _tree, _paths or _resolve
             answer(*found, path, fault)
         return None
 
-    def _admit(self, name: str, revision: str) -> tuple[Repo, str] | None:
-        """The repository and commit, where they exist and the token may see them."""
-        token = (self.asked.authorization or "").removeprefix("Bearer ")
-        if token and token not in self.hub.tokens:
+    def _find_repo(self, name: str, revision: str) -> tuple[Repo, str] | None:
+        """Return the repository and commit; refuse if they do not exist or need another token."""
+        token = (self.recorded.authorization or "").removeprefix("Bearer ")
+        if token not in ("", TOKEN):
             self._refuse(401, None, "Invalid credentials in Authorization header")
             return None
         repo = self.hub.repos.get(name)
         if repo is None or (repo.private and not token):
-            # Without a token the hub does not say whether there is such a repository.
+            # Without a token the hub does not disclose whether a private repository exists.
             self._refuse(404 if token else 401, "RepoNotFound", "Repository not found")
             return None
         commit = repo.resolve(revision)
@@ -402,7 +386,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if folder and not entries:
             return self._refuse(404, "EntryNotFound", f"{folder} does not exist")
         start = int(self.query.get("cursor", ["0"])[0])
-        stop = start + self.hub.page
+        stop = start + self.hub.page_size
         headers = {}
         if stop < len(entries):
             address = f"{self.hub.endpoint}{urlsplit(self.path).path}"
@@ -420,7 +404,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if data is None:
             return self._refuse(404, "EntryNotFound", "Entry not found", commit_header)
         if repo.gated is not None and fnmatch.fnmatchcase(path, repo.gated):
-            status = 403 if self.asked.authorization else 401
+            status = 403 if self.recorded.authorization else 401
             message = f"Access to dataset {repo.name} is restricted and you are not in the list"
             return self._refuse(status, "GatedRepo", message, commit_header)
         if not is_lfs(path):
@@ -439,21 +423,21 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     # The CDN
 
     def _cdn(self, sha256: str) -> None:
-        self.asked.route = "cdn"
+        self.recorded.route = "cdn"
         blob = self.hub.blob(sha256)
         if blob is None:
             return self._answer(404, {}, b"NoSuchKey")
-        self.asked.path, data = blob
-        if self.asked.authorization is not None:
+        self.recorded.path, data = blob
+        if self.recorded.authorization is not None:
             return self._answer(400, {}, b"Only one auth mechanism allowed")
         if "Signature" not in self.query:
             return self._answer(403, {}, b"AccessDenied")
-        fault = self.hub.next_fault(self.asked)
+        fault = self.hub.next_fault(self.recorded)
         if fault.status is not None:
             return self._answer(fault.status, dict(fault.headers), b"injected")
         return self._file(data, fault.etag or f"cdn-{sha256[:32]}", fault, {})
 
-    # Answers
+    # Responses
 
     def _json(self, value: Any, headers: Headers | None = None) -> None:
         body = json.dumps(value).encode()
@@ -467,7 +451,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._answer(status, {**(headers or {}), **errors}, body)
 
     def _head(self, status: int, headers: Headers) -> None:
-        self.asked.status = status
+        self.recorded.status = status
         self.send_response(status, HTTPStatus(status).phrase)
         for key, value in headers.items():
             self.send_header(key, value() if callable(value) else value)
@@ -479,7 +463,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.connection.sendall(body)
 
     def _file(self, data: bytes, etag: str, fault: Fault, headers: Headers) -> None:
-        """A file, or the part of it that was asked for, with what is wrong with it."""
+        """Send a file, or the requested range of it, with the fault applied."""
         if fault.content is not None:
             data = fault.content
         if fault.truncate_at is not None:
@@ -487,7 +471,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         etag = f'"{etag}"'
         start, stop, status = 0, len(data), 200
         headers = {**headers, "ETag": etag, "Accept-Ranges": "bytes"}
-        part = self.asked.range
+        part = self.recorded.range
         if self.headers.get("If-Range", etag) != etag or fault.ignore_range:
             part = None
         if part is not None and part.startswith("bytes=") and "," not in part:
@@ -532,7 +516,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.connection.sendall(piece)
             if fault.chunked:
                 self.connection.sendall(b"\r\n")
-            self.asked.sent += following - position
+            self.recorded.sent += following - position
             position = following
             if rate is not None:
                 wait = began + (position - start) / rate - time.monotonic()
@@ -541,14 +525,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if fault.chunked and end == stop:
             self.connection.sendall(b"0\r\n\r\n")
         if position < stop:
-            self._leave(reset=fault.reset_at is not None and position >= fault.reset_at)
+            self._disconnect(reset=fault.reset_at is not None and position >= fault.reset_at)
 
-    def _leave(self, reset: bool) -> None:
-        """Close the connection in the middle of a body."""
+    def _disconnect(self, reset: bool) -> None:
+        """Close or reset the connection in the middle of a body."""
         self.close_connection = True
         if reset:
-            self.hub.closing.wait(0.05)  # what was sent may arrive
-            linger = struct.pack("ii", 1, 0)  # what was not is dropped, and RST sent
+            self.hub.closing.wait(0.05)  # let the bytes sent so far arrive
+            linger = struct.pack("ii", 1, 0)  # drop unsent bytes and send RST
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             for file in (self.rfile, self.wfile, self.connection):
                 file.close()
@@ -556,7 +540,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 def _entries(repo: Repo, commit: str, folder: str, recursive: bool) -> Iterator[dict[str, Any]]:
-    """The files below a folder, and the folders; those directly in it unless ``recursive``."""
+    """Yield the listing of a folder, files and folders; of all below it if ``recursive``."""
     seen: set[str] = set()
     prefix = f"{folder}/" if folder else ""
     for path, data in sorted(repo.commits[commit].items()):

@@ -1,4 +1,4 @@
-"""What a computation holds and multiplies, counted exactly: nothing of the machine has a say."""
+"""Exact counts of a computation's memory and matrix products, the same on every machine."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes of storages made under it and alive, their peak, and matrix products.
+    """Context that counts the bytes of a device's live storages, their peak, and matrix products.
 
-    Args:
-        device: Storages elsewhere do not count; on "meta" nothing is computed or held, but counted.
+    On device "meta", it counts without computing or allocating.
     """
 
     def __init__(self, device: str) -> None:

@@ -1,7 +1,7 @@
-"""`python -m tests.support.one_gradient`: a rank's gradients of a run's first step, in a file.
+"""`python -m tests.support.one_gradient`: write a rank's gradients of the first step to a file.
 
-It is the trainer's own step, under DDP, up to the moment when the optimizer would use them. The
-validation loss is in the file, too.
+The trainer computes them under DDP; only the optimizer is replaced. The file also has the
+validation loss.
 """
 
 import os
@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import save_file
 
-from train.data.loader import Batches
+from tests.support.training import batches
 from train.distributed.interrupt import Interrupt
 from train.distributed.rendezvous import process_group
 from train.run import Run
@@ -22,7 +22,7 @@ def main() -> None:
     run = Run.open()
     with process_group("cpu") as world, Interrupt(world) as interrupt:
         trainer = Trainer(run, world)
-        trainer.join()
+        trainer.warm_up()
         seen = {}
 
         def keep() -> None:
@@ -31,17 +31,9 @@ def main() -> None:
         cast(Any, trainer).optimizer = SimpleNamespace(
             param_groups=[], step=keep, zero_grad=lambda **_: None
         )
-        batches = Batches(
-            run.train_data,
-            run.order,
-            trainer.split,
-            rank=world.rank,
-            spans=[run.batches(0)],
-            device=world.device,
-        )
-        with batches:
-            trainer.step(0, batches, interrupt)
-        assert next(batches, None) is None, "the step did not take all of its samples"
+        with batches(run, trainer, 0, 1) as loader:
+            trainer.step(0, loader, interrupt)
+        assert next(loader, None) is None, "the step did not take all of its samples"
         seen["validation"] = torch.tensor([trainer.validate(interrupt)])
         save_file(seen, f"{os.environ['GRADIENTS']}-{world.rank}.safetensors")
 

@@ -1,4 +1,4 @@
-"""A command watched while it runs: what it says, the memory that its processes hold, its end."""
+"""Run a command, measure the memory of its processes, and kill it on a condition."""
 
 from __future__ import annotations
 
@@ -14,37 +14,31 @@ import psutil  # type: ignore[import-untyped]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What became of a command.
-
-    Attributes:
-        output: What it said, on stdout and stderr.
-        status: Its exit status.
-        peak: Most bytes that it and all that it had started held together, looked at every two
-            seconds.
-        killed: Whether it was killed here.
-    """
+class Result:
+    """Result of a command."""
 
     output: str
+    """Stdout and stderr."""
     status: int
     peak: int
+    """Most bytes held at once by the command and its descendants, sampled every 2 s."""
     killed: bool
 
 
-def watch(
+def run_watched(
     command: Sequence[str],
     folder: Path,
     env: Mapping[str, str],
     until: Callable[[], bool] | None = None,
-) -> Seen:
-    """Run a command to its end, or ``until`` that comes true: then SIGKILL meets all of it."""
-    peak, killed, look = 0, False, 0.0
+) -> Result:
+    """Run a command to its end; if ``until`` gets true, kill it and its descendants (SIGKILL)."""
+    peak, killed, next_sample = 0, False, 0.0
     with tempfile.TemporaryFile() as file:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=file, stderr=file)
         while process.poll() is None:
-            if time.monotonic() >= look:  # not more often: the kernel walks all pages for it
+            if time.monotonic() >= next_sample:  # rarely, because the kernel walks all pages
                 peak = max(peak, sum(map(_memory, _family(process.pid))))
-                look = time.monotonic() + 2
+                next_sample = time.monotonic() + 2
             if until is not None and until():
                 killed = True
                 for member in _family(process.pid):
@@ -53,7 +47,7 @@ def watch(
             time.sleep(0.5 if until is None else 0.1)
         file.seek(0)
         output = file.read().decode("utf-8", errors="replace")
-    return Seen(output, process.returncode, peak, killed)
+    return Result(output, process.returncode, peak, killed)
 
 
 def _family(pid: int) -> list[psutil.Process]:
@@ -65,7 +59,7 @@ def _family(pid: int) -> list[psutil.Process]:
 
 
 def _memory(process: psutil.Process) -> int:
-    """Bytes that a process holds, its part of what it shares; where not known, all resident."""
+    """Return the proportional set size in bytes; the resident size if that is unknown."""
     try:
         info = process.memory_full_info()
     except psutil.Error:

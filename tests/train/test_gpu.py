@@ -1,10 +1,8 @@
-"""Of training on GPUs: no waiting, no race, the same numbers, and what the step takes."""
+"""Tests for training on GPUs: no synchronisation, no race, and the losses of a CPU."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +13,7 @@ import pytest
 import torch
 
 from pipeline import TokenStream
-from tests.support.training import Project, kill_group, wait_for, write_tokens
-from tests.train.test_loop import records
+from tests.support.training import Project, batches, kill_group, records, write_tokens
 from train import DataOrder, bench
 from train.checkpoint import directory
 from train.checkpoint.directory import Keep
@@ -35,9 +32,9 @@ pytestmark = [
 ]
 
 DEVICE = torch.device("cuda", 0)
-AWHILE = 30_000_000  # clock cycles that keep a GPU busy: some 20 ms
+BUSY = 30_000_000  # clock cycles that keep a GPU busy for about 20 ms
 
-# A model whose every width tensor cores like, with heads of 64 channels.
+# All widths suit tensor cores; heads have 64 channels.
 MODEL = {"size": None, "n_layer": 2, "n_head": 2, "n_embd": 128, "block_size": 128}
 TRAIN = {"steps": 24, "batch_tokens": 16 * 128, "learning_rate": 1e-3, "log_every": 1}
 
@@ -46,7 +43,7 @@ several = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CU
 
 @pytest.fixture
 def gpu(project: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
-    """The project, on a GPU; here one process in this one, with four micro-steps."""
+    """The project on a GPU, with one process and four micro-steps unless a test sets others."""
     project.write(model=MODEL, train=TRAIN)
     project.write_data(n_train=100_000)
     for name, value in {"DEVICE": "cuda", "PROCESSES": "1", "MICRO_BATCH": "4"}.items():
@@ -61,51 +58,44 @@ def gpu(project: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_never_waits_for_the_gpu(
+def test_a_step_never_synchronises_with_the_gpu(
     gpu: Project, monkeypatch: pytest.MonkeyPatch, compiled: bool, dtype: str
 ) -> None:
-    """PyTorch raises at whatever would wait for it: .item(), a copy from memory not pinned, ..."""
+    """PyTorch raises at each synchronising call: .item(), a copy from unpinned memory, ..."""
     gpu.write(model=MODEL, train={**TRAIN, "dtype": dtype})
     monkeypatch.setenv("GPT2_COMPILE", str(compiled))
     run = Run.open()
     with process_group("cuda") as world:
         trainer = Trainer(run, world)
-        trainer.join()
-        spans = (run.batches(step) for step in itertools.count())
-        batches = Batches(
-            run.train_data, run.order, trainer.split, rank=0, spans=spans, device=world.device
-        )
-        with batches, Interrupt(world) as interrupt:
-            for step in range(3):  # what is made once may wait: optimizer state, pinned memory
-                trainer.step(step, batches, interrupt)
+        trainer.warm_up()
+        with batches(run, trainer, 0) as loader, Interrupt(world) as interrupt:
+            for step in range(3):  # first allocations may: optimizer state, pinned memory
+                trainer.step(step, loader, interrupt)
             torch.cuda.set_sync_debug_mode("error")
             try:
                 with pytest.raises(RuntimeError, match="synchroniz"):
-                    torch.zeros(1, device=DEVICE).item()  # it does raise
+                    torch.zeros(1, device=DEVICE).item()  # the check works
                 for step in range(3, 6):
-                    _, numbers = trainer.step(step, batches, interrupt)
+                    _, numbers = trainer.step(step, loader, interrupt)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         assert torch.isfinite(numbers).all()
 
 
-def test_a_busy_gpu_is_given_the_right_batches(tmp_path: Path) -> None:
-    """Copies wait behind a second of work, and the reader runs ahead: pinned memory is not reused
-    before it has been copied."""
+def test_pinned_memory_is_not_reused_before_it_is_copied(tmp_path: Path) -> None:
+    """Copies wait behind a second of work on the GPU, while the loader prefetches."""
     values = (np.arange(200_000) * 7919 % 50257).astype(np.uint16)
     write_tokens(tmp_path, {"train": [values], "val": [values[:10]]})
-    stream, order = (
-        TokenStream(tmp_path, "train"),
-        DataOrder(n_tokens=len(values), block_size=64, seed=1),
-    )
-    split, spans = Split(world=1, micro_batch=8), [(0, 400)]
+    stream = TokenStream(tmp_path, "train")
+    order = DataOrder(n_tokens=len(values), block_size=64, seed=1)
+    split, spans = Split(world=1, micro_batch=8), [(0, 0, 400)]
 
     def load(device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
         found = []
         with Batches(stream, order, split, rank=0, spans=spans, device=device) as batches:
-            for inputs, targets in batches:
+            for _, inputs, targets in batches:
                 if device.type == "cuda":
-                    torch.cuda._sleep(AWHILE)
+                    torch.cuda._sleep(BUSY)
                 found.append((inputs, targets))
         return found
 
@@ -117,22 +107,20 @@ def test_a_busy_gpu_is_given_the_right_batches(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_holds_the_weights_of_its_step(tmp_path: Path) -> None:
-    """It is copied behind the step's work and before that of the next, both still to come."""
+    """The copy is queued between the work of two steps, before the GPU has done either."""
     weights, step = torch.zeros(4_000_000, device=DEVICE), torch.zeros(1, device=DEVICE)
     with Writer(tmp_path, Keep(last=9)) as writer:
         for number in (1, 2, 3):
-            torch.cuda._sleep(AWHILE)
+            torch.cuda._sleep(BUSY)
             weights += 1
             writer.save(model={"w": weights}, optimizer={"w.step": step}, state={"step": number})
-            weights += 1000  # the next step, queued before anything is written
+            weights += 1000  # the next step, queued before the copy is written
     for number in (1, 2, 3):
         saved, _ = directory.load_tensors(tmp_path / directory.folder_name(number))
         assert torch.equal(saved["w"], torch.full((4_000_000,), 1 + 1001.0 * (number - 1)))
 
 
-def test_a_run_has_the_losses_of_one_on_the_cpu(
-    gpu: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpu_and_cpu_give_the_same_losses(gpu: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 (products in TF32), 24 steps from the same weights on the same data."""
     found = {}
     for device in ("cuda", "cpu"):
@@ -146,14 +134,6 @@ def test_a_run_has_the_losses_of_one_on_the_cpu(
     assert found["cuda"][24] < found["cuda"][1] - 0.3
 
 
-def wait_for_checkpoint(project: Project, work: str, step: int) -> None:
-    def saved() -> bool:
-        found = (project.folder / work).glob("runs/*/step-*")
-        return any(directory.step_of(path) >= step for path in found)
-
-    wait_for(saved, seconds=240)
-
-
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=several)])
 def test_a_deterministic_run_resumes_bit_for_bit(
@@ -162,54 +142,44 @@ def test_a_deterministic_run_resumes_bit_for_bit(
     settings = {**TRAIN, "steps": 2000, "checkpoint_every": 100, "val_every": 500}
     gpu.write(model=MODEL, train={**settings, "dtype": "bfloat16", "deterministic": True})
     machine: dict[str, Any] = {"GPT2_COMPILE": compiled, "GPT2_MICRO_BATCH": 2}
-    gpu.train_ranks(processes, GPT2_WORK_DIR="whole", **machine)
+    gpu.train_ranks(processes, GPT2_WORK_DIR="uninterrupted", **machine)
     weights = gpu.weights()
     ranks = gpu.start_ranks(processes, GPT2_WORK_DIR="stopped", **machine)
-    try:
-        wait_for_checkpoint(gpu, "stopped", 200)
-        for rank in ranks:
-            rank.send_signal(signal.SIGKILL)
-    finally:
-        for rank in ranks:
-            kill_group(rank)
+    gpu.wait_for_step(ranks[0], 200, "stopped", seconds=240)
+    for rank in ranks:
+        kill_group(rank)
     done = gpu.train(processes, GPT2_WORK_DIR="stopped", **machine)
     assert "resumes after step" in done.stdout
     assert gpu.weights() == weights
 
 
 @several
-def test_two_gpus_compute_what_one_does(gpu: Project) -> None:
+def test_two_gpus_give_the_losses_of_one(gpu: Project) -> None:
     losses = []
     for processes in (1, 2):
         gpu.train_ranks(processes, GPT2_WORK_DIR=f"work-{processes}")
-        (log,) = (gpu.folder / f"work-{processes}").glob("runs/*/log.jsonl")
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-        losses.append({r["step"]: r["train/loss"] for r in lines if "train/loss" in r})
+        losses.append(gpu.losses(f"work-{processes}"))
     assert len(losses[0]) == 24
     assert losses[1] == pytest.approx(losses[0], abs=2e-3)
     assert gpu.metrics()["world_size"] == 2
 
 
 @several
-def test_the_death_of_a_rank_ends_the_others(gpu: Project) -> None:
-    """Also where they stand in an all-reduce of NCCL, and no torchrun is there to kill them."""
+def test_a_dead_rank_is_named_and_ends_the_others(gpu: Project) -> None:
+    """Also while they wait in an NCCL all-reduce, with no torchrun to kill them."""
     gpu.write(model=MODEL, train={**TRAIN, "steps": 100_000, "checkpoint_every": 20})
     ranks = gpu.start_ranks(2, GPT2_TIMEOUT=20)
-    try:
-        wait_for_checkpoint(gpu, ".work", 20)
-        ranks[1].kill()
-        before = time.monotonic()
-        _, err = ranks[0].communicate(timeout=120)
-        print(f"after {time.monotonic() - before:.1f} s: {err[-2000:]}")
-        assert time.monotonic() - before < 60
-        assert ranks[0].returncode != 0
-        assert f"rank 1 (pid {ranks[1].pid} on " in err
-    finally:
-        for rank in ranks:
-            kill_group(rank)
+    gpu.wait_for_step(ranks[0], 20, seconds=240)
+    ranks[1].kill()
+    before = time.monotonic()
+    _, err = ranks[0].communicate(timeout=120)
+    print(f"after {time.monotonic() - before:.1f} s: {err[-2000:]}")
+    assert time.monotonic() - before < 60
+    assert ranks[0].returncode != 0
+    assert f"rank 1 (pid {ranks[1].pid} on " in err
 
 
-def test_the_step_is_measured_with_its_kernels(
+def test_bench_measures_steps_and_gpu_kernels(
     gpu: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bench.main(["--steps", "20", "--json", "found.json"])
@@ -218,7 +188,7 @@ def test_the_step_is_measured_with_its_kernels(
         print("\n" + capsys.readouterr().out)
     assert len(found["steps"]) == 20
     assert found["parts"]["forward and backward"] > 0
-    # Kernels of the GPU, not calls of the CPU; together no longer than a step by much.
+    # Kernels of the GPU, not operators on the CPU; in total they take about as long as a step.
     assert found["kernels"]
     assert not any(kernel["name"].startswith("aten::") for kernel in found["kernels"])
     busy = sum(kernel["seconds"] for kernel in found["kernels"])

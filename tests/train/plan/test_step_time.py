@@ -1,4 +1,4 @@
-"""Of train.cost: time from operations and bytes, against published runs and PyTorch's counter."""
+"""Tests for train.plan.step_time: published runs, and PyTorch's count of operations."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ GPT2 = GPTConfig.named("gpt2")
 
 
 @pytest.mark.parametrize("run", PUBLISHED, ids=lambda run: f"{run.name} {run.size}")
-def test_a_published_run_at_its_own_mfu(run: Published) -> None:
+def test_published_run_at_its_stated_mfu(run: Published) -> None:
     assert run.plan(run.mfu).step.total == pytest.approx(run.seconds, rel=0.2)
 
 
 @pytest.mark.parametrize("run", PUBLISHED[:3], ids=lambda run: run.name)
-def test_a_published_run_at_the_mfu_that_is_assumed(run: Published) -> None:
+def test_published_run_at_the_assumed_mfu(run: Published) -> None:
     assert run.plan(None).step.total == pytest.approx(run.seconds, rel=0.2)
 
 
-def test_muons_operations_are_those_that_pytorch_counts() -> None:
+def test_muon_flops_match_pytorch_count() -> None:
     config = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=100)
     gpt = GPT(config)
     optimizer = make_optimizer(
@@ -53,30 +53,30 @@ def cluster(hardware: str = "a100-80", nodes: int = 1, network: float | None = N
     )  # fmt: skip
 
 
-def test_the_all_reduce_is_a_rings() -> None:
-    parameters = 124_439_808 + 47 * 768  # with the rows that pad the table
+def test_all_reduce_is_a_ring_limited_by_its_slowest_link() -> None:
+    parameters = 124_439_808 + 47 * 768  # with padding rows
     assert all_reduce_bytes(GPT2, 1) == 0
     assert all_reduce_bytes(GPT2, 8) == pytest.approx(2 * 7 / 8 * 4 * parameters)
     one = step_time(GPT2, cluster(), 524288, 4)
     assert one.all_reduce == pytest.approx(all_reduce_bytes(GPT2, 8) / (0.75 * 300e9))
     two = step_time(GPT2, cluster(nodes=2, network=25e9), 524288, 4)
     assert two.all_reduce == pytest.approx(all_reduce_bytes(GPT2, 16) / (0.75 * 25e9 / 8))
-    # Between nodes that are connected as well as their GPUs, NVLink is what limits.
+    # With a fast network, NVLink is the slowest link.
     quick = step_time(GPT2, cluster(nodes=2, network=1e13), 524288, 4)
     assert quick.all_reduce == pytest.approx(all_reduce_bytes(GPT2, 16) / (0.75 * 300e9))
 
 
-def test_what_overlaps_is_hidden_but_for_the_table() -> None:
+def test_overlap_hides_all_but_the_token_table() -> None:
     plain = step_time(GPT2, cluster(), 524288, 4)
     hidden = step_time(GPT2, cluster(), 524288, 4, overlap=True)
     assert plain.exposed == plain.all_reduce
     assert hidden.exposed == pytest.approx(plain.all_reduce * 50304 * 768 / 124_475_904)
-    # What takes longer than the backward pass of the last micro-step shows.
+    # What takes longer than the backward pass of the last micro-step is exposed.
     slow = step_time(GPT2, cluster(nodes=2, network=1e9), 524288, 4, overlap=True)
     assert slow.exposed == pytest.approx(slow.all_reduce - 2 / 3 * slow.compute / 4)
 
 
-def test_checkpointed_blocks_are_computed_twice() -> None:
+def test_checkpointed_blocks_run_forward_twice() -> None:
     plain = step_time(GPT2, cluster(), 524288, 4)
     twice = step_time(GPT2, cluster(), 524288, 4, checkpoint_activations=True)
     head = 3 * 2 * 50304 * 768 / 854_654_976  # of the operations; it is computed once

@@ -1,4 +1,4 @@
-"""Of train.report and what it is made of: a page that is whole, the same each time, and true."""
+"""Tests for train.report: the page of a run, the comparison, charts and formats."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from model import GPT, GPTConfig
 from pipeline.format import tokenizer
 from pipeline.runtime.errors import UserError
 from tests.support.browser import CHROMIUM, browser
-from tests.support.training import Project, make_project
-from tests.train.test_loop import train_here
+from tests.support.training import Project, make_project, train_here
 from train import evaluate
 from train.params import EvaluateParams
 from train.report import compare, html, model_probe
 from train.report import page as report
 from train.report.__main__ import main as report_main
-from train.report.charts import MOST_POINTS, Curve, _thinned, line_chart, smooth
+from train.report.charts import MAX_POINTS, Curve, _downsample, line_chart, running_mean
 from train.report.run_log import Log
 
 EVALUATE = {"temperature": 0.8, "top_k": 50, "prompts": ["", "The <i>people</i> of"]}
@@ -32,7 +31,7 @@ EVALUATE = {"temperature": 0.8, "top_k": 50, "prompts": ["", "The <i>people</i> 
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """A project with a finished run and its page; the current folder is there."""
+    """Project with a finished run and its page; the current directory."""
     project = make_project(tmp_path_factory.mktemp("reported"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(project.folder)
@@ -47,16 +46,16 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         yield project
 
 
-def test_the_page_holds_what_ran_and_what_came_of_it(reported: Project) -> None:
+def test_page_shows_the_run_and_is_reproducible_and_self_contained(reported: Project) -> None:
     page = report.OUT.read_text()
     loss = reported.metrics("eval")["val_loss"]
     state = json.loads(Path("artifacts/checkpoint/state.json").read_text())
     for text in (
-        f"{loss:.4f}", state["run_key"], state["code_key"], "k" * 64, "documents that repeat",
+        f"{loss:.4f}", state["run_key"], state["code_key"], "k" * 64,
         "99.7 %", "published run", "a.example", "step 12", "learning_rate", "attn.c_proj",
     ):  # fmt: skip
         assert text in page, text
-    # loss, twice; lr, norm, speed, and what else is logged; hosts; weights, activations
+    # Loss twice, logged curves, hosts, weights, activations.
     assert page.count("<svg") == page.count("<figure") >= 8
     assert "<b>.example" not in page
     assert "<i>people</i>" not in page
@@ -66,7 +65,7 @@ def test_the_page_holds_what_ran_and_what_came_of_it(reported: Project) -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_a_browser_draws_it_at_any_width_and_on_paper(reported: Project) -> None:
+def test_browser_renders_it_at_any_width_and_in_print(reported: Project) -> None:
     figures = report.OUT.read_text().count("<figure")
 
     async def scenario() -> None:
@@ -91,43 +90,46 @@ def test_a_browser_draws_it_at_any_width_and_on_paper(reported: Project) -> None
     asyncio.run(scenario())
 
 
-def test_what_is_missing_is_named(reported: Project, tmp_path: Path) -> None:
+def test_missing_file_is_named(reported: Project, tmp_path: Path) -> None:
     Path("artifacts/log.jsonl").rename(tmp_path / "log.jsonl")
-    with pytest.raises(UserError, match=r"artifacts/log\.jsonl.*dvc repro"):
+    with pytest.raises(UserError, match=r"artifacts/log\.jsonl"):
         report_main([])
     (tmp_path / "log.jsonl").rename("artifacts/log.jsonl")
 
 
-def test_samples_are_read_as_they_were_written() -> None:
+def test_samples_are_parsed_as_they_were_written() -> None:
     texts = [("", "A\n\nB"), ("The people", " **of** this")]
     params = EvaluateParams(val_tokens=1)
     page = evaluate.as_markdown(texts, {"val_loss": 1.0}, params)
-    assert report.read_samples(page) == texts
+    assert report.parse_samples(page) == texts
 
 
-def test_progress_shows_first_and_last() -> None:
+def test_training_samples_include_the_first_and_the_last() -> None:
     prompt, more = tokenizer.encode("The state of the Union")[:4], tokenizer.encode(" is strong")
     tokens = [tokenizer.EOT, *prompt, *[11] * (report.SAMPLE_PROMPT - 5), *more]
     log = Log([{"step": step, "sample": tokens} for step in range(5, 205, 5)])
-    shown = report.progress(log)
+    shown = report.training_samples(log)
     assert [shown[0][0], shown[-1][0], len(shown)] == [5, 200, 8]
     assert shown[0][1].startswith("The state of the")
     assert shown[0][2] == " is strong"
-    assert report.progress(Log([])) == []
+    assert report.training_samples(Log([])) == []
 
 
-def test_what_went_wrong_is_noted() -> None:
+def test_spikes_and_skipped_steps_are_incidents() -> None:
     log = Log([{"step": 1200, "spike": 7.5}, {"step": 1300, "skipped": 1}, {"step": 9, "lr": 1}])
-    assert log.incidents() == ["step 1,200: the loss leapt to 7.5000", "step 1,300: was skipped"]
+    spike, skipped = log.incidents()
+    assert "1,200" in spike
+    assert "7.5" in spike
+    assert "1,300" in skipped
 
 
-def test_sizes_are_those_of_the_model() -> None:
+def test_weight_and_activation_rms() -> None:
     gpt = GPT.initialised(GPTConfig(n_layer=3, n_head=2, n_embd=64, block_size=32), seed=1)
-    weights = model_probe.weight_sizes(gpt)
+    weights = model_probe.weight_rms(gpt)
     assert weights["mlp.c_fc"] == pytest.approx([0.02] * 3, rel=0.02)
     assert weights["attn.c_proj"] == pytest.approx([0.02 / 6**0.5] * 3, rel=0.05)
     tokens = np.arange(64).reshape(2, 32)
-    sizes = model_probe.activation_sizes(gpt, tokens)
+    sizes = model_probe.activation_rms(gpt, tokens)
     x = gpt.wte(torch.from_numpy(tokens)) + gpt.wpe(torch.arange(32))
     for layer, block in enumerate(gpt.h):
         x = block(x)
@@ -136,39 +138,41 @@ def test_sizes_are_those_of_the_model() -> None:
     assert not gpt.h[0]._forward_hooks
 
 
-def test_probabilities_are_those_of_the_tokens() -> None:
+def test_predicted_probabilities_are_those_of_the_model() -> None:
     gpt = GPT.initialised(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8), seed=1)
-    read, likeliest = model_probe.read_text(gpt, "The state of the Union is strong and free", n=3)
-    assert [token.text for token in read][:3] == ["The", " state", " of"]
-    assert len(read) == 7  # cut to the context
+    predicted, likeliest = model_probe.predict_text(
+        gpt, "The state of the Union is strong and free", n=3
+    )
+    assert [token.text for token in predicted][:3] == ["The", " state", " of"]
+    assert len(predicted) == 7  # cut to the context
     row = torch.tensor([[tokenizer.EOT, *tokenizer.encode("The state of the Union is strong")[:7]]])
     p = gpt(row)[0].softmax(-1).detach()
-    assert read[1].probability == pytest.approx(float(p[1, row[0, 2]]))
+    assert predicted[1].probability == pytest.approx(float(p[1, row[0, 2]]))
     assert likeliest[0][1] == pytest.approx(float(p[-1].max()))
 
 
-def test_a_long_curve_is_thinned_and_keeps_its_end() -> None:
+def test_long_curve_is_downsampled() -> None:
     n = 50_000
     svg = line_chart([Curve("a", range(n), [1.0] * n)], name='a "b" <c>', y_label="y")
     assert len(svg) < 100_000
-    assert svg.count(" L") + svg.count("\nL") < 3 * MOST_POINTS
+    assert svg.count(" L") + svg.count("\nL") < 3 * MAX_POINTS
     assert 'aria-label="a &quot;b&quot; &lt;c&gt;"' in svg
-    assert "#0a0b" not in svg  # each colour is the page's
+    assert "#0a0b" not in svg  # all colours are CSS variables
 
 
-def test_a_peak_outlives_the_thinning() -> None:
+def test_downsampling_keeps_peaks_and_both_ends() -> None:
     ys = [1.0] * 5000
     ys[2501] = 9.0
-    xs, kept = _thinned(range(5000), ys)
-    assert len(xs) <= MOST_POINTS
+    xs, kept = _downsample(range(5000), ys)
+    assert len(xs) <= MAX_POINTS
     assert (kept[xs.index(2501)], xs[0], xs[-1]) == (9.0, 0, 4999)
     assert xs == sorted(xs)
 
 
-def test_a_logarithmic_axis_needs_positive_values() -> None:
+def test_logarithmic_axis_needs_positive_values() -> None:
     def heights(values: list[float]) -> list[float]:
         svg = line_chart([Curve("a", [1, 2, 3], values)], name="a", y_label="y", log_scale=True)
-        *_, line = re.findall(r'<path d="M ([^"]*)" clip-path', svg)  # after those of the grid
+        *_, line = re.findall(r'<path d="M ([^"]*)" clip-path', svg)  # after the grid lines
         return [float(number) for number in re.findall(r"[\d.]+ ([\d.]+)", line)]
 
     a, b, c = heights([1.0, 10.0, 100.0])
@@ -177,9 +181,9 @@ def test_a_logarithmic_axis_needs_positive_values() -> None:
     assert b - c > 5 * (a - b)
 
 
-def test_a_running_mean_is_unbiased() -> None:
-    assert smooth([3.0] * 5, memory=4) == pytest.approx([3.0] * 5)
-    assert smooth([1.0, 2.0], memory=1) == [1.0, 2.0]
+def test_running_mean_is_unbiased() -> None:
+    assert running_mean([3.0] * 5, memory=4) == pytest.approx([3.0] * 5)
+    assert running_mean([1.0, 2.0], memory=1) == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -197,18 +201,14 @@ def test_a_running_mean_is_unbiased() -> None:
         ("x", "x"),
     ],
 )
-def test_figures(value: Any, shown: str) -> None:
-    assert html.figure(value) == shown
+def test_number_format(value: Any, shown: str) -> None:
+    assert html.number(value) == shown
 
 
-def test_amounts_and_times() -> None:
-    assert [html.size(n) for n in (12, 1500, 28.97e6, 999.6e9)] == [
-        "12 B",
-        "1.5 kB",
-        "29 MB",
-        "1 TB",
-    ]
-    assert html.size(3.1e18, "FLOP") == "3.1 EFLOP"
+def test_quantities_times_and_percentages() -> None:
+    sizes = [html.quantity(n, "B") for n in (12, 1500, 28.97e6, 999.6e9)]
+    assert sizes == ["12 B", "1.5 kB", "29 MB", "1 TB"]
+    assert html.quantity(3.1e18, "FLOP") == "3.1 EFLOP"
     times = [html.duration(s) for s in (42, 254, 13920)]
     assert times == ["42 s", "4 min 14 s", "3 h 52 min"]
     assert [html.percent(p) for p in (1, 0.99999, 0.997, 0.5, 0.04, 0.0012, 1e-6, 0.0)] == [
@@ -216,15 +216,24 @@ def test_amounts_and_times() -> None:
     ]  # fmt: skip
 
 
-def test_a_comparison_names_what_differs_and_what_is_best() -> None:
-    results = [
-        compare.Result(
-            "a", {"train.steps": 5, "train.seed": 1}, {"val_loss": 3.0, "mfu": 0.4}, Log([])
-        ),
-        compare.Result("b", {"train.steps": 9, "train.seed": 1}, {"val_loss": 2.0}, Log([])),
-    ]
-    assert compare.differing([r.params for r in results]) == [("train.steps", [5, 9])]
-    assert compare.measures(results) == [
+def test_comparison_shows_differing_parameters_and_the_best_metrics(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log = Log([{"step": step, "val/loss": 3.0, "train/loss": 4.0 / step} for step in (1, 2, 3)])
+    a = compare.Experiment(
+        "a", {"train.steps": 5, "train.seed": 1}, {"val_loss": 3.0, "mfu": 0.4}, log
+    )
+    b = compare.Experiment("<b>", {"train.steps": 9, "train.seed": 1}, {"val_loss": 2.0}, log)
+    assert compare.differing_params([a, b]) == [("train.steps", [5, 9])]
+    assert compare.metric_rows([a, b]) == [
         ("validation loss", [(3.0, False), (2.0, True)]),
         ("MFU", [(0.4, False), (None, False)]),
     ]
+    monkeypatch.setattr(compare, "read", {"a": a, "<b>": b}.__getitem__)
+    page = compare.render(["a", "<b>", "a"])
+    assert "train.steps" in page
+    assert "train.seed" not in page
+    assert "<b>" not in page.replace('<b><span class="key"', "")
+    assert page.count("<svg") == page.count("<figure") == 3  # validation loss twice, training loss
+    with pytest.raises(UserError, match="--compare: 7 "):
+        compare.render([str(i) for i in range(7)])

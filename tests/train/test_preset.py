@@ -1,0 +1,86 @@
+"""Tests for train.preset: merging, the committed presets, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline.runtime.errors import UserError
+from tests.support.repo import REPO
+from train import preset
+from train.preset import load, merge, preset_files, read_preset
+
+PRESETS = list(preset_files())
+PARTIAL = ("mini", "smoke")  # the other presets set everything in which presets differ
+COMPLETE = [name for name in PRESETS if name not in PARTIAL]
+
+
+def committed() -> str:
+    return (REPO / "params.yaml").read_text(encoding="utf-8")
+
+
+def values(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = YAML(typ="safe", pure=True).load(text)
+    return found
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_merging_twice_changes_nothing_and_keeps_comments(name: str) -> None:
+    once = merge(committed(), read_preset(name))
+    assert merge(once, read_preset(name)) == once
+    assert once.count("#") == committed().count("#")
+
+
+def test_mini_is_the_committed_parameters_and_undoes_every_preset() -> None:
+    mini = read_preset("mini")
+    assert mini == values(committed())
+    assert merge(committed(), mini) == committed()
+    for name in PRESETS:
+        other = merge(committed(), read_preset(name))
+        assert values(merge(other, mini)) == mini
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+@pytest.mark.parametrize("before", ["mini", "speedrun"])
+def test_large_preset_overrides_every_other_preset(name: str, before: str) -> None:
+    other = merge(committed(), read_preset(before))
+    assert values(merge(other, read_preset(name))) == values(merge(committed(), read_preset(name)))
+
+
+def test_list_shows_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    preset.main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == PRESETS
+    assert max(map(len, lines)) <= 120
+
+
+def test_command_merges_into_params_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(REPO / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    preset.main(["smoke"])
+    assert Path("params.yaml").read_text() == merge(committed(), read_preset("smoke"))
+    assert load().train.steps == 20
+
+
+@pytest.mark.parametrize(
+    ("params", "name", "named"),
+    [
+        ("model: {}\n", None, "section source"),
+        ("source: 3\n", None, "section source"),
+        (committed().replace("block_size: ", "blocksize: "), None, "model.blocksize"),
+        (committed(), "fineweb", "did you mean fineweb-10b"),
+    ],
+)
+def test_mistake_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, params: str, name: str | None, named: str
+) -> None:
+    (tmp_path / "params.yaml").write_text(params)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=named):
+        load(name)
+    with pytest.raises(UserError, match=named):
+        preset.main([name or "smoke"])
