@@ -114,6 +114,7 @@ def test_train_parameter_does_not_run_the_data_stages(copy: Clone) -> None:
     assert copy.hashes("artifacts") == before
 
 
+@pytest.mark.soak
 def test_experiments_share_the_data_and_are_compared(copy: Clone) -> None:
     copy.git("add", "-A")
     copy.git("commit", "-qm", "Built")
@@ -243,6 +244,7 @@ def test_second_machine_pulls_the_tokens_and_runs_only_the_later_stages(
     assert json.loads((box.folder / "metrics/train.json").read_text())["step"] == 15
 
 
+@pytest.mark.soak
 def test_repro_works_without_git(clone: Clone) -> None:
     shutil.rmtree(clone.folder / ".git")
     clone.run("dvc", "config", "--local", "core.no_scm", "true")  # as `make run` does

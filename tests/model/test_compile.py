@@ -65,7 +65,7 @@ def test_training_and_evaluation_compile_to_two_graphs(steps, autocast, document
     torch.testing.assert_close(losses, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_compiled_code_equals_eager_in_bfloat16():
     """In float32, the next test compiles it."""
     losses = train_and_evaluate(torch.compile(GPT(CONFIG), fullgraph=True), 20, autocast=True)
