@@ -506,17 +506,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if fault.stall_at is not None and not stalled and following > fault.stall_at:
                 stalled = True
                 self.hub.closing.wait(fault.stall)
-            piece: bytes | memoryview = view[position:following]
+            piece = bytes(view[position:following])
             if fault.flip is not None and position <= fault.flip < following:
                 wrong = bytearray(piece)
                 wrong[fault.flip - position] ^= 0xFF
                 piece = bytes(wrong)
             if fault.chunked:
-                self.connection.sendall(b"%x\r\n" % len(piece))
-            self.connection.sendall(piece)
-            if fault.chunked:
-                self.connection.sendall(b"\r\n")
-            self.recorded.sent += following - position
+                piece = b"%x\r\n%b\r\n" % (len(piece), piece)
+            self.recorded.sent += following - position  # before the client can have read it
+            try:
+                self.connection.sendall(piece)
+            except OSError:
+                self.recorded.sent -= following - position
+                raise
             position = following
             if rate is not None:
                 wait = began + (position - start) / rate - time.monotonic()

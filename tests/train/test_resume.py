@@ -115,6 +115,7 @@ def test_a_closed_pipe_keeps_no_step_from_being_saved(project: Project) -> None:
     assert "BrokenPipe" not in err
 
 
+@pytest.mark.slow
 def test_a_hung_rank_ends_the_run_and_is_named(project: Project) -> None:
     project.write(train={**LONG, "steps": 5000})
     ranks = project.start_ranks(2, GPT2_TIMEOUT=3)
@@ -301,6 +302,7 @@ def alive(group: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_ranks_and_micro_steps(project: Project) -> None:
     """4 ranks of 2 micro-steps, 1 rank of 8, and one big batch; all ranks agree exactly."""
     project.write(train={"batch_tokens": 16 * 16, "grad_clip": None})
