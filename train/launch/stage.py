@@ -33,9 +33,7 @@ def launch(adopted: str | None = None) -> None:
         raise UserError("--adopt: resumes from a run, which GPT2_FRESH=1 would delete; use one")
     if not run.machine.fresh:
         run.check_not_failed()
-        with run.lock():
-            finished = adopted is None and run.publish_finished()
-        if finished:
+        if adopted is None and _publish_finished(run):
             print("this run is already finished; " + run.result(), flush=True)
             return
     device = device_type(run.machine.device)
@@ -62,3 +60,8 @@ def launch(adopted: str | None = None) -> None:
             )
     with claim_devices(run.machine, device, processes):
         run_torchrun(processes, run.machine.restarts)
+
+
+def _publish_finished(run: Run) -> bool:
+    with run.lock():
+        return run.publish_finished()
