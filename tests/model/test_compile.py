@@ -48,10 +48,10 @@ def train_and_evaluate(gpt, steps, autocast, documents=None):
 @pytest.mark.parametrize(
     ("steps", "autocast", "documents", "checkpointed"),
     [
-        (20, False, False, False),
-        (20, True, False, False),
-        (3, False, True, False),
+        (3, False, False, False),
         (3, False, True, True),
+        pytest.param(20, True, False, False, marks=pytest.mark.soak),
+        pytest.param(3, False, True, False, marks=pytest.mark.soak),
     ],
 )
 def test_training_and_evaluation_compile_to_two_graphs(steps, autocast, documents, checkpointed):

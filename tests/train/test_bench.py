@@ -57,6 +57,7 @@ def test_one_process_measures_its_step_and_writes_only_the_json(
     assert "all-reduce" not in out
 
 
+@pytest.mark.soak
 def test_two_processes_also_time_the_all_reduce(project: Project) -> None:
     shutil.rmtree(project.folder / "data")  # no shards: random tokens
     flags = ("--steps", "4", "--json", "found.json")

@@ -43,6 +43,7 @@ def test_a_trained_model_is_evaluated_and_sampled(
     assert (project.folder / "artifacts/samples.md").read_text() == samples
 
 
+@pytest.mark.slow
 def test_metrics_do_not_depend_on_ranks_batch_size_or_source(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
