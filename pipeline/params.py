@@ -42,6 +42,17 @@ class SourceParams(Section):
     paths: list[str] = Field(default=[])
     """Kinds files and tokens: local paths, folders, globs, or fsspec URLs (s3://, https://...)."""
 
+    exclude: list[str] = Field(default=[])
+    """Kinds files, hub and tokens: globs of files to leave out, matched against the path in the
+    source, the name, and each folder; `*` matches any characters, `/` too."""
+
+    encoding: str = Field(default="utf-8", min_length=1)
+    """Character encoding of files other than parquet and arrow: a name that Python knows."""
+
+    text_documents: Literal["line", "paragraph", "file"] = "file"
+    """What a document of a `.txt` file is: a line, a paragraph (lines up to an empty one), or the
+    whole file."""
+
     @model_validator(mode="after")
     def _kind_and_paths_agree(self) -> "SourceParams":
         if self.kind in ("files", "tokens") and not self.paths:
@@ -61,7 +72,12 @@ class TokenizeParams(Section):
     estimated size."""
 
     val_per_10k: int = Field(default=20, ge=0, le=10_000)
-    """Documents held out for validation per 10,000 (0 to 10,000), chosen by a hash of the text."""
+    """Part held out for validation, per 10,000 (0 to 10,000): of the documents or of the tokens, as
+    `val_split` says."""
+
+    val_split: Literal["documents", "position"] = "documents"
+    """`documents`: whole documents, chosen by a hash of the text; `position`: the last part of the
+    token stream, cut inside a document where it must be, for corpora of few documents."""
 
 
 class VerifyParams(Section):

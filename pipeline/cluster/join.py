@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from pipeline.store.store import Store
 _OBJECT_STORE_BYTES = 80 * 2**20
 # Ray holds tasks back by its own estimate of the node's memory; here `workers` is the limit.
 _MEMORY_BYTES = 2**40
+_MAX_TMPDIR_BYTES = 30  # Ray adds a session's name of 50 bytes, and a socket's of 20
 
 _RAY_VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -83,6 +85,7 @@ def _start(machine: Machine) -> None:
     # Workers must import the code of this folder, even if another copy is installed.
     path = [str(Path.cwd()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path))
+    _use_writable_folders()
     import ray  # takes a second, so only if there is work
 
     try:
@@ -101,6 +104,24 @@ def _start(machine: Machine) -> None:
             f"Ray did not start on this machine: {reason[:200]}{slow}; finished work is kept, run "
             "the same command again to resume"
         ) from error
+
+
+def _use_writable_folders() -> None:
+    """Keep a local Ray out of a temporary or home folder that it cannot use.
+
+    Ray puts sockets below TMPDIR, whose paths may have 107 bytes, and a token in the home folder.
+    """
+    folder = os.environ.get("TMPDIR", "/tmp")
+    if len(os.fsencode(folder)) > _MAX_TMPDIR_BYTES or not os.access(folder, os.W_OK | os.X_OK):
+        os.environ.setdefault("RAY_TMPDIR", "/tmp")
+    try:
+        home = Path("~/.ray").expanduser()
+    except RuntimeError:  # no HOME, and no such user
+        home = Path(os.devnull)
+    while not home.exists():
+        home = home.parent
+    if not (home.is_dir() and os.access(home, os.W_OK | os.X_OK)):
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def _join(address: str, node_probe: probe.Probe) -> None:

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from pipeline.download.http import RETRY_STATUSES, Patience, Refused, fetch, retry_after
 from pipeline.download.hub_configs import find_files, read_card
+from pipeline.download.left_out import LeftOut
 from pipeline.download.partial_file import PartialFile
 from pipeline.format.manifest import Source, check_relative
 from pipeline.params import SourceParams
@@ -156,7 +157,11 @@ def resolve(params: SourceParams, patience: float) -> tuple[Source, list[HubFile
         return [entry.path for entry in files]
 
     card = call(lambda: _read_text(url(CARD), token))
-    paths = find_files(read_card(card, repo), params.config, repo, list_folder)
+    left_out = LeftOut(params.exclude)
+    try:
+        paths = find_files(read_card(card, repo), params.config, repo, list_folder, left_out)
+    finally:
+        left_out.report()
     files = [
         HubFile(
             path=path,

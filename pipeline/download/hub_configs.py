@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from pipeline.download.left_out import AUXILIARY, UNKNOWN, LeftOut, is_auxiliary
 from pipeline.download.to_parquet import FORMATS, PARQUET, suffix_of
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.params_file import nearest
@@ -18,6 +19,7 @@ from pipeline.runtime.params_file import nearest
 # (folder, recursive) -> paths of the files in the folder.
 ListFolder = Callable[[str, bool], list[str]]
 
+_FORMATS = (*PARQUET, *FORMATS)
 _WILDCARD = re.compile(r"[*?\[]")
 
 
@@ -43,19 +45,31 @@ def read_card(text: str, repo: str) -> dict[str, dict[str, Any]]:
 
 
 def find_files(
-    configs: Mapping[str, dict[str, Any]], config: str | None, repo: str, list_folder: ListFolder
+    configs: Mapping[str, dict[str, Any]],
+    config: str | None,
+    repo: str,
+    list_folder: ListFolder,
+    left_out: LeftOut,
 ) -> list[str]:
-    """Return the sorted paths of a configuration's parquet files, or of its other known formats.
+    """Return the sorted paths of a configuration's files, of the format that `datasets` takes.
 
     Args:
         configs: The configurations that the card names.
         config: The configuration's name; None for the repository's default.
+        left_out: Holds `source.exclude`, and gets the files that are not taken.
 
     Raises:
         UserError: There is no such configuration, or it has no such files.
     """
     chosen = _select_config(configs, config, repo)
     base = str(chosen.get("data_dir") or "").strip("/")
+    everything: set[str] = set()
+
+    def listing(folder: str, recursive: bool) -> set[str]:
+        listed = sorted(set(list_folder(folder, recursive)))
+        everything.update(listed)
+        return {path for path in listed if not left_out.excludes(path)}
+
     if (data_files := chosen.get("data_files")) is not None:
         patterns = [_join(base, pattern) for pattern in _training_patterns(data_files, repo)]
         if elsewhere := [pattern for pattern in patterns if "://" in pattern]:
@@ -63,18 +77,55 @@ def find_files(
                 f"source.config: {repo} refers to files elsewhere ({elsewhere[0]}); use "
                 "source.kind files with their URLs in source.paths"
             )
-        listed = sorted({path for p in patterns for path in list_folder(*_folder_of(p))})
+        listed = {path for p in patterns for path in listing(*_folder_of(p))}
+        wanted = patterns
+        for pattern in patterns:
+            if not _WILDCARD.search(pattern) and pattern not in everything:
+                raise UserError(
+                    f"source.config: {repo} has no file {pattern}, which its card names; choose "
+                    "another configuration or source.revision"
+                )
     else:
-        listed = sorted(list_folder(base, True))
+        listed = listing(base, True)
+        if left_out.n_excluded and not listed:
+            raise left_out.nothing_left()
         patterns = _guess_patterns(listed, base, repo)
+        wanted = [_join(base, "**")]
     matched = _match(listed, patterns)
-    parquet = [path for path in matched if suffix_of(path) in PARQUET]
-    files = parquet or [path for path in matched if suffix_of(path) in FORMATS]
+    for path in _match(listed.difference(matched), wanted, every=True):
+        if suffix_of(path) in _FORMATS:
+            hidden = is_auxiliary(path, base)
+            left_out.add(AUXILIARY if hidden else "not in the training split", path)
+    return _of_one_format(matched, f"source.config: {config or 'the default'} of {repo}", left_out)
+
+
+def _of_one_format(paths: list[str], where: str, left_out: LeftOut) -> list[str]:
+    """Return the files of the format that `datasets` takes: the one of the most common suffix."""
+    from datasets.load import infer_module_for_data_files_list
+    from datasets.packaged_modules import _EXTENSION_TO_MODULE
+
+    usable = [path for path in paths if suffix_of(path) in _FORMATS]
+    if not usable and left_out.n_excluded:
+        raise left_out.nothing_left()
+    if not usable:
+        raise UserError(f"{where}: no file of a known format; choose another configuration")
+    # `datasets` would download archives to look into them.
+    archives = [path for path in paths if path.lower().endswith(".zip")]
+    module, _ = infer_module_for_data_files_list(sorted(set(paths).difference(archives)))
+
+    def is_taken(path: str) -> bool:
+        return module is None or _EXTENSION_TO_MODULE.get(suffix_of(path), (None,))[0] == module
+
+    files = [path for path in usable if is_taken(path)]
+    if len(archives) > len(files):
+        files, module = [], "zip"
     if not files:
         raise UserError(
-            f"source.config: {config or 'the default'} of {repo} has no files of a known format "
-            f"({', '.join(patterns)}); choose another configuration"
+            f"{where}: `datasets` takes its {module} files, which are not read here; list them in "
+            "source.exclude to take the others"
         )
+    for path in sorted(set(paths).difference(files)):
+        left_out.add(f"not {module}, which `datasets` takes" if path in usable else UNKNOWN, path)
     return files
 
 
@@ -121,7 +172,7 @@ def _training_patterns(data_files: Any, repo: str) -> list[str]:
     return [str(pattern) for pattern in patterns]
 
 
-def _guess_patterns(paths: list[str], base: str, repo: str) -> list[str]:
+def _guess_patterns(paths: Iterable[str], base: str, repo: str) -> list[str]:
     """Return the patterns that `datasets` uses if the card names none."""
     from datasets.data_files import _get_data_files_patterns
 
@@ -150,15 +201,27 @@ def _folder_of(pattern: str) -> tuple[str, bool]:
     return "/".join(parts[:fixed]), len(parts) - fixed > 1 or "**" in parts[-1]
 
 
-def _match(paths: Iterable[str], patterns: Iterable[str]) -> list[str]:
-    """Return the paths that match a pattern as in fsspec's glob, without hidden files."""
+def _match(paths: Iterable[str], patterns: Iterable[str], every: bool = False) -> list[str]:
+    """Return the sorted paths that match a pattern as in fsspec's glob.
+
+    Args:
+        every: Whether to include files that are hidden, auxiliary, or describe the repository.
+    """
+    from datasets.data_files import FILES_TO_IGNORE
     from fsspec.utils import glob_translate
 
-    matchers = [re.compile(glob_translate(pattern)) for pattern in patterns]
-    return [
+    matchers = [(pattern, re.compile(glob_translate(pattern))) for pattern in patterns]
+
+    def is_ignored(path: str, pattern: str) -> bool:
+        name = path.rpartition("/")[2]
+        described = name in FILES_TO_IGNORE and name != pattern.rpartition("/")[2]
+        return described or is_auxiliary(path, pattern)
+
+    return sorted(
         path
         for path in paths
-        if any(matcher.match(path) for matcher in matchers)
-        and not any(part.startswith((".", "__")) for part in PurePosixPath(path).parts)
-        and path.rpartition("/")[2] not in ("README.md", "dataset_infos.json")
-    ]
+        if any(
+            matcher.match(path) and (every or not is_ignored(path, pattern))
+            for pattern, matcher in matchers
+        )
+    )

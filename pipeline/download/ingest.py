@@ -3,7 +3,8 @@
 ```
 .work/partial/<identity>/      an unfinished download (see partial_file.py)
 .work/files/<sha256>/          data.parquet, or data.bin or data.npy for tokens, as in `data/raw`
-.work/origins/<identity>/      origin.json: the sha256 of the stored file, if it is not the identity
+.work/origins/<identity>/      origin.json: the sha256 of the stored file, if it is not the
+                               identity, and what was skipped of the original
 ```
 """
 
@@ -11,21 +12,23 @@ import errno
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from pipeline.download import to_parquet
 from pipeline.download.partial_file import DATA
 from pipeline.download.row_groups import has_large_groups, rewrite
+from pipeline.download.to_parquet import ReadOptions, SkippedRows
 from pipeline.format.foreign_tokens import is_token_file, open_token_file
-from pipeline.format.parquet import check_text_column
+from pipeline.format.parquet import NoTextColumn, check_pages, check_text_column
 from pipeline.runtime.errors import UserError
 from pipeline.store import atomic
 from pipeline.store.store import Store
 
 PARQUET_NAME = "data.parquet"
 _ORIGIN = "origin.json"
+_CHANGED = "the file changed while it was read; run the same command again"
 
 
 class SourceItem(Protocol):
@@ -66,13 +69,19 @@ class StoredFile:
     sha256: str
     origin: str | None = None
     """The sha256 of the original file, if the stored one was converted or rewritten from it."""
+    skipped: dict[str, SkippedRows] = field(default_factory=dict)
+    """Lines or rows of the original that are not in the stored file, by reason."""
 
 
-def item_key(item: SourceItem, column: str) -> str:
-    """Return the store key of an item; for a file to be converted it covers the text column."""
+class FaultyFile(UserError):
+    """A fault of one source file, which says nothing about the others."""
+
+
+def item_key(item: SourceItem, options: ReadOptions) -> str:
+    """Return the store key of an item; for a file to be converted it covers the options."""
     if _is_used_as_is(item.path):
         return item.identity
-    return atomic.sha256_json([item.identity, column, to_parquet.VERSION])
+    return atomic.sha256_json([item.identity, *options.key(item.path), to_parquet.VERSION])
 
 
 def raw_path(item: SourceItem) -> str:
@@ -93,37 +102,56 @@ def _stored_name(file: str) -> str:
     return f"data{PurePosixPath(file.lower()).suffix}" if is_token_file(file) else PARQUET_NAME
 
 
-def bytes_fetched(item: SourceItem, column: str, store: Store) -> int:
+def bytes_fetched(item: SourceItem, options: ReadOptions, store: Store) -> int:
     """Return how many bytes of an item were fetched by this run or an earlier one."""
     try:
-        return (store.root / "partial" / item_key(item, column) / DATA).stat().st_size
+        return (store.root / "partial" / item_key(item, options) / DATA).stat().st_size
     except FileNotFoundError:
         return 0
 
 
-def find_stored(item: SourceItem, column: str, store: Store) -> StoredFile | None:
+def find_stored(item: SourceItem, options: ReadOptions, store: Store) -> StoredFile | None:
     """Return an item's file in the store; None if it must be fetched."""
-    key = item_key(item, column)
+    key = item_key(item, options)
     if (folder := store.find("origins", key)) is not None:
-        stored = StoredFile(**json.loads((folder / _ORIGIN).read_text()))
+        origin = json.loads((folder / _ORIGIN).read_text())
+        skipped = {
+            reason: SkippedRows(**rows) for reason, rows in origin.pop("skipped", {}).items()
+        }
+        stored = StoredFile(**origin, skipped=skipped)
     else:
         stored = StoredFile(key)
     return stored if store.find("files", stored.sha256) is not None else None
 
 
-def ingest(item: SourceItem, column: str, store: Store, patience: float) -> StoredFile:
+def ingest_or_fault(
+    item: SourceItem, options: ReadOptions, store: Store, patience: float
+) -> StoredFile | FaultyFile:
+    """Call `ingest` as a task that returns a file's fault: if raised, it would end the run."""
+    try:
+        return ingest(item, options, store, patience)
+    except FaultyFile as fault:
+        return fault
+
+
+def ingest(item: SourceItem, options: ReadOptions, store: Store, patience: float) -> StoredFile:
     """Fetch a file, check it, and add it to the store.
 
     Raises:
-        UserError: The file, which is named, cannot be fetched or has no text; or the disk is full.
+        FaultyFile: The file, which is named, is damaged or has no text.
+        UserError: A fault that others may have as well: the file cannot be fetched, a remote one
+            has no text column; or the disk is full.
     """
-    key = item_key(item, column)
+    key = item_key(item, options)
     with store.lock("partial", key):
-        if not store.fresh and (stored := find_stored(item, column, store)) is not None:
+        if not store.fresh and (stored := find_stored(item, options, store)) is not None:
             return stored  # added by another process in the meantime
         folder = store.folder("partial", key)
         try:
-            stored = _fetch_and_convert(item, column, store, folder, patience)
+            stored = _fetch_and_convert(item, options, store, folder, patience)
+            if stored.sha256 != key:
+                with store.lock("origins", key), store.make("origins", key) as piece:
+                    atomic.write_json(piece / _ORIGIN, asdict(stored))
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -131,35 +159,66 @@ def ingest(item: SourceItem, column: str, store: Store, patience: float) -> Stor
                 f"{item.path}: the disk of {store.root} is full; free some space and run the same "
                 "command to resume"
             ) from None
-        if stored.sha256 != key:
-            with store.lock("origins", key), store.make("origins", key) as piece:
-                origin = {"sha256": stored.sha256, "origin": stored.origin}
-                atomic.write_json(piece / _ORIGIN, origin)
         shutil.rmtree(folder)
     return stored
 
 
 def _fetch_and_convert(
-    item: SourceItem, column: str, store: Store, folder: Path, patience: float
+    item: SourceItem, options: ReadOptions, store: Store, folder: Path, patience: float
 ) -> StoredFile:
-    path, sha256 = item.fetch(folder, patience)
+    before = _version(item)
+    try:
+        path, sha256 = item.fetch(folder, patience)
+    except UserError as error:
+        if item.local_path is None:
+            raise  # the network or the server
+        raise FaultyFile(str(error)) from None
     converted = folder / "made.parquet"
-    if is_token_file(item.path):
-        open_token_file(path, item.path)
+    try:
+        if is_token_file(item.path):
+            open_token_file(path, item.path)
+            skipped = None
+        else:
+            skipped = _to_usable_parquet(path, item.path, options, converted)
+    except UserError as error:
+        if isinstance(error, NoTextColumn) and item.local_path is None:
+            raise  # probably true of all files, which cost much to fetch
+        raise FaultyFile(str(error)) from None
+    if _version(item) != before:
+        raise FaultyFile(f"{item.path}: {_CHANGED}")
+    if skipped is None:
         add_to_store(store, path, sha256, _stored_name(item.path))
         return StoredFile(sha256)
-    if to_parquet.suffix_of(item.path) not in to_parquet.PARQUET:
-        to_parquet.to_parquet(path, item.path, column, converted)
-        check_text_column(converted, item.path, column)
-    else:
-        check_text_column(path, item.path, column)
-        if not has_large_groups(path):
-            add_to_store(store, path, sha256)
-            return StoredFile(sha256)
-        rewrite(path, converted)
-    stored = StoredFile(atomic.sha256_file(converted), origin=sha256)
+    stored = StoredFile(atomic.sha256_file(converted), sha256, skipped)
     add_to_store(store, converted, stored.sha256)
     return stored
+
+
+def _version(item: SourceItem) -> tuple[int, int] | None:
+    """Return what changes with a local file."""
+    if item.local_path is None or not item.local_path.exists():
+        return None
+    status = item.local_path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _to_usable_parquet(
+    path: Path, name: str, options: ReadOptions, converted: Path
+) -> dict[str, SkippedRows] | None:
+    """Check a file of text; write ``converted`` from it and return what was skipped, if needed.
+
+    Returns:
+        None if the file is used as it is.
+    """
+    if to_parquet.suffix_of(name) not in to_parquet.PARQUET:
+        return to_parquet.to_parquet(path, name, options, converted)
+    if not check_text_column(path, name, options.column):
+        return None
+    check_pages(path, name, options.column)
+    if not has_large_groups(path, options.column):
+        return None
+    rewrite(path, name, converted)
+    return {}
 
 
 def add_to_store(store: Store, path: Path, sha256: str, name: str = PARQUET_NAME) -> None:
@@ -180,6 +239,4 @@ def add_to_store(store: Store, path: Path, sha256: str, name: str = PARQUET_NAME
             # would change the store.
             shutil.copyfile(path, piece / name)
             if atomic.sha256_file(piece / name) != sha256:
-                raise UserError(
-                    f"{path}: the file changed while it was copied; run the same command again"
-                )
+                raise FaultyFile(f"{path}: {_CHANGED}")

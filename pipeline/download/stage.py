@@ -10,20 +10,24 @@ import pyarrow.parquet as pq
 from pipeline.cluster.join import cluster
 from pipeline.cluster.tasks import run_tasks
 from pipeline.download.ingest import (
+    FaultyFile,
     SourceItem,
     StoredFile,
     add_to_store,
     bytes_fetched,
     find_stored,
-    ingest,
+    ingest_or_fault,
     raw_path,
     stored_path,
 )
+from pipeline.download.raw_names import check_names
 from pipeline.download.sample import sample_source, write_sample
+from pipeline.download.to_parquet import ReadOptions
 from pipeline.format.foreign_tokens import SUFFIXES, is_token_file, open_token_file, split_of_file
 from pipeline.format.manifest import NAME, RawManifest, Source, SourceFile
 from pipeline.format.parquet import check_text_column
 from pipeline.params import SourceParams
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.progress import Progress
 from pipeline.store import atomic
@@ -36,12 +40,30 @@ _TOKENS_PER_100_BYTES = 32
 _TOKEN_BYTES = 2
 # A download mostly waits for the network.
 _TASK_CPUS = 0.25
+_LINES = 20  # of a list in a message
 
 
 def download(params: SourceParams, store: Store, out: Path, machine: Machine) -> RawManifest:
-    """Fetch the source's files into the store, keyed by sha256, and publish them in ``out``.
+    """Fetch the source's files into the store, and publish them and their manifest in ``out``.
+
+    Raises:
+        UserError: The source is unavailable, or the parameters do not match it.
+    """
+    manifest = fetch(params, store, out, machine)
+    links: dict[str, Path | bytes] = {
+        file.path: stored_path(store, file.path, file.sha256) for file in manifest.files
+    }
+    publish({**links, NAME: atomic.json_bytes(manifest.model_dump())}, out)
+    return manifest
+
+
+def fetch(params: SourceParams, store: Store, out: Path, machine: Machine) -> RawManifest:
+    """Fetch the source's files into the store, keyed by sha256; return their manifest.
 
     Files already in the store are not fetched again, and unfinished downloads are resumed.
+
+    Args:
+        out: The folder that will hold the files, for a check of the space on its disk.
 
     Raises:
         UserError: The source is unavailable, or the parameters do not match it.
@@ -50,12 +72,7 @@ def download(params: SourceParams, store: Store, out: Path, machine: Machine) ->
         source, files = sample_source(), _store_sample(params, store)
     else:
         source, files = _fetch_source(params, store, out, machine)
-    manifest = RawManifest(source=source, text_column=params.text_column, files=files)
-    links: dict[str, Path | bytes] = {
-        file.path: stored_path(store, file.path, file.sha256) for file in files
-    }
-    publish({**links, NAME: atomic.json_bytes(manifest.model_dump())}, out)
-    return manifest
+    return RawManifest(source=source, text_column=params.text_column, files=files)
 
 
 def _store_sample(params: SourceParams, store: Store) -> list[SourceFile]:
@@ -80,10 +97,11 @@ def _fetch_source(
     """Fetch all files that are not in the store; return the source and its files."""
     source, items = _resolve(params, machine)
     items = select_items(items, params)
-    column = params.text_column
-    stored: dict[int, StoredFile] = {}
+    check_names(items)
+    options = ReadOptions(params.text_column, params.text_documents, params.encoding)
+    stored: dict[int, StoredFile | FaultyFile] = {}
     if not store.fresh:
-        found = ((i, find_stored(item, column, store)) for i, item in enumerate(items))
+        found = ((i, find_stored(item, options, store)) for i, item in enumerate(items))
         stored = {i: file for i, file in found if file is not None}
     missing = [i for i in range(len(items)) if i not in stored]
     print(
@@ -94,28 +112,73 @@ def _fetch_source(
     )
     if missing:
         wanted = [items[i] for i in missing]
-        _require_space(wanted, params, store, out)
-        fetched = _fetch_items(wanted, column, store, machine)
+        _require_space(wanted, params, options, store, out)
+        fetched = _fetch_items(wanted, options, store, machine)
         stored |= {missing[nth]: file for nth, file in fetched.items()}
-    files = []
-    for index, item in enumerate(items):
-        name, sha256 = raw_path(item), stored[index].sha256
-        path = stored_path(store, name, sha256)
-        has_tokens = is_token_file(name)
-        files.append(
-            SourceFile(
-                path=name,
-                bytes=path.stat().st_size,
-                rows=0 if has_tokens else check_text_column(path, item.path, column),
-                tokens=open_token_file(path, item.path).tokens if has_tokens else None,
-                sha256=sha256,
-                origin=stored[index].origin,
-            )
-        )
+    files = _describe([(item, stored[i]) for i, item in enumerate(items)], options.column, store)
     if not source.revision:  # kinds files and tokens have no revision of their own
         hashes = [file.origin or file.sha256 for file in files]
         source = source.model_copy(update={"revision": atomic.sha256_json(hashes)})
     return source, files
+
+
+def _describe(
+    stored: Sequence[tuple[SourceItem, StoredFile | FaultyFile]], column: str, store: Store
+) -> list[SourceFile]:
+    """Return the manifest's entries of files in the store, and print what was skipped.
+
+    Raises:
+        UserError: All faults, one per line; or there is no row in any file.
+    """
+    files, faults, skipping = [], [], []
+    for item, file in stored:
+        try:
+            if isinstance(file, FaultyFile):
+                raise file
+            name = raw_path(item)
+            path = stored_path(store, name, file.sha256)
+            has_tokens = is_token_file(name)
+            rows = 0 if has_tokens else check_text_column(path, item.path, column)
+            tokens = open_token_file(path, item.path).tokens if has_tokens else None
+        except UserError as fault:
+            faults.append(fault)
+            continue
+        if file.skipped:
+            counts = ", ".join(
+                f"{rows.count:,} {reason} (first: number {rows.first:,})"
+                for reason, rows in file.skipped.items()
+            )
+            skipping.append(f"download: {item.path}: lines or rows skipped: {counts}")
+        files.append(
+            SourceFile(
+                path=name,
+                bytes=path.stat().st_size,
+                rows=rows,
+                tokens=tokens,
+                sha256=file.sha256,
+                origin=file.origin,
+                skipped={reason: rows.count for reason, rows in file.skipped.items()},
+            )
+        )
+    if skipping:
+        print(_some(skipping), flush=True)
+    _raise_faults(faults)
+    if not any(file.rows or file.tokens for file in files):
+        more = f" and in {len(files) - 1} other files" if len(files) > 1 else ""
+        raise UserError(f"source: no rows in {stored[0][0].path}{more}; choose a source with text")
+    return files
+
+
+def _raise_faults(faults: Sequence[UserError]) -> None:
+    """Raise one error for all faults, a line each."""
+    lines = list(dict.fromkeys(map(str, faults)))  # one of a parameter is the same for each file
+    if lines:
+        raise UserError(_some(lines))
+
+
+def _some(lines: Sequence[str]) -> str:
+    more = len(lines) - _LINES
+    return "\n".join([*lines[:_LINES], *([f"and {more:,} more"] if more > 0 else [])])
 
 
 def _resolve(params: SourceParams, machine: Machine) -> tuple[Source, Sequence[SourceItem]]:
@@ -128,7 +191,7 @@ def _resolve(params: SourceParams, machine: Machine) -> tuple[Source, Sequence[S
         from pipeline.download import source_paths
 
         formats = SUFFIXES if params.kind == "tokens" else source_paths.TEXT_FORMATS
-        items = source_paths.resolve(params.paths, formats)
+        items = source_paths.resolve(params.paths, formats, params.exclude)
         return Source(kind=params.kind, repo=params.kind, revision=""), items
     raise AssertionError(f"source.kind {params.kind}: no module in pipeline/download resolves it")
 
@@ -160,11 +223,15 @@ def _estimated_tokens(size: int, params: SourceParams) -> int:
 
 
 def _require_space(
-    items: Sequence[SourceItem], params: SourceParams, store: Store, out: Path
+    items: Sequence[SourceItem],
+    params: SourceParams,
+    options: ReadOptions,
+    store: Store,
+    out: Path,
 ) -> None:
     """Check before the first byte that the disk can hold the files and their tokens."""
     size = sum(item.size for item in items)
-    left = sum(max(0, item.size - bytes_fetched(item, params.text_column, store)) for item in items)
+    left = sum(max(0, item.size - bytes_fetched(item, options, store)) for item in items)
     # `tokenize` may use token files unchanged, and makes its own check for the others.
     tokens = 0 if params.kind == "tokens" else _estimated_tokens(size, params) * _TOKEN_BYTES
     require_space(store.root, left + tokens, "the source and its tokens")
@@ -174,13 +241,17 @@ def _require_space(
 
 
 def _fetch_items(
-    items: Sequence[SourceItem], column: str, store: Store, machine: Machine
-) -> dict[int, StoredFile]:
-    """Fetch files in Ray tasks, `parallel_downloads` at a time; return the results by index."""
+    items: Sequence[SourceItem], options: ReadOptions, store: Store, machine: Machine
+) -> dict[int, StoredFile | FaultyFile]:
+    """Fetch files in Ray tasks, `parallel_downloads` at a time; return the results by index.
+
+    A fault of one file does not keep the others from being fetched. One that may be of them all
+    does, so that a run without network does not wait for each.
+    """
     size = sum(item.size for item in items)
-    at_start = [bytes_fetched(item, column, store) for item in items]
-    done: dict[int, StoredFile] = {}
-    tasks = [(item, column, store, machine.patience) for item in items]
+    at_start = [bytes_fetched(item, options, store) for item in items]
+    done: dict[int, StoredFile | FaultyFile] = {}
+    tasks = [(item, options, store, machine.patience) for item in items]
     in_flight = machine.parallel_downloads
     paths = [path for item in items if (path := item.local_path)]
     with (
@@ -193,7 +264,7 @@ def _fetch_items(
             """Show the bytes received, from the sizes of the partial files."""
             new = 0
             for index, item in enumerate(items):
-                fetched = item.size if index in done else bytes_fetched(item, column, store)
+                fetched = item.size if index in done else bytes_fetched(item, options, store)
                 new += fetched - at_start[index]
             rate = new / 1e6 / max(time.monotonic() - started, 1e-3)
             more = max(new - progress.done, 0)
@@ -201,10 +272,13 @@ def _fetch_items(
 
         share = min(_TASK_CPUS, cpus * 10_000 // in_flight / 10_000)  # Ray allows four decimals
         labels, sizes = [item.path for item in items], [item.size for item in items]
-        for index, stored in run_tasks(
-            ingest, tasks, in_flight, "download", share, show_progress,
-            labels=labels, sizes=sizes, progress=progress,
-        ):  # fmt: skip
-            done[index] = stored
-            show_progress()
+        try:
+            for index, stored in run_tasks(
+                ingest_or_fault, tasks, in_flight, "download", share, show_progress,
+                labels=labels, sizes=sizes, progress=progress,
+            ):  # fmt: skip
+                done[index] = stored
+                show_progress()
+        except UserError as error:
+            _raise_faults([*(d for d in done.values() if isinstance(d, FaultyFile)), error])
     return done

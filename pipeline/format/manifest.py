@@ -9,7 +9,7 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.runtime.errors import UserError
 
@@ -86,6 +86,8 @@ class SourceFile(_Record):
     """The sha256 of the original file, if this one was converted or rewritten from it."""
     tokens: int | None = None
     """Tokens of a token file; None for parquet."""
+    skipped: dict[str, int] = Field(default={}, exclude_if=lambda skipped: not skipped)
+    """Lines or rows of the original that are not in the converted file, by reason."""
 
 
 class Source(_Record):
@@ -171,7 +173,7 @@ class Manifest(_Manifest):
     format: str
     dtype: str
     tokenizer: Tokenizer
-    params: dict[str, int]
+    params: dict[str, int | str]
     source: RawManifest
     chunks: list[ChunkRecord] = []
     shards: list[Shard]

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import io
 import os
 import signal
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-from pipeline.runtime.errors import StageFailed, Stopped, UserError
+from pipeline.runtime.errors import StageFailed, Stopped, UserError, printable
 
 DONE, FAULT, USER_ERROR, STOPPED = 0, 1, 2, 3
 
@@ -61,10 +62,13 @@ def run(main: Callable[[], None]) -> NoReturn:
     die_with_parent()
     for number in stop_signals():
         signal.signal(number, _raise_stopped)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: text in any encoding
     try:
         main()
     except (UserError, StageFailed) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        for line in str(error).splitlines():  # several for several files
+            print(f"error: {printable(line)}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR if isinstance(error, UserError) else FAULT)
     except KeyboardInterrupt:  # also Stopped
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # the launcher reports for all workers

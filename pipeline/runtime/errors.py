@@ -1,10 +1,12 @@
-"""Exceptions that end a command without a traceback."""
+"""Exceptions that end a command without a traceback, and text that is safe to print."""
+
+import unicodedata
 
 
 class UserError(ValueError):
     """A mistake of the user: one line that names the key, file or flag and how to fix it.
 
-    Commands print it on stderr and exit with status 2.
+    Commands print it on stderr and exit with status 2. It has several lines for several files.
     """
 
 
@@ -17,3 +19,12 @@ class Stopped(KeyboardInterrupt):
 
 class StageFailed(Exception):
     """A fault whose message explains it: printed without a traceback, exit status 1."""
+
+
+def printable(text: str) -> str:
+    """Escape control characters, line ends and bytes that are not UTF-8, as in file names."""
+    unsafe = ("Cc", "Cs", "Zl", "Zp")
+    return "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char) in unsafe else char
+        for char in text
+    )

@@ -24,8 +24,9 @@ def _pieces_of_outs(root: Path, store: Store) -> set[tuple[str, str]]:
     for origin in (store.root / "origins").glob("*/origin.json"):
         if ("files", load(origin)["sha256"]) in used:
             used.add(("origins", origin.parent.name))
-    for record in (root / "data/tokens/chunks").glob("*.json"):
-        used.add(("chunks", load(record)["chunk_key"]))
+    for path in (root / "data/tokens/chunks").glob("*.json"):
+        record = load(path)
+        used |= {("chunks", record[key]) for key in ("chunk_key", "cut_from") if key in record}
     for shard in load(root / "data/tokens/manifest.json").get("shards", []):
         used.add(("merged", merged_key([part["chunk_key"] for part in shard["parts"]])))
     if run := load(root / "artifacts/checkpoint/state.json").get("run_key"):

@@ -40,13 +40,15 @@ class Store:
         Raises:
             UserError: The folder cannot be created.
         """
-        root = project_root() / (machine.work_dir or Path(".work")).expanduser()
+        folder = machine.work_dir or Path(".work")
         try:
+            root = project_root() / folder.expanduser()
             root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
+            reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(
-                f"work_dir: cannot create {root} ({error.strerror}); set it to a writable folder "
-                "in machine.yaml or GPT2_WORK_DIR"
+                f"work_dir: cannot create {folder} ({reason}); set it to a writable folder in "
+                "machine.yaml or GPT2_WORK_DIR"
             ) from None
         store = cls(root.absolute(), machine.fresh)
         store.sweep()
@@ -196,7 +198,22 @@ def publish(files: Mapping[str, Path | bytes], out: Path) -> None:
     Args:
         files: Path within the folder -> file to hard-link (or copy, on another file system), or
             bytes to write.
+
+    Raises:
+        UserError: The folder cannot be written.
     """
+    try:
+        _publish(files, out)
+    except FileNotFoundError:
+        raise  # a piece of the store is gone
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot be written ({error.strerror}); make it a folder with enough free space "
+            "that you may write, and run the same command again"
+        ) from None
+
+
+def _publish(files: Mapping[str, Path | bytes], out: Path) -> None:
     temporary, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("new", "old"))
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -10,7 +10,8 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from pipeline.runtime.machine import Machine
 from pipeline.store.store import Store
 from tests.support.hub import FINEWEB, TOKEN, Hub
 from tests.support.repo import REPO
-from tests.support.small_data import no_cluster, run_here
+from tests.support.small_data import no_cluster
 
 # Variables of the caller's environment that would change what is fetched, or from where.
 _DROPPED = ("GPT2_", "DVC_", "RAY_", "HF_", "HUGGING_FACE", "HUGGINGFACE", "PYTHON")
@@ -76,7 +77,11 @@ class Downloads:
         root.mkdir(parents=True)
 
     def download(
-        self, patience: float = 10, variables: Mapping[str, str] | None = None, **source: Any
+        self,
+        patience: float = 10,
+        variables: Mapping[str, str] | None = None,
+        threads: int = 1,
+        **source: Any,
     ) -> RawManifest:
         """Run the stage in this process.
 
@@ -84,11 +89,13 @@ class Downloads:
         """
         environment = hub_variables(self.hub) | dict(variables or {})
 
-        def run_tasks(*args: Any, **kwargs: Any) -> Iterator[tuple[int, Any]]:
-            with pytest.MonkeyPatch.context() as patch:
+        def run_tasks(
+            function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], *_: Any, **__: Any
+        ) -> Iterator[tuple[int, Any]]:
+            with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(threads) as pool:
                 for name in environment:
                     patch.delenv(name)
-                yield from run_here(*args, **kwargs)
+                yield from enumerate(pool.map(lambda task: function(*task), tasks))
 
         with pytest.MonkeyPatch.context() as patch:
             for name, value in environment.items():

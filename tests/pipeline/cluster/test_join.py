@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.cluster import join
 from pipeline.cluster.join import cluster
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
@@ -66,10 +67,14 @@ def test_complete_package_is_shipped_to_the_nodes(monkeypatch: pytest.MonkeyPatc
     assert shipped["excludes"] == ["__pycache__"]
 
 
-def test_sigterm_exits_with_status_3_and_leaves_no_ray_process() -> None:
+def test_sigterm_exits_with_status_3_and_leaves_no_ray_process(tmp_path: Path) -> None:
+    """Also where Ray can use neither the home folder nor TMPDIR."""
+    long = tmp_path / ("x" * 120)  # too long for the path of a socket
+    long.mkdir()
     process = subprocess.Popen(
         [sys.executable, "-c", WAIT], cwd=REPO, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "HOME": "/dev/null/none", "TMPDIR": str(long)},
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -79,6 +84,26 @@ def test_sigterm_exits_with_status_3_and_leaves_no_ray_process() -> None:
     (line,) = process.communicate(timeout=30)[1].splitlines()
     assert line.startswith("stopped")
     assert process.returncode == 3
+
+
+@pytest.mark.parametrize(
+    ("variables", "added"),
+    [
+        ({}, set()),
+        ({"TMPDIR": "/tmp/" + "x" * 100}, {"RAY_TMPDIR"}),
+        ({"TMPDIR": "/dev/null/none"}, {"RAY_TMPDIR"}),
+        ({"HOME": "/dev/null/none"}, {"RAY_AUTH_TOKEN"}),
+        ({"HOME": "~"}, {"RAY_AUTH_TOKEN"}),
+    ],
+)
+def test_ray_is_kept_out_of_unusable_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], added: set[str]
+) -> None:
+    for name, value in {"HOME": str(tmp_path), "TMPDIR": "/tmp", **variables}.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    join._use_writable_folders()
+    assert set(os.environ) - set(before) == added
 
 
 def test_ray_that_does_not_start_is_one_line_with_status_1(tmp_path: Path) -> None:

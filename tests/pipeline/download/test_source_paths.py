@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import gzip
-import json
+import os
+import re
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import psutil  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.download import row_groups, to_parquet
+from pipeline.download import row_groups
 from pipeline.download.source_paths import PathFile, resolve
 from pipeline.download.stage import download, select_items
 from pipeline.format.manifest import RawManifest
-from pipeline.format.parquet import FINEWEB_SCHEMA
+from pipeline.format.parquet import FINEWEB_SCHEMA, check_pages
 from pipeline.params import SourceParams
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
@@ -93,75 +95,24 @@ def test_a_changed_file_is_fetched_again(fetch: Fetch, tmp_path: Path) -> None:
     assert texts_of(tmp_path / "raw/a.parquet") == ["two", "three"]
 
 
-ROWS: list[dict[str, Any]] = [
-    {"text": "one\nline", "id": "<a>", "token_count": 3, "language_score": 0.5, "more": {"a": 1}},
-    {"text": "zwei", "token_count": "7", "language_score": "no number", "more": "now a string"},
-    {"text": None, "url": 5},
-]
-LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-
-
-def as_arrow(stream: bool) -> bytes:
-    sink = pa.BufferOutputStream()
-    table = pa.table({"text": ["one\nline", "zwei", None], "id": ["<a>", None, None]})
-    new = pa.ipc.new_stream if stream else pa.ipc.new_file
-    with new(sink, table.schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue())
-
-
-def as_zst(data: bytes) -> bytes:
-    zstandard = pytest.importorskip("zstandard")
-    return bytes(zstandard.compress(data))
-
-
-@pytest.mark.parametrize(
-    ("name", "data"),
-    [
-        ("a.jsonl", LINES),
-        ("a.jsonl.gz", gzip.compress(LINES)),
-        ("a.jsonl.zst", as_zst(LINES)),
-        ("a [1].arrow", as_arrow(stream=True)),
-        ("a.arrow", as_arrow(stream=False)),
-    ],
-)
-def test_other_formats_are_converted_to_parquet(
-    fetch: Fetch, tmp_path: Path, name: str, data: bytes
-) -> None:
-    path = tmp_path / "in" / name
+def test_other_formats_are_converted_to_parquet(fetch: Fetch, tmp_path: Path) -> None:
+    path = tmp_path / "in/a [1].jsonl.gz"
     path.parent.mkdir()
-    path.write_bytes(data)
-    manifest = fetch(path.parent)
-    assert [file.path for file in manifest.files] == [f"{name}.parquet"]
-    assert manifest.files[0].origin == atomic.sha256_file(path)
-    table = pq.read_table(tmp_path / "raw" / f"{name}.parquet")
-    assert table.schema.equals(FINEWEB_SCHEMA)
-    rows = table.to_pylist()
-    assert [row["text"] for row in rows] == ["one\nline", "zwei", None]
-    assert [row["id"] for row in rows] == ["<a>", None, None]
-    if "json" in name:
-        assert [row["token_count"] for row in rows] == [3, 7, None]
-        assert [row["language_score"] for row in rows] == [0.5, None, None]
-        assert rows[2]["url"] == "5"
-
-
-def test_csv_text_is_not_parsed_as_numbers_or_nulls(fetch: Fetch, tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    path.write_text('body,token_count\n007,5\nNA,\n"two\nlines",3\n')
-    manifest = fetch(path, text_column="body")
-    table = pq.read_table(tmp_path / "raw/a.csv.parquet")
+    path.write_bytes(gzip.compress(b'{"body": "one\\nline", "id": "<a>"}\n'))
+    manifest = fetch(path.parent, text_column="body")
     assert manifest.text_column == "body"
+    assert [file.path for file in manifest.files] == [f"{path.name}.parquet"]
+    assert manifest.files[0].origin == atomic.sha256_file(path)
+    table = pq.read_table(tmp_path / "raw" / f"{path.name}.parquet")
     assert table.column_names == ["body", *FINEWEB_SCHEMA.names[1:]]
-    assert table.column("body").to_pylist() == ["007", "NA", "two\nlines"]
-    assert table.column("token_count").to_pylist() == [5, None, 3]
+    row = dict.fromkeys(table.column_names) | {"body": "one\nline", "id": "<a>"}
+    assert table.to_pylist() == [row]
 
 
-def test_each_line_of_a_txt_file_is_a_document_and_formats_mix(
-    fetch: Fetch, tmp_path: Path
-) -> None:
+def test_formats_mix(fetch: Fetch, tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("one\ntwo\n")
     write_parquet(tmp_path / "a.parquet", ["three"])
-    manifest = fetch(tmp_path / "b.txt", tmp_path / "a.parquet")
+    manifest = fetch(tmp_path / "b.txt", tmp_path / "a.parquet", text_documents="line")
     assert [file.path for file in manifest.files] == ["a.parquet", "b.txt.parquet"]
     assert texts_of(tmp_path / "raw/b.txt.parquet") == ["one", "two"]
 
@@ -235,6 +186,32 @@ def test_a_path_that_names_no_file_is_an_error(tmp_path: Path, paths: list[str],
     assert word in str(error.value)
 
 
+def test_remote_folders_and_globs_are_like_local_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    memory = fsspec.filesystem("memory")
+    for name in (
+        *("web/a.txt", "web/b.md", "web/_temporary/c.txt", "web/_SUCCESS"),
+        *("web/out.parquet/part-0.parquet", "web/f/g/h.txt"),
+    ):
+        memory.pipe_file(name, b"x")
+    texts = ["a.txt", "f/g/h.txt"]
+
+    def found(pattern: str, **options: Any) -> list[str]:
+        return [file.path for file in resolve([f"memory://{pattern}"], **options)]
+
+    assert found("web") == found("web/*") == [*texts, "out.parquet/part-0.parquet"]
+    assert found("web/**/*.txt") == texts
+    out = capsys.readouterr().out
+    for name in ("b.md", "_temporary/c.txt", "_SUCCESS"):
+        assert name in out
+    assert found("web/_temporary/c.txt") == ["c.txt"]
+    assert found("web", exclude=["f", "*.parquet"]) == ["a.txt"]
+    assert found("web/*.txt", exclude=["f"]) == ["a.txt"]
+    assert [f.path for f in resolve(["memory://web/a.txt", "memory://web/*.txt"])] == ["a.txt"]
+    for pattern in ("web/no*.txt", "no", "web/d::e.txt", "web/b.md"):
+        with pytest.raises(UserError, match=r"source\.paths"):
+            found(pattern)
+
+
 def test_files_are_fetched_from_urls_and_only_once(
     fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +230,49 @@ def test_files_are_fetched_from_urls_and_only_once(
         no_tasks(monkeypatch)
         assert fetch(*urls) == manifest
         assert not hub.sent()
+
+
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [
+        (["x.jsonl", "x.jsonl.parquet"], "x.jsonl.parquet"),
+        (["a.txt", "A.txt"], "A.txt"),
+        (["e\u0301.txt", "\u00e9.txt"], "\u00e9.txt"),
+        (["a.txt.parquet/b.txt", "a.txt"], "a.txt.parquet"),
+        ([os.fsdecode(b"\xff.txt"), "a.txt"], r"\udcff.txt"),
+        (["b" * 246 + ".txt", "a.txt"], "b" * 246),
+        (["\x1b[2J\n.txt", "a.txt"], r"\x1b[2J\n.txt"),
+        (["a.parquet.gz", "a.txt"], "a.parquet.gz"),
+    ],
+)
+def test_names_that_cannot_be_in_one_folder_are_refused_before_anything_is_fetched(
+    fetch: Fetch,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    names: list[str],
+    named: str,
+) -> None:
+    for name in names:
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("text\n")
+    with monkeypatch.context() as patch:
+        no_tasks(patch)
+        with pytest.raises(UserError, match=re.escape(named)) as error:
+            fetch(tmp_path / "in")
+    assert str(error.value).isprintable()
+    assert "source.exclude" in str(error.value)
+    (kept,) = names[1:]
+    if not kept.endswith("parquet"):
+        manifest = fetch(tmp_path / "in", exclude=[names[0], "a.txt.parquet/", "?.txt.*"])
+        assert [file.path for file in manifest.files] == [f"{kept}.parquet"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_pointer_of_git_lfs_is_no_text(fetch: Fetch, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(UserError, match=rf"{name}: .*git lfs pull"):
+        fetch(tmp_path / name)
 
 
 def test_files_max_bytes_and_max_tokens_select_the_first_files() -> None:
@@ -292,7 +312,7 @@ def test_large_row_groups_are_rewritten_once(
 
 
 @pytest.mark.slow
-def test_a_huge_row_group_is_rewritten_in_bounded_memory(tmp_path: Path) -> None:
+def test_a_huge_row_group_is_checked_and_rewritten_in_bounded_memory(tmp_path: Path) -> None:
     """1 GB of text in one row group; the memory is the growth of the resident set."""
     source, target = tmp_path / "a.parquet", tmp_path / "b.parquet"
     schema = pa.schema([("text", pa.string())])
@@ -301,7 +321,7 @@ def test_a_huge_row_group_is_rewritten_in_bounded_memory(tmp_path: Path) -> None
         rows = [f"{i} {text}" for i in range(10_000)]
         writer.write_table(pa.table({"text": rows * 30}, schema=schema), row_group_size=300_000)
     assert pq.read_metadata(source).num_row_groups == 1
-    assert row_groups.has_large_groups(source)
+    assert row_groups.has_large_groups(source, "text")
     sizes = [psutil.Process().memory_info().rss]
     stop = threading.Event()
 
@@ -312,16 +332,10 @@ def test_a_huge_row_group_is_rewritten_in_bounded_memory(tmp_path: Path) -> None
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        row_groups.rewrite(source, target)
+        check_pages(source, source.name, "text")
+        row_groups.rewrite(source, source.name, target)
     finally:
         stop.set()
         watcher.join()
     assert pq.read_metadata(target).num_row_groups == 300
     assert max(sizes) - sizes[0] < 250 * 2**20
-
-
-def test_the_format_suffix_ignores_case_and_compression() -> None:
-    assert to_parquet.suffix_of("a/b.v1.JSONL.gz") == ".jsonl"
-    assert to_parquet.suffix_of("a/b.parquet") == ".parquet"
-    assert to_parquet.suffix_of("a/b.tar.gz") == ".tar"
-    assert to_parquet.suffix_of("a/b") == ""

@@ -108,6 +108,21 @@ def test_gathering_outside_the_stream_is_an_error(tmp_path: Path) -> None:
             stream.gather(np.array([0, start]), 2)
 
 
+def test_stream_has_integer_indexes_a_repr_and_only_known_splits(tmp_path: Path) -> None:
+    write_tokens(tmp_path, {"train": [np.array([1, 2]), np.array([3])]})
+    stream = TokenStream(tmp_path, "train")
+    assert [stream[i] for i in (0, 2, -1, -3, np.int64(1))] == [1, 3, 3, 1, 2]
+    for index in (3, -4):
+        with pytest.raises(IndexError):
+            stream[index]
+    with pytest.raises(IndexError):
+        TokenStream(tmp_path, "val")[0]
+    for part in (str(tmp_path), "train", "3 tokens", "2 shards"):
+        assert part in repr(stream)
+    with pytest.raises(ValueError, match=r"'test'.*train.*val"):
+        TokenStream(tmp_path, "test")  # type: ignore[arg-type]
+
+
 def test_a_step_is_an_error_and_so_is_a_shard_of_another_length(tmp_path: Path) -> None:
     write_tokens(tmp_path, {"train": [np.array([1, 2, 3])]})
     with pytest.raises(ValueError, match="step"):

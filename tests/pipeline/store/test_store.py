@@ -224,8 +224,9 @@ def test_experiments_in_a_temporary_workspace_use_the_store_of_the_main_checkout
 
 def test_unusable_work_dir_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="work_dir"):
-        Store.open(Machine(work_dir=tmp_path / "file"))
+    for folder in (tmp_path / "file", Path("~no-such-user/work")):
+        with pytest.raises(UserError, match="work_dir"):
+            Store.open(Machine(work_dir=folder))
 
 
 def pieces(store: Store) -> set[Path]:

@@ -1,0 +1,73 @@
+"""The files of a source that are not read: by `source.exclude`, or because they hold no text."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from pipeline.runtime.errors import UserError, printable
+
+AUXILIARY = "hidden or auxiliary (the name begins with . or _)"
+UNKNOWN = "unknown format"
+OTHER_NAME = "read under another name"
+_EXCLUDED = "source.exclude"
+
+_NAMES = 20
+
+
+class LeftOut:
+    """Applies `source.exclude`, and collects by reason what a source does not use."""
+
+    def __init__(self, exclude: Sequence[str] = ()) -> None:
+        self._unmatched = dict.fromkeys(exclude)
+        self._exclude = list(self._unmatched)
+        self._names: dict[str, dict[str, None]] = {}
+        self.n_excluded = 0
+
+    def excludes(self, path: str) -> bool:
+        """Return whether a pattern matches the path in the source, its name, or a folder of it."""
+        pure = PurePosixPath(path)
+        names = [path, pure.name, *map(str, pure.parents)] if self._exclude else []
+        for pattern in self._exclude:
+            wanted = pattern.removeprefix("./").rstrip("/")
+            if any(name == wanted or fnmatchcase(name, wanted) for name in names):
+                self._unmatched.pop(pattern, None)
+                self.n_excluded += 1
+                self.add(_EXCLUDED, path)
+                return True
+        return False
+
+    def add(self, reason: str, path: str) -> None:
+        """Record an entry that is not read."""
+        self._names.setdefault(reason, {})[path] = None
+
+    def report(self) -> None:
+        """Print one line per reason, and one per pattern of `source.exclude` without a match."""
+        for reason, names in self._names.items():
+            shown = ", ".join(map(printable, list(names)[:_NAMES]))
+            more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+            print(f"download: left out, {reason}: {shown}{more}", flush=True)
+        for pattern in self._unmatched:
+            print(
+                f"warning: source.exclude: {printable(pattern)!r} matches no file of the source",
+                flush=True,
+            )
+
+    def nothing_left(self) -> UserError:
+        """Return the error for a source whose files of a known format are all excluded."""
+        return UserError(
+            f"source.exclude: leaves no file of a known format ({', '.join(self._exclude)}); "
+            "remove a pattern from it"
+        )
+
+
+def is_auxiliary(path: str | Path, pattern: str | Path) -> bool:
+    """Return whether a path has more names that begin with `.` or `_` than the pattern asks for.
+
+    Spark and Hive write such files and folders beside their data, and for unfinished data.
+    """
+    return _marked(path) > _marked(pattern)
+
+
+def _marked(path: str | Path) -> int:
+    parts = PurePosixPath(path).parts
+    return sum(part.startswith((".", "_")) and part not in (".", "..") for part in parts)

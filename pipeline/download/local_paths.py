@@ -1,0 +1,169 @@
+"""The files of this machine that a path of `source.paths` names: a file, a folder, or a glob.
+
+Globs are those of a shell with `globstar`. A folder, also one that a glob matches, stands for all
+files in it. Links are followed, and no folder is read twice.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.download.left_out import AUXILIARY, OTHER_NAME, LeftOut, is_auxiliary
+from pipeline.runtime.errors import UserError, printable
+
+_WILDCARD = re.compile(r"[*?\[]")
+
+
+class LocalFile(NamedTuple):
+    """A regular file, or a link to one."""
+
+    name: str
+    """The path relative to the folder or glob that names the file; else the file name."""
+    path: Path
+    status: os.stat_result
+
+
+def find(pattern: str, left_out: LeftOut) -> list[LocalFile]:
+    """Return the regular files that the pattern names, of any format, sorted by name.
+
+    Raises:
+        UserError: There is no such file, a folder cannot be listed, or the named file is special.
+    """
+    shown = f"source.paths: {printable(pattern)[:300] or repr(pattern)}"
+    if not pattern or "\0" in pattern:
+        raise UserError(f"{shown}: not a path; name a file, folder or glob")
+    path = Path.cwd() / pattern.removeprefix("file://")
+    try:
+        if pattern.startswith("~") and not os.path.lexists(path):
+            path = Path(pattern).expanduser()
+        above, parts = _split(path, shown)
+        search = _Search(above, left_out, path)
+        if parts:
+            matches = sorted(set(_expand(above, parts)), key=_links_last)
+            if not matches:
+                raise FileNotFoundError
+            for match in matches:
+                search.add(match)
+        elif above.is_dir():
+            search.add_folder(above)
+        elif not stat.S_ISREG((status := above.stat()).st_mode):
+            raise UserError(f"{shown}: not a regular file; name a file, folder or glob")
+        elif not left_out.excludes(above.name):
+            search.files[above] = LocalFile(above.name, above, status)
+    except (FileNotFoundError, RuntimeError):  # RuntimeError: no such user, or no home folder
+        link = " (a link to a missing file)" if path.is_symlink() else ""
+        raise UserError(f"{shown}: no such file{link}") from None
+    except OSError as error:
+        where = printable(str(error.filename or pattern))
+        raise UserError(
+            f"source.paths: {where[:300]}: cannot be read ({error.strerror}); make it readable, or "
+            "list it in source.exclude"
+        ) from None
+    return sorted(search.files.values())
+
+
+def _split(path: Path, shown: str) -> tuple[Path, Sequence[str]]:
+    """Split a path into its folder above the first wildcard, and the parts of the glob.
+
+    A part with wildcards that exists as it is written is a name, if it matches nothing else.
+    """
+    above, *parts = Path(path.anchor), *path.parts[1:]
+    for index, part in enumerate(parts):
+        if _WILDCARD.search(part):
+            if not os.path.lexists(above / part):
+                return above, parts[index:]
+            if others := [match for match in _matches(above, part) if match != part]:
+                raise UserError(
+                    f"{shown}: {part} is the name of a file and a pattern that matches "
+                    f"{printable(others[0])}; name the folder above, and use source.exclude"
+                )
+        above /= part
+    return above, []
+
+
+def _expand(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """Yield the paths below a folder that match the parts of a glob."""
+    if not parts:
+        yield folder
+    elif parts[0] == "**":
+        for below in _folders(folder, set()) if parts[1:] else [folder]:
+            yield from _expand(below, parts[1:])
+    else:
+        for path in (folder / name for name in _matches(folder, parts[0])):
+            if len(parts) == 1 or path.is_dir():
+                yield from _expand(path, parts[1:])
+
+
+def _matches(folder: Path, part: str) -> list[str]:
+    """Return the names in a folder that match a part of a glob, as a shell does."""
+    if not _WILDCARD.search(part):
+        return [part] if os.path.lexists(folder / part) else []
+    return [
+        path.name
+        for path in folder.iterdir()
+        if fnmatchcase(path.name, part) and path.name.startswith(".") <= part.startswith(".")
+    ]
+
+
+def _folders(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    """Yield a folder and all below it, each once, without hidden and auxiliary ones."""
+    if (key := _key(folder)) not in seen:
+        seen.add(key)
+        yield folder
+        for path in sorted(folder.iterdir(), key=_links_last):
+            if not path.name.startswith((".", "_")) and os.path.isdir(path):  # noqa: PTH112
+                yield from _folders(path, seen)
+
+
+def _key(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _links_last(path: Path) -> tuple[bool, Path]:
+    """Sort key: a file or folder is read under its own name where it has one."""
+    return path.is_symlink(), path
+
+
+class _Search:
+    """Collects the files that are found, by path."""
+
+    def __init__(self, above: Path, left_out: LeftOut, pattern: Path) -> None:
+        self.above, self.left_out, self.pattern = above, left_out, pattern
+        self.files: dict[Path, LocalFile] = {}
+        self.folders: dict[tuple[int, int], Path] = {}
+
+    def add(self, path: Path) -> None:
+        """Add a file or folder that was found, or record why it is left out."""
+        name = os.path.relpath(path, self.above)
+        if self.left_out.excludes(name):
+            return
+        try:
+            status = path.stat()
+        except OSError as error:
+            if not path.is_symlink() or isinstance(error, PermissionError):
+                raise
+            self.left_out.add(f"a broken link ({error.strerror})", name)
+            return
+        is_folder = stat.S_ISDIR(status.st_mode)
+        if is_auxiliary(path, self.pattern):
+            self.left_out.add(AUXILIARY, f"{name}/" if is_folder else name)
+        elif is_folder:
+            self.add_folder(path)
+        elif stat.S_ISREG(status.st_mode):
+            self.files[path] = LocalFile(name, path, status)
+        else:
+            self.left_out.add("not a regular file", name)
+
+    def add_folder(self, path: Path) -> None:
+        """Add the files of a folder, unless it was read before."""
+        if (key := _key(path)) not in self.folders:
+            self.folders[key] = path
+            for below in sorted(path.iterdir(), key=_links_last):
+                self.add(below)
+        elif self.folders[key] != path:
+            self.left_out.add(OTHER_NAME, f"{os.path.relpath(path, self.above)}/")

@@ -1,0 +1,186 @@
+"""Tests for pipeline.download.local_paths and left_out: what a path, folder or glob names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.download.left_out import LeftOut
+from pipeline.download.source_paths import resolve
+from pipeline.runtime.errors import UserError
+
+FILES = (
+    *("2024/a.txt", "2024/_temporary/0/b.txt", ".git/c.txt", "notes.MD", "top.TXT"),
+    *("out.parquet/part-00000-x-c000.snappy.parquet", "out.parquet/_SUCCESS"),
+    *("out.parquet/.part-0.crc", "out.csv/date=2024-01-01/part-0.csv", "out.csv/part-1"),
+    *("b[1]/data[1].txt", "a::b.txt", "_own/d.txt"),
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder `in` with files, links and special files, in the current folder."""
+    for file in FILES:
+        path = tmp_path / "in" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    folder = tmp_path / "in"
+    (folder / "latest").symlink_to("2024")
+    (folder / "loop").symlink_to("../in")
+    (folder / "0link.txt").symlink_to("2024/a.txt")
+    (folder / "gone.txt").symlink_to("nowhere")
+    (folder / "self.txt").symlink_to("self.txt")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/e.txt").touch()
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(folder / "pipe.txt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return folder
+
+
+TEXTS = ["2024/a.txt", "a::b.txt", "b[1]/data[1].txt", "linked/e.txt", "top.TXT"]
+TABLES = [
+    "out.csv/date=2024-01-01/part-0.csv",
+    "out.parquet/part-00000-x-c000.snappy.parquet",
+]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("in", sorted(TEXTS + TABLES)),
+        ("./in/", sorted(TEXTS + TABLES)),
+        ("~/in", sorted(TEXTS + TABLES)),
+        ("in/*", sorted(TEXTS + TABLES)),
+        ("in/**", sorted(TEXTS + TABLES)),
+        ("in/**/*.txt", TEXTS[:-1]),
+        ("in/*.[tT][xX][tT]", ["0link.txt", "a::b.txt", "top.TXT"]),
+        ("in/*.parquet", TABLES[1:]),
+        ("in/*/*.parquet", TABLES[1:]),
+        ("in/out.parquet", ["part-00000-x-c000.snappy.parquet"]),
+        ("in/out.csv/*/*", ["date=2024-01-01/part-0.csv"]),
+        ("in/latest", ["a.txt"]),
+        ("in/loop/latest/*.txt", ["a.txt"]),
+        ("in/b[1]", ["data[1].txt"]),
+        ("in/b[1]/data[1].txt", ["data[1].txt"]),
+        ("in/b[1]/*", ["data[1].txt"]),
+        ("in/[2b]*/*.txt", ["2024/a.txt", "b[1]/data[1].txt"]),
+        ("in/a::b.txt", ["a::b.txt"]),
+        ("in/_own", ["d.txt"]),
+        ("in/_*/d.txt", ["_own/d.txt"]),
+        ("in/2024/_temporary/0/*", ["b.txt"]),
+        ("in/.git/c.txt", ["c.txt"]),
+        ("in/0link.txt", ["0link.txt"]),
+        ("file://{here}/in/top.TXT", ["top.TXT"]),
+    ],
+)
+def test_a_path_names_what_ls_shows(folder: Path, pattern: str, names: list[str]) -> None:
+    found = resolve([pattern.format(here=folder.parent)])
+    assert [file.path for file in found] == names
+    assert all(Path(file.url).is_file() for file in found)
+
+
+def test_whatever_is_left_out_of_a_folder_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resolve(["in"])
+    out = capsys.readouterr().out
+    for name in (
+        *("2024/_temporary/", ".git/", "out.parquet/_SUCCESS", ".part-0.crc", "_own/"),
+        *("notes.MD", "out.csv/part-1", "gone.txt", "self.txt", "pipe.txt"),
+        *("latest/", "loop/", "0link.txt"),
+    ):
+        assert name in out
+    for name in TEXTS + TABLES:
+        assert name not in out
+
+
+def test_many_names_are_cut_and_printed_safely(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(25):
+        (tmp_path / f"{number:02d}.md").touch()
+    (tmp_path / "\x1b[31m\n.doc").touch()
+    (tmp_path / os.fsdecode(b"\xff.doc")).touch()
+    (tmp_path / "a.txt").touch()
+    resolve([str(tmp_path)])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "7 more" in line
+    assert line.isprintable()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *("", "a\0b", "q" * 300, "in/no.txt", "in/no*.txt", "in/no/*.txt", "in/**/no", "~nobody/x"),
+        *("in/gone.txt", "in/self.txt", "in/pipe.txt", "in/notes.MD", "in/a.txt/", "/dev/null"),
+        *("x::y", "zip://a.txt::in/a.zip", "in/*/_SUCCESS", "in/gone*", "\x1b[0m"),
+    ],
+)
+def test_a_path_that_names_no_text_is_an_error_in_one_line(folder: Path, pattern: str) -> None:
+    with pytest.raises(UserError, match=r"^source\.paths: ") as error:
+        resolve([pattern])
+    assert str(error.value).isprintable()
+
+
+def test_a_name_that_is_also_a_pattern_for_other_files_is_refused(folder: Path) -> None:
+    (folder / "b[1]/data1.txt").touch()
+    assert [f.path for f in resolve(["in/b[1]"])] == ["data1.txt", "data[1].txt"]
+    with pytest.raises(UserError, match=r"data\[1\]\.txt.*data1\.txt"):
+        resolve(["in/b[1]/data[1].txt"])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_an_unreadable_folder_is_an_error_unless_excluded(folder: Path) -> None:
+    (folder / "2024").chmod(0)
+    try:
+        with pytest.raises(UserError, match="2024"):
+            resolve(["in"])
+        found = resolve(["in"], exclude=["2024", "latest", "0link.txt"])
+        assert [file.path for file in found] == sorted(TEXTS[1:] + TABLES)
+    finally:
+        (folder / "2024").chmod(0o755)
+
+
+def test_a_file_of_several_paths_is_taken_once(folder: Path) -> None:
+    paths = ["in/top.TXT", "in/*.TXT", "in/loop/top.TXT", "in/0link.txt", "in/2024"]
+    assert [file.path for file in resolve(paths)] == ["0link.txt", "top.TXT"]
+
+
+@pytest.mark.parametrize(
+    ("exclude", "names"),
+    [
+        (["*.txt"], [*TABLES, "top.TXT"]),
+        (["out.*", "b[1]", "a::b.txt"], ["2024/a.txt", "linked/e.txt", "top.TXT"]),
+        (["./2024/", "latest", "0link.txt", "out.*/*", "*/*.txt", "a::b.txt"], ["top.TXT"]),
+        (["data[[]1].txt", "e.txt", "out.*", "a.txt", "0*", "a::*", "top.*"], None),
+    ],
+)
+def test_exclude_matches_the_path_the_name_and_folders(
+    folder: Path, exclude: list[str], names: list[str] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if names is None:
+        with pytest.raises(UserError, match=r"source\.exclude"):
+            resolve(["in"], exclude=exclude)
+    else:
+        assert [file.path for file in resolve(["in"], exclude=exclude)] == names
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_pattern_that_excludes_nothing_is_a_warning(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resolve(["in"], exclude=["*.doc", "top.*"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert "*.doc" in line
+    assert "top" not in line
+
+
+def test_a_path_without_files_is_an_error_although_another_is_excluded(folder: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        resolve(["in", "in/no*.txt"], exclude=["top.TXT"])
+    assert len(resolve(["in/top.TXT", "in/2024"], exclude=["top.TXT"])) == 1
+    assert not LeftOut(["a"]).excludes("b/c")
