@@ -19,10 +19,14 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def write_tokenizer(folder: Path, ranks: Mapping[bytes, int], block_size: int) -> None:
-    """Write `vocab.json`, `merges.txt`, `tokenizer_config.json` and `special_tokens_map.json`.
+    """Write `tokenizer.json`, and the older `vocab.json` and `merges.txt`, with their settings.
+
+    In a text that readers of these files encode, a literal `<|endoftext|>` is the special token.
 
     `ranks` are the ids of GPT-2's 50256 byte strings.
     """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
     characters = bytes_to_unicode()
 
     def spell(token: bytes) -> str:
@@ -31,8 +35,15 @@ def write_tokenizer(folder: Path, ranks: Mapping[bytes, int], block_size: int) -
     vocabulary = {spell(token): rank for token, rank in sorted(ranks.items(), key=lambda x: x[1])}
     vocabulary[END_OF_TEXT] = EOT
     write_text(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
-    lines = [f"{spell(left)} {spell(right)}\n" for left, right in recover_merges(ranks)]
+    merges = [(spell(left), spell(right)) for left, right in recover_merges(ranks)]
+    lines = [f"{left} {right}\n" for left, right in merges]
     write_text(folder / "merges.txt", "".join(["#version: 0.2\n", *lines]))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False, special=True)])
+    write_text(folder / "tokenizer.json", tokenizer.to_str())
     special = {f"{role}_token": END_OF_TEXT for role in ("bos", "eos", "unk")}
     write_json(folder / "special_tokens_map.json", special)
     write_json(
@@ -40,6 +51,7 @@ def write_tokenizer(folder: Path, ranks: Mapping[bytes, int], block_size: int) -
         {
             **special,
             "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
             "model_max_length": block_size,
             "tokenizer_class": "GPT2Tokenizer",
         },

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline import TokenStream
 from pipeline.format import tokenizer
+from pipeline.format.foreign_tokens import is_token_file
 from pipeline.format.manifest import RawManifest
-from pipeline.format.parquet import open_parquet
+from pipeline.format.parquet import as_binary, is_text, open_parquet
 from pipeline.format.shards import read_docs
 from pipeline.runtime.errors import UserError
 
@@ -66,6 +68,13 @@ class Documents:
         """Return all tokens of a span's document."""
         return self._stream[span.start : span.stop]
 
+    def may_be_cut(self, span: DocumentSpan) -> bool:
+        """Return whether a split by position may have left only a part of the row's text."""
+        if self._stream.manifest.params.get("val_split") != "position":
+            return False
+        is_train = self._stream.split == "train"
+        return span.stop == len(self._stream) if is_train else span.start == 0
+
     def _at(self, index: int, first: int, end: int) -> DocumentSpan:
         """Return the part, at most to ``end``, of the document at ``first`` in shard ``index``."""
         begin, stop = (int(border) for border in self._stream.starts[index : index + 2])
@@ -111,11 +120,11 @@ class RawRows:
     def get(self, span: DocumentSpan) -> dict[str, Any] | None:
         """Return the text and the `FIELDS` of a span's document; None if unavailable."""
         path, row = span.path, span.row
-        if path not in self._files or row is None or not path.endswith(".parquet"):
+        if path not in self._files or row is None or is_token_file(path):
             return None
         try:
             found = _read_row(self._folder / path, row, self._column)
-        except UserError:
+        except (UserError, OSError, pa.ArrowException):
             return None
         return {"text": found.pop(self._column), **found}
 
@@ -127,13 +136,23 @@ def _read_row(path: Path, row: int, column: str) -> dict[str, Any]:
         while row >= metadata.row_group(group).num_rows:
             row -= metadata.row_group(group).num_rows
             group += 1
-        columns = [n for n in (column, *FIELDS) if n in file.schema_arrow.names]
+        names = file.schema_arrow.names
+        columns = [name for name in (column, *FIELDS) if names.count(name) == 1]
         for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=columns):
             if row < batch.num_rows:
-                found: dict[str, Any] = batch.slice(row, 1).to_pylist()[0]
-                return found
+                return {name: _as_text(batch.column(name).slice(row, 1)) for name in columns}
             row -= batch.num_rows
     raise UserError(f"{path}: has fewer rows than its footer gives; run `dvc repro` to rebuild it")
+
+
+def _as_text(value: pa.Array) -> str | None:
+    """Return the only value of an array as text; None if it is none and cannot be cast."""
+    try:
+        value = as_binary(value) if is_text(value.type) else value
+        text: str | None = value.cast(pa.large_string())[0].as_py()
+        return text
+    except pa.ArrowException:
+        return None
 
 
 def decoded(tokens: np.ndarray) -> bytes:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from pipeline.download.restore import restore
 from pipeline.params import TokenizeParams
 from pipeline.runtime import command
 from pipeline.runtime.machine import Machine
@@ -15,7 +16,9 @@ def main(argv: Sequence[str] = ()) -> None:
     """Read the parameters, tokenize, print one summary."""
     command.Parser(prog="python -m pipeline.tokenize", description=main.__doc__).parse_args(argv)
     params = load_section("tokenize", TokenizeParams)
-    manifest = tokenize(RAW, OUT, params, Machine.load(), code_key("tokenize"))
+    machine = Machine.load()
+    restore(RAW, machine)
+    manifest = tokenize(RAW, OUT, params, machine, code_key("tokenize"))
     splits = ", ".join(
         f"{name} {t.tokens:,} tokens of {t.docs:,} documents in {t.shards} shards"
         for name, t in manifest.totals.items()

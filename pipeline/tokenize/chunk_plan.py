@@ -67,6 +67,6 @@ def plan_chunks(
         groups = row_groups(folder / file.path, column)
         rows, size = sum(rows for rows, _ in groups), sum(size for _, size in groups)
         for start, stop in cut_rows(groups, shard_tokens * _BYTES_PER_100_TOKENS // 100):
-            tokens = size * (stop - start) // rows * 100 // _BYTES_PER_100_TOKENS
+            tokens = size * (stop - start) // max(1, rows) * 100 // _BYTES_PER_100_TOKENS
             chunks.append(Chunk(file_index, file, start, stop, tokens))
     return chunks

@@ -12,6 +12,7 @@ the sums of the chunks add up to the sum of the dataset, however it is cut into 
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import xxhash
 from pipeline.format.manifest import SPLITS, Split
 from pipeline.format.shards import docs_path
 from pipeline.store import atomic
-from pipeline.store.store import Store
+from pipeline.store.store import Store, unlink_damaged
 from pipeline.tokenize.chunk_plan import Chunk
 
 RECORD = "record.json"
@@ -45,13 +46,19 @@ def build_piece(store: Store, key: str, build: Callable[[Path], Mapping[str, str
 
 
 def write_record(
-    folder: Path, chunk: Chunk, key: str, skipped: Mapping[str, int], splits: Mapping[Split, Any]
+    folder: Path,
+    chunk: Chunk,
+    key: str,
+    skipped: Mapping[str, int],
+    splits: Mapping[Split, Any],
+    **more: str,
 ) -> None:
     """Write a chunk's `record.json`, without syncing it: `Store.make` syncs all files of a piece.
 
     Args:
         skipped: Number of skipped documents by reason.
         splits: `split_facts` of each split that has documents.
+        more: Further entries: `cut_from`, the key of the piece from which this one was cut.
     """
     record = {
         "chunk_key": key,
@@ -59,6 +66,7 @@ def write_record(
         "rows": [chunk.start, chunk.stop],
         "skipped": dict(skipped),
         "splits": splits,
+        **more,
     }
     (folder / RECORD).write_bytes(atomic.json_bytes(record))
 
@@ -92,6 +100,13 @@ def read_record(folder: Path) -> Record:
     return record
 
 
+def check_unchanged(path: Path, sha256: str) -> None:
+    """Refuse to copy from a damaged file of a piece: the hash of the copy would hide the damage."""
+    if atomic.sha256_file(path) != sha256:
+        unlink_damaged(path)  # the store then treats the piece as incomplete
+        raise RuntimeError(f"{path}: damaged, now removed; run `dvc repro` to rebuild it")
+
+
 def read_engine_report(folder: Path) -> dict[str, Any]:
     """Read `engine.json`: documents and bytes by engine, documents checked, rows that differed.
 
@@ -102,14 +117,19 @@ def read_engine_report(folder: Path) -> dict[str, Any]:
     return report
 
 
-def content_hash(file_index: int, row: int, tokens: np.ndarray | memoryview) -> int:
-    """Return xxh3_128 of a document's (n,) little-endian uint16 tokens, seeded with its position.
+def content_sum(
+    file_index: int, rows: Sequence[int], tokens: np.ndarray, borders: Sequence[int]
+) -> int:
+    """Return the content sum of consecutive documents, not yet reduced mod 2^128.
 
     Args:
-        row: The document's row in the source file; in a token file, its first token.
+        rows: (d,), the documents' rows in the source file; in a token file, their first tokens.
+        tokens: (n,) uint16.
+        borders: (d + 1,): document i is ``tokens[borders[i] : borders[i + 1]]``.
     """
-    view = tokens if isinstance(tokens, memoryview) else np.ascontiguousarray(tokens).data
-    return xxhash.xxh3_128_intdigest(view, file_index << 40 | row)
+    view, digest, seed = tokens.data, xxhash.xxh3_128_intdigest, file_index << 40
+    spans = zip(rows, pairwise(borders), strict=True)
+    return sum([digest(view[start:stop], seed | row) for row, (start, stop) in spans])
 
 
 def length_bins(lengths: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ from pipeline.tokenize.chunk_record import (
     ENGINE,
     Record,
     build_piece,
-    content_hash,
+    content_sum,
     split_facts,
     write_record,
 )
@@ -46,10 +46,18 @@ def chunk_key(chunk: Chunk, column: str, params: TokenizeParams, code_key: str) 
             "rows": [chunk.start, chunk.stop],
             "column": column,
             "ranks": tokenizer.RANKS_SHA256,
-            "val_per_10k": params.val_per_10k,
+            "val_per_10k": hashed_per_10k(params),
             "code": code_key,
         }
     )
+
+
+def hashed_per_10k(params: TokenizeParams) -> int:
+    """Return the share of documents that their hash sends to validation, per 10,000.
+
+    None if the split is by position: `split_by_position` makes it when all chunks are encoded.
+    """
+    return params.val_per_10k if params.val_split == "documents" else 0
 
 
 def split_of(text: bytes, val_per_10k: int) -> Split:
@@ -130,7 +138,7 @@ def write_piece(
         for first_row, texts in batches:
             encoded = encode_batch(first_row, texts, fast, check_fraction, report)
             skipped += encoded.skipped
-            val = encoded.hashes % np.uint64(10_000) < params.val_per_10k
+            val = encoded.hashes % np.uint64(10_000) < hashed_per_10k(params)
             splits["train"].add(encoded, ~val, chunk.file_index)
             splits["val"].add(encoded, val, chunk.file_index)
     except EngineMismatch:
@@ -142,15 +150,6 @@ def write_piece(
     (folder / ENGINE).write_bytes(atomic.json_bytes(vars(report)))
     hashes = {f"{name}.bin": facts["sha256"] for name, facts in found.items()}
     return hashes | {f"{name}.docs.npy": facts["docs_sha256"] for name, facts in found.items()}
-
-
-def content_sum(encoded: Encoded, mask: np.ndarray, file_index: int) -> int:
-    """Return the sum of the content hashes of the documents selected by the (d,) bool mask."""
-    starts, rows, view = encoded.starts.tolist(), encoded.rows.tolist(), encoded.tokens.data
-    return sum(
-        content_hash(file_index, rows[i], view[starts[i] : starts[i + 1]])
-        for i in np.flatnonzero(mask).tolist()
-    )
 
 
 class _SplitWriter:
@@ -170,7 +169,7 @@ class _SplitWriter:
             starts, rows = encoded.starts[first : last + 1], encoded.rows[first:last]
             docs = np.column_stack([starts[:-1] - starts[0], rows])
             self.shard.append(encoded.tokens[starts[0] : starts[-1]], docs)
-        self.content += content_sum(encoded, mask, file_index)
+            self.content += content_sum(file_index, rows.tolist(), encoded.tokens, starts.tolist())
         self.text_bytes += int(encoded.text_bytes[mask].sum())
         self.lengths.append(np.diff(encoded.starts)[mask])
 

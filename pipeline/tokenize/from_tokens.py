@@ -11,6 +11,7 @@ from pipeline.format.foreign_tokens import open_token_file, split_of_file
 from pipeline.format.manifest import RawManifest
 from pipeline.format.shards import MAX_TOKENS
 from pipeline.params import TokenizeParams
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.progress import Progress
 from pipeline.store.store import Store
 from pipeline.tokenize.chunk_plan import Chunk
@@ -33,7 +34,16 @@ class TokenFileChunks:
         """Cut the files about every ``shard_tokens`` tokens; return each chunk with its key.
 
         A chunk has the documents that begin in it. A file that is already a shard is one chunk.
+
+        Raises:
+            UserError: A file is for validation by its name, but the split is by position.
         """
+        val = [file.path for file in self.source.files if split_of_file(file.path) == "val"]
+        if val and self.params.val_split == "position":
+            raise UserError(
+                "params.yaml: tokenize.val_split: position, but the name of the token file "
+                f"{val[0]} makes it validation; set documents, or add the file to source.exclude"
+            )
         chunks = []
         for index, file in enumerate(self.source.files):
             found = open_token_file(self.raw / file.path, file.path)

@@ -14,14 +14,14 @@ import numpy as np
 
 from pipeline.format import tokenizer
 from pipeline.format.foreign_tokens import TokenFile, open_token_file, split_of_file
-from pipeline.format.shards import HEADER_BYTES, ShardWriter, docs_path, open_shard, read_docs
+from pipeline.format.shards import ShardWriter, docs_path
 from pipeline.format.tokenizer import EOT, N_VOCAB
 from pipeline.runtime.errors import UserError
 from pipeline.store import atomic
 from pipeline.store.store import Store, unlink_damaged
 from pipeline.tokenize.chunk_plan import Chunk
-from pipeline.tokenize.chunk_record import Record, build_piece, split_facts, write_record
-from pipeline.tokenize.token_stats import BLOCK_TOKENS, TokenStats, blocks
+from pipeline.tokenize.chunk_record import Record, build_piece, write_record
+from pipeline.tokenize.token_stats import BLOCK_TOKENS, shard_facts
 
 
 def index_key(chunk: Chunk, code_key: str) -> str:
@@ -107,15 +107,8 @@ def _document_border(tokens: np.ndarray, at: int, eot_after: bool) -> int:
 
 def _facts(shard: Path, chunk: Chunk, source: TokenFile, store: Store) -> dict[str, Any]:
     """Read the shard once; return the split's part of the record."""
-    tokens, docs = open_shard(shard), read_docs(shard)
-    stats, content = TokenStats(), 0
-    with open(shard, "rb") as file:
-        stats.digest.update(file.read(HEADER_BYTES))
-    for begin, end, block_docs in blocks(docs, 0, len(tokens)):
-        block = np.array(tokens[begin:end])
-        content += stats.add(block, begin, block_docs, chunk.file_index, chunk.start)
-    sha256 = stats.digest.hexdigest()
-    if source.is_shard and sha256 != chunk.file.sha256:
+    facts, largest = shard_facts(shard, chunk.file_index, chunk.start)
+    if source.is_shard and facts["sha256"] != chunk.file.sha256:
         unlink_damaged(source.path)
         with store.lock("files", chunk.file.sha256):
             store.discard("files", chunk.file.sha256)
@@ -123,10 +116,9 @@ def _facts(shard: Path, chunk: Chunk, source: TokenFile, store: Store) -> dict[s
             f"{source.path}: the file was damaged after the download and is now removed; run "
             "`dvc repro` to download it again"
         )
-    if stats.largest >= N_VOCAB:
+    if largest >= N_VOCAB:
         raise UserError(
-            f"{chunk.file.path}: token {stats.largest} is outside GPT-2's vocabulary; remove the "
+            f"{chunk.file.path}: token {largest} is outside GPT-2's vocabulary; remove the "
             "file from source.paths"
         )
-    lengths = np.concatenate(stats.lengths)
-    return split_facts(shard, sha256, len(tokens), stats.text_bytes, content, lengths)
+    return facts

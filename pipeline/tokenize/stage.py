@@ -22,14 +22,16 @@ from pipeline.format.manifest import (
 )
 from pipeline.format.shards import ShardWriter, docs_path, open_shard, read_docs
 from pipeline.params import TokenizeParams
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.progress import Progress
 from pipeline.store import atomic
-from pipeline.store.store import Store, merged_key, publish, require_space, unlink_damaged
+from pipeline.store.store import Store, merged_key, publish, require_space
 from pipeline.tokenize.chunk_plan import Chunk
-from pipeline.tokenize.chunk_record import RECORD, Record, dataset_key, read_record
+from pipeline.tokenize.chunk_record import RECORD, Record, check_unchanged, dataset_key, read_record
 from pipeline.tokenize.from_text import TextChunks
 from pipeline.tokenize.from_tokens import TokenFileChunks
+from pipeline.tokenize.split_by_position import split_pieces
 
 RAW = Path("data/raw")
 OUT = Path("data/tokens")
@@ -68,7 +70,7 @@ def tokenize(raw: Path, out: Path, params: TokenizeParams, machine: Machine, cod
         code: The code key of this stage.
 
     Raises:
-        UserError: An input is missing or unreadable, or the disk is too small.
+        UserError: An input is missing or unreadable, a split is empty, or the disk is too small.
     """
     store = Store.open(machine)
     source = RawManifest.load(raw)
@@ -87,8 +89,11 @@ def tokenize(raw: Path, out: Path, params: TokenizeParams, machine: Machine, cod
     )
     if missing:
         _build_missing(builder, missing, raw, machine, store)
+    if params.val_split == "position":
+        chunks = split_pieces(chunks, params.val_per_10k, store)
     pieces = [store.root / "chunks" / key for _, key in chunks]
     records = [read_record(piece) for piece in pieces]
+    _check_splits(source, records, params)
     files: dict[str, Path | bytes] = {}
     shards = [
         *_link_train(pieces, records, files),
@@ -133,6 +138,24 @@ def _build_missing(
             text_bytes += sum(facts["text_bytes"] for facts in record["splits"].values())
             speed = text_bytes / 1e6 / (time.monotonic() - began)
             progress.advance(sizes[index], f"{documents:,} documents, {speed:.1f} MB/s")
+
+
+def _check_splits(source: RawManifest, records: Sequence[Record], params: TokenizeParams) -> None:
+    """Refuse data without training tokens, or without the validation tokens asked for."""
+    splits = [record["splits"] for record in records]
+    train, val = (sum(s[name]["tokens"] for s in splits if name in s) for name in SPLITS)
+    if not train + val:
+        raise UserError("data/raw: no document has text; check source.text_column and the source")
+    by_position = params.val_split == "position"
+    if source.source.kind == "tokens" and not by_position:
+        return  # split by file name
+    if params.val_per_10k and not (train and val):
+        empty, other = ("validation", "training") if train else ("training", "validation")
+        raise UserError(
+            f"params.yaml: tokenize.val_per_10k: {params.val_per_10k} leaves nothing for "
+            f"{empty}: all {train + val:,} tokens are for {other}; set another value"
+            + ("" if by_position else ", or tokenize.val_split: position")
+        )
 
 
 def _part(record: Record, split: Split) -> Part:
@@ -191,7 +214,7 @@ def _merge_val(
                     writer = ShardWriter(folder / "val.bin")
                     for index in group:
                         path = pieces[index] / "val.bin"
-                        _check_unchanged(path, records[index]["splits"]["val"]["sha256"])
+                        check_unchanged(path, records[index]["splits"]["val"]["sha256"])
                         writer.append(open_shard(path), read_docs(path))
                     writer.close()
         sha256 = store.sha256("merged", key)
@@ -212,13 +235,6 @@ def _merge_val(
     return shards
 
 
-def _check_unchanged(path: Path, sha256: str) -> None:
-    """Refuse to merge a damaged file: the hash of the merged shard would hide the damage."""
-    if atomic.sha256_file(path) != sha256:
-        unlink_damaged(path)  # the store then treats the piece as incomplete
-        raise RuntimeError(f"{path}: damaged, now removed; run `dvc repro` to rebuild it")
-
-
 def _manifest(
     source: RawManifest,
     params: TokenizeParams,
@@ -229,6 +245,8 @@ def _manifest(
     skipped: Counter[str] = Counter()
     for record in records:
         skipped.update(record["skipped"])
+    for file in source.files:
+        skipped.update(file.skipped)
     totals = {}
     for split in SPLITS:
         of_split = [shard for shard in shards if shard.split == split]

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from pipeline.download.restore import restore
 from pipeline.format.manifest import NAME
 from pipeline.params import VerifyParams
 from pipeline.runtime import command
@@ -10,9 +11,9 @@ from pipeline.runtime.machine import Machine
 from pipeline.runtime.params_file import load_section
 from pipeline.store import atomic
 from pipeline.store.store import Store
-from pipeline.verify.data_report import engine_metrics
+from pipeline.verify.data_report import COMPARED, engine_metrics
 from pipeline.verify.show import show_documents
-from pipeline.verify.stage import METRICS, RAW, TOKENS, VERIFIED, DataFault, verify
+from pipeline.verify.stage import METRICS, RAW, STATISTICS, TOKENS, VERIFIED, DataFault, verify
 
 
 def main(argv: Sequence[str] = ()) -> None:
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] = ()) -> None:
             print(document, end="\n\n")
         return
     params, machine = load_section("verify", VerifyParams), Machine.load()
+    restore(RAW, machine)
     try:
         manifest, report = verify(RAW, TOKENS, params, machine)
     except DataFault as fault:
@@ -36,13 +38,17 @@ def main(argv: Sequence[str] = ()) -> None:
         raise SystemExit(command.FAULT) from None
     chunks = Store.open(machine).root / "chunks"
     engines = engine_metrics([chunks / chunk.chunk_key for chunk in manifest.chunks])
-    metrics = report.metrics(manifest, engines)
+    statistics = report.statistics(manifest, engines)
     for name, table in report.tables().items():
         atomic.write_bytes(METRICS.with_name(f"{name}.csv"), table.encode())
-    atomic.write_json(METRICS, metrics)
+    atomic.write_json(STATISTICS, statistics)
+    atomic.write_json(METRICS, {name: statistics[name] for name in COMPARED})
     atomic.write_json(VERIFIED, {"manifest_sha256": atomic.sha256_file(TOKENS / NAME)})
-    shown = (f"{key} {v:,}" if isinstance(v, int) else f"{key} {v}" for key, v in metrics.items())
+    warning = statistics.pop("warning", None)
+    shown = (f"{name} {v:,}" if type(v) is int else f"{name} {v}" for name, v in statistics.items())
     print("verify: " + ", ".join(shown))
+    if warning:
+        print(f"verify: warning: {warning}")
 
 
 if __name__ == "__main__":

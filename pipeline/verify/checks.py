@@ -2,14 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.format.manifest import ChunkRecord, Part, Shard, SourceFile, Split, Tokenizer
-from pipeline.format.parquet import read_texts
+from pipeline.format.parquet import read_batches, row_groups
 from pipeline.format.shards import HEADER_BYTES, ShardError, docs_path, open_shard, read_docs
 from pipeline.runtime.errors import UserError
 from pipeline.store import atomic
@@ -100,7 +102,8 @@ def check_source(
     for span in spans:
         docs = _read_documents(tokens, span)
         if docs is not None and len(docs) and 0 <= docs[:, 2].min() <= docs[:, 2].max() < file.rows:
-            counts[docs[:, 2]] = docs[:, 1] - docs[:, 0] - 1
+            # The two halves of a document that is cut between the splits add up.
+            counts[docs[:, 2]] = np.maximum(counts[docs[:, 2]], 0) + docs[:, 1] - docs[:, 0] - 1
     return Findings(source=source_facts(path, counts))
 
 
@@ -235,38 +238,86 @@ def _facts(
 
 
 def check_texts(
-    raw: Path, column: str, tokens: Path, spans: Sequence[PartSpan], count: int, val_per_10k: int
+    raw: Path,
+    column: str,
+    tokens: Path,
+    spans: Sequence[PartSpan],
+    count: int,
+    val_per_10k: int | None,
 ) -> Findings:
     """Encode ``count`` documents of each part again from the raw text, and compare.
 
-    The documents are spread evenly over the part, beginning with its first.
+    The documents are spread evenly over the part. Those of training are near the first one of
+    validation: often one row group has both, and a document that was cut for a split by position
+    is compared with both of its halves.
+
+    Args:
+        spans: The parts of one chunk, of which training comes first.
+        val_per_10k: Documents that their hash sends to validation; None if split by position.
     """
-    faults = []
-    for span in spans:
-        path, source = tokens / span.shard, raw / span.part.path
-        docs = _read_documents(tokens, span)
-        try:
-            shard = open_shard(path)
-        except ShardError:
-            continue  # `check_shard` reports it
-        if docs is None or len(docs) != span.part.docs or not len(docs):
+    opened = [(span, *found) for span in spans if (found := _open_part(tokens, span)) is not None]
+    if not opened:
+        return Findings()
+    near = opened[-1][2][0, 2]
+    chosen: dict[int, list[tuple[PartSpan, np.ndarray, np.ndarray, int]]] = {}
+    for span, shard, docs in opened:
+        step = -(-len(docs) // count)
+        for index in range(int(np.searchsorted(docs[:-1, 2], near)) % step, len(docs), step):
+            chosen.setdefault(int(docs[index, 2]), []).append((span, shard, docs, index))
+    source, faults = raw / spans[0].part.path, []
+    for row, text in _read_rows(source, column, sorted(chosen)):
+        if isinstance(text, Fault):
+            faults.append(text)
             continue
-        for index in range(0, len(docs), -(-len(docs) // count)):
-            begin, end, row = docs[index].tolist()
-            try:
-                rows = read_texts(source, column, row, row + 1)
-                text: str | bytes | None = next((texts for _, texts in rows), [None])[0]
-            except (UserError, OSError, ValueError) as error:  # `check_source` reports the damage
-                faults.append(Fault(source, f"row {row} is not readable ({error})"))
-                continue
-            document = f"document {span.docs[0] + index}"
-            utf8 = text.encode() if isinstance(text, str) else text or b""
-            try:
-                expected = engines.reference(utf8)
-            except engines.Unencodable:
-                expected = np.zeros(0, np.uint16)
-            if not np.array_equal(shard[begin + 1 : end], expected):
+        try:
+            expected = engines.reference(text or b"")
+        except engines.Unencodable:
+            expected = np.zeros(0, np.uint16)
+        sizes = {span.split: _row_tokens(docs, row) for span, _, docs in opened}
+        for span, shard, docs, index in chosen[row]:
+            begin, end, _ = docs[index].tolist()
+            before = sizes.get("train", 0) if span.split == "val" else 0
+            is_row = sum(sizes.values()) == len(expected) and np.array_equal(
+                shard[begin + 1 : end], expected[before : before + end - begin - 1]
+            )
+            path, document = tokens / span.shard, f"document {span.docs[0] + index}"
+            if not is_row:
                 faults.append(Fault(path, f"{document} is not row {row} of {span.part.path}"))
-            elif split_of(utf8, val_per_10k) != span.split:
+            elif val_per_10k is not None and split_of(text or b"", val_per_10k) != span.split:
                 faults.append(Fault(path, f"{document} does not belong to split {span.split}"))
     return Findings(faults)
+
+
+def _read_rows(
+    source: Path, column: str, rows: Sequence[int]
+) -> Iterator[tuple[int, bytes | Fault | None]]:
+    """Read some rows' texts, ascending, decoding each row group at most once."""
+    try:
+        ends = np.cumsum([count for count, _ in row_groups(source, column)])
+        for _, group in groupby(rows, lambda row: int(np.searchsorted(ends, row, side="right"))):
+            wanted = list(group)
+            for first, texts in read_batches(source, column, wanted[0], wanted[-1] + 1):
+                while wanted and wanted[0] < first + len(texts):
+                    row = wanted.pop(0)
+                    yield row, texts.slice(row - first, 1).cast(pa.large_binary())[0].as_py()
+            for row in wanted:
+                yield row, None
+    except (UserError, pa.ArrowException, OSError, ValueError) as error:
+        yield rows[0], Fault(source, f"its text is not readable ({error})")
+
+
+def _row_tokens(docs: np.ndarray, row: int) -> int:
+    """Return the number of tokens of a row in a part, without `<|endoftext|>`."""
+    begin, end, _ = docs[docs[:, 2] == row].T
+    return int((end - begin - 1).sum())
+
+
+def _open_part(tokens: Path, span: PartSpan) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return a part's shard and `_read_documents`; None if `check_shard` finds them damaged."""
+    docs = _read_documents(tokens, span)
+    if docs is None or not len(docs) or len(docs) != span.part.docs:
+        return None
+    try:
+        return open_shard(tokens / span.shard), docs
+    except ShardError:
+        return None

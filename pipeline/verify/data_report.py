@@ -9,7 +9,7 @@ import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.format.manifest import SPLITS, Manifest, Split
-from pipeline.format.parquet import open_parquet
+from pipeline.format.parquet import as_binary, is_text, open_parquet
 from pipeline.tokenize.chunk_record import read_engine_report
+
+COMPARED = ("documents", "tokens", "skipped", "duplicates")
+"""Those statistics that are metrics, by which data sets are compared."""
 
 TOP = 20
 """The number of dumps and of hosts in the report."""
 
 _COLUMNS = {"dump": pa.string(), "url": pa.string(), "token_count": pa.int64()}
 _BATCH_ROWS = 1 << 15
+# A tweet has more. Documents that are shorter on average are probably lines of longer ones.
+_SHORT_TOKENS = 30
 # A counter with twice as many names is cut to this many: counts of rare names become too low, those
 # of frequent names stay exact.
 _MAX_NAMES = 1 << 17
@@ -76,9 +81,7 @@ def _read_columns(path: Path, counts: np.ndarray) -> SourceFacts:
     facts = SourceFacts()
     with open_parquet(path) as file:
         schema = file.schema_arrow
-        names = [
-            n for n, kind in _COLUMNS.items() if n in schema.names and _has_type(schema, n, kind)
-        ]
+        names = [name for name, kind in _COLUMNS.items() if _has_type(schema, name, kind)]
         if not names:
             return facts
         row = 0
@@ -86,9 +89,9 @@ def _read_columns(path: Path, counts: np.ndarray) -> SourceFacts:
             found = counts[row : row + len(batch)]
             row += len(batch)
             if "dump" in names:
-                _count(facts.dumps, batch.column("dump"))
+                _count(facts.dumps, _as_string(batch.column("dump")))
             if "url" in names:
-                _count(facts.hosts, hosts(batch.column("url")))
+                _count(facts.hosts, hosts(_as_string(batch.column("url"))))
             if "token_count" in names:
                 column = batch.column("token_count")
                 expected = column.fill_null(-2).to_numpy(zero_copy_only=False)
@@ -98,8 +101,13 @@ def _read_columns(path: Path, counts: np.ndarray) -> SourceFacts:
 
 
 def _has_type(schema: pa.Schema, name: str, kind: pa.DataType) -> bool:
-    found = schema.field(name).type
-    return bool(found == kind or (kind == pa.string() and pa.types.is_large_string(found)))
+    index = schema.get_field_index(name)  # -1 if there is none, or more than one
+    found = schema.field(index).type if index >= 0 else None
+    return bool(found == kind or (found is not None and kind == pa.string() and is_text(found)))
+
+
+def _as_string(texts: pa.Array) -> pa.Array:
+    return as_binary(texts).cast(pa.large_string())
 
 
 def hosts(urls: pa.Array) -> pa.Array:
@@ -196,8 +204,8 @@ class DataReport:
             mine.update(others)
             _cut(mine)
 
-    def metrics(self, manifest: Manifest, engines: dict[str, float]) -> dict[str, Any]:
-        """Return the contents of `metrics/data.json`.
+    def statistics(self, manifest: Manifest, engines: dict[str, float]) -> dict[str, Any]:
+        """Return the contents of `data/statistics.json`.
 
         Args:
             engines: The result of `engine_metrics`.
@@ -206,7 +214,7 @@ class DataReport:
         n_tokens, n_docs = train.tokens + val.tokens, train.docs + val.docs
         text_bytes = train.text_bytes + val.text_bytes
         repeated, shared = self.duplicates.count()
-        metrics: dict[str, Any] = {
+        facts: dict[str, Any] = {
             "documents": n_docs,
             "tokens": n_tokens,
             "train_tokens": train.tokens,
@@ -216,17 +224,21 @@ class DataReport:
             "tokens_per_document": round(n_tokens / max(n_docs, 1), 1),
             "shards": train.shards + val.shards,
             "skipped": sum(manifest.skipped.values()),
-            "duplicate_documents": repeated,
+            "duplicates": repeated,
             "val_documents_in_train": shared,
             **engines,
         }
         for name, entry in (("shortest", self.shortest), ("longest", self.longest)):
             if entry is not None:
-                metrics |= {f"{name}_document": entry[0], f"{name}_document_at": entry[1]}
+                facts |= {f"{name}_document": entry[0], f"{name}_document_at": entry[1]}
         if self.source.counted:
             share = self.source.agreeing / self.source.counted
-            metrics["token_count_agreement"] = round(share, 6)
-        return metrics
+            facts["token_count_agreement"] = round(share, 6)
+        if n_docs and n_tokens < _SHORT_TOKENS * n_docs:
+            facts["warning"] = (
+                f"documents average {n_tokens / n_docs:.1f} tokens: is a document {_unit(manifest)}"
+            )
+        return facts
 
     def tables(self) -> dict[str, str]:
         """Return the tables of the plots as CSV, by name."""
@@ -237,6 +249,16 @@ class DataReport:
             "dumps": _table("dump", _top(self.source.dumps)),
             "hosts": _table("host", _top(self.source.hosts)),
         }
+
+
+def _unit(manifest: Manifest) -> str:
+    """Return the question of what a document is, from the source files."""
+    source = manifest.source
+    if source.source.kind == "tokens":
+        return "what <|endoftext|> delimits?"
+    if any(".txt" in PurePosixPath(file.path.lower()).suffixes for file in source.files):
+        return "a line? Set source.text_documents to line, paragraph or file"
+    return f"a row? source.text_column is {source.text_column}"
 
 
 def _top(counter: Counter[str]) -> list[tuple[str, int]]:

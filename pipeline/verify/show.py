@@ -9,6 +9,8 @@ from pipeline.format.shards import open_shard, read_docs
 from pipeline.verify.checks import part_spans
 
 _CHARACTERS = 1_000
+# The last two join letters or keep them apart in Persian, Hindi and emoji, and move no text.
+_HARMLESS = "\n\t\u200c\u200d"
 
 
 def show_documents(folder: Path, count: int) -> Iterator[str]:
@@ -46,5 +48,5 @@ def show_documents(folder: Path, count: int) -> Iterator[str]:
 def _visible(text: str) -> str:
     """Escape control characters: web text could contain terminal commands."""
     return "".join(
-        c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text.rstrip()
+        c if c.isprintable() or c in _HARMLESS else f"\\x{ord(c):02x}" for c in text.rstrip()
     )

@@ -7,13 +7,14 @@ from typing import Any
 
 from pipeline.cluster.join import cluster
 from pipeline.cluster.tasks import run_tasks
-from pipeline.format.manifest import NAME, Manifest, RawManifest, Shard
+from pipeline.format.manifest import NAME, SPLITS, Manifest, RawManifest, Shard, Split
 from pipeline.format.shards import HEADER_BYTES, TOKEN_DTYPE
 from pipeline.params import VerifyParams
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.progress import Progress
 from pipeline.store.store import Store, merged_key, unlink_damaged
 from pipeline.tokenize.chunk_record import Record, dataset_key
+from pipeline.tokenize.split_by_position import val_size
 from pipeline.verify import checks
 from pipeline.verify.checks import Fault, Findings
 from pipeline.verify.data_report import DataReport
@@ -21,6 +22,7 @@ from pipeline.verify.data_report import DataReport
 RAW = Path("data/raw")
 TOKENS = Path("data/tokens")
 VERIFIED = Path("data/verified.json")
+STATISTICS = Path("data/statistics.json")
 METRICS = Path("metrics/data.json")
 
 
@@ -116,13 +118,20 @@ def _tasks(
             arguments = (raw, file, tokens, of_file[file.path], has_text)
             tasks.append(_Task(checks.check_source, arguments, file.bytes, file.path))
     if has_text and params.retokenize:
-        column, val_per_10k = raw_manifest.text_column, manifest.params.get("val_per_10k", 0)
+        column, val_per_10k = raw_manifest.text_column, _hashed_per_10k(manifest)
         for spans in of_chunk.values():
             text_arguments = (raw, column, tokens, spans, params.retokenize, val_per_10k)
             path, (start, stop) = spans[0].part.path, spans[0].part.rows
             label = f"{path}[{start}:{stop}]"
             tasks.append(_Task(checks.check_texts, text_arguments, 0, label))
     return sorted(tasks, key=lambda task: -task.size)
+
+
+def _hashed_per_10k(manifest: Manifest) -> int | None:
+    """Return the documents per 10,000 in validation by their hash; None if split by position."""
+    if manifest.params.get("val_split") == "position":
+        return None
+    return int(manifest.params.get("val_per_10k", 0))
 
 
 def _linked_raw(raw: Path, tokens: Path, shard: Shard) -> Path | None:
@@ -184,9 +193,27 @@ def _check_records(tokens: Path, manifest: Manifest, records: dict[str, Record])
         found = sorted((split, f["tokens"], f["docs"]) for split, f in record["splits"].items())
         if found != sorted(parts.get(chunk.chunk_key, [])):
             faults.append(Fault(tokens / chunk.name, "does not match the manifest"))
+    if manifest.params.get("val_split") == "position" and (problem := _check_cut(manifest)):
+        faults.append(Fault(tokens / NAME, problem))
     if len(records) == len(keys) and dataset_key(list(records.values())) != manifest.dataset_key:
         faults.append(Fault(tokens / NAME, "its dataset_key does not match the chunks' records"))
     return faults
+
+
+def _check_cut(manifest: Manifest) -> str | None:
+    """Return how a split by position differs from what its parameters ask for."""
+    order = {chunk.chunk_key: number for number, chunk in enumerate(manifest.chunks)}
+    numbers: dict[Split, list[int]] = {split: [] for split in SPLITS}
+    for shard in manifest.shards:
+        numbers[shard.split] += [order.get(part.chunk_key, 0) for part in shard.parts]
+    if max(numbers["train"], default=0) > min(numbers["val"], default=len(order)):
+        return "its validation split is not the last part of the tokens"
+    train, val = (manifest.totals[split].tokens for split in SPLITS)
+    size, tolerance = val_size(train + val, int(manifest.params.get("val_per_10k", 0)))
+    # Documents of a few tokens may move the cut by two, and the second half gains an EOT.
+    if abs(val - size) > max(tolerance, 2) + 1:
+        return f"its validation split has {val} tokens, expected about {size}"
+    return None
 
 
 def _remove_bad(

@@ -15,6 +15,9 @@ separately. The text is real, repeated under salts: each document starts with a 
 slow contenders process a part of the same files, since MB/s is compared. datatrove is run by the
 Python of ``--peers PYTHON``; contenders that are not installed are skipped, with a message.
 
+``--format jsonl`` or ``jsonl.zst`` measures the same text in such files: the stage's time then
+includes `pipeline.download`, and the loops parse the lines with `json`.
+
 *Workers busy* is the fraction of their time that `tokenize`'s workers spend in tasks; the rest is
 Ray, the driver, and the end of the run. ``--results FILE`` collects the rounds of several calls;
 the table covers all of them. ``--phases`` prints the stage's time by phase, in one process.
@@ -23,6 +26,7 @@ the table covers all of them. ``--phases`` prints the stage's time by phase, in 
 import argparse
 import contextlib
 import inspect
+import io
 import json
 import multiprocessing
 import os
@@ -41,11 +45,13 @@ import psutil  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import zstandard
 
 from pipeline.cluster.join import cluster
+from pipeline.download import stage as download
 from pipeline.format import shards, tokenizer
-from pipeline.format.manifest import RawManifest, SourceFile
-from pipeline.params import TokenizeParams, VerifyParams
+from pipeline.format.manifest import NAME, RawManifest, SourceFile
+from pipeline.params import SourceParams, TokenizeParams, VerifyParams
 from pipeline.runtime.machine import Machine
 from pipeline.store import atomic
 from pipeline.store.store import Store
@@ -56,6 +62,7 @@ from pipeline.verify import stage as verify
 
 REPO = Path(__file__).parents[2]
 TEXT = REPO.parent / "shared" / "data" / "pd_books"
+FORMATS = ("parquet", "jsonl", "jsonl.zst")
 CONTENDERS = ("stage", "gigatoken", "stage-tiktoken", "tiktoken", "tokenizers", "datatrove")
 FAST = ("stage", "gigatoken")
 PARAMS = TokenizeParams(shard_tokens=5_000_000, val_per_10k=20)
@@ -116,6 +123,22 @@ def make_corpus(source: Path, folder: Path, megabytes: int, file_mb: int = 20) -
     return folder
 
 
+def as_lines(corpus: Path, suffix: str) -> Path:
+    """Write the corpus as JSON lines, one file per parquet file; return their folder."""
+    folder = corpus.with_name(f"{corpus.name}.{suffix}")
+    if suffix == "parquet" or folder.exists():
+        return corpus if suffix == "parquet" else folder
+    folder.mkdir()
+    for path in sorted(corpus.glob("*.parquet")):
+        texts = pq.read_table(path)["text"].to_pylist()
+        rows = ({"id": f"{path.stem}-{i}", "text": text} for i, text in enumerate(texts))
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        if suffix.endswith(".zst"):
+            data = zstandard.compress(data)
+        (folder / f"{path.stem}.{suffix}").write_bytes(data)
+    return folder
+
+
 def text_bytes(path: Path) -> int:
     """Return the bytes of text in a file, from its footer."""
     metadata = pq.read_metadata(path)
@@ -135,28 +158,41 @@ def measure_stage(corpus: Path, small: Path, scratch: Path, workers: int, engine
         def running(*_: object, **__: object) -> contextlib.AbstractContextManager[int]:
             return contextlib.nullcontext(cpus)
 
-        tokenize.cluster = verify.cluster = running  # type: ignore
+        download.cluster = tokenize.cluster = verify.cluster = running  # type: ignore
         from_text.encode_chunk = _timed_chunk  # type: ignore
         start: Any = ray.remote(num_cpus=1)(_start_worker)
         ray.get([start.remote() for _ in range(cpus)])
-        tokenize.tokenize(small, scratch / "small", PARAMS, machine, "benchmark")
-        verify.verify(small, scratch / "small", VerifyParams(), machine)
+        raw = as_parquet(small, scratch / "small-raw", machine)
+        tokenize.tokenize(raw, scratch / "small", PARAMS, machine, "benchmark")
+        verify.verify(raw, scratch / "small", VerifyParams(), machine)
         (scratch / "work" / BUSY).unlink()
         ready = time.time()
-        manifest = tokenize.tokenize(corpus, scratch / "tokens", PARAMS, machine, "benchmark")
+        raw = as_parquet(corpus, scratch / "raw", machine)
+        fetched = time.time()
+        manifest = tokenize.tokenize(raw, scratch / "tokens", PARAMS, machine, "benchmark")
         made = time.time()
-        verify.verify(corpus, scratch / "tokens", VerifyParams(), machine)
+        verify.verify(raw, scratch / "tokens", VerifyParams(), machine)
         done = time.time()
     totals = manifest.totals.values()
     busy = sum(map(float, (scratch / "work" / BUSY).read_text().split()))
     return {
-        "busy": busy / cpus / (made - ready),
+        "busy": busy / cpus / (made - fetched),
         "startup": ready - psutil.Process().create_time(),
         "seconds": done - ready,
-        "tokenize": made - ready,
+        "download": fetched - ready,
+        "tokenize": made - fetched,
         "bytes": sum(t.text_bytes for t in totals),
         "tokens": sum(t.tokens for t in totals),
     }
+
+
+def as_parquet(corpus: Path, raw: Path, machine: Machine) -> Path:
+    """Return the `data/raw` of a corpus, downloading files that are not parquet."""
+    if (corpus / NAME).exists():
+        return corpus
+    params = SourceParams(kind="files", paths=[str(corpus)])
+    download.download(params, Store.open(machine), raw, machine)
+    return raw
 
 
 def _timed_chunk(*task: Any) -> Any:
@@ -194,17 +230,26 @@ def _start(kind: str, file: str) -> None:
         _encode = lambda texts: [e.ids for e in found.encode_batch(texts)]  # noqa: E731
 
 
+def _read_group(path: Path, index: int) -> pa.ChunkedArray | list[str]:
+    if path.suffix == ".parquet":
+        return pq.ParquetFile(path).read_row_group(index, columns=["text"])["text"]
+    with zstandard.open(path, "rb") if path.suffix == ".zst" else open(path, "rb") as file:
+        return [json.loads(line)["text"] for line in io.BufferedReader(file)]
+
+
 def _group(task: tuple[Path, int, Path]) -> tuple[int, int]:
     path, index, out = task
-    column = pq.ParquetFile(path).read_row_group(index, columns=["text"])["text"]
+    column = _read_group(path, index)
     if _fast is not None:
+        if isinstance(column, list):
+            column = pa.chunked_array([column])
         texts = column.combine_chunks().cast(pa.large_binary())
         offsets = np.frombuffer(texts.buffers()[1], np.int64)[: len(texts) + 1]
         flat, counts = _fast.encode(np.frombuffer(texts.buffers()[2], np.uint8), offsets)
         tokens = np.insert(flat.astype(np.uint16), np.cumsum([0, *counts[:-1]]), tokenizer.EOT)
         size = int(offsets[-1])
     else:
-        strings = column.to_pylist()
+        strings = column if isinstance(column, list) else column.to_pylist()
         found = ([tokenizer.EOT, *ids] for ids in _encode(strings))
         tokens = np.concatenate([np.array(ids, np.uint16) for ids in found])
         size = sum(len(text.encode()) for text in strings)
@@ -216,8 +261,12 @@ def measure_loop(corpus: Path, small: Path, scratch: Path, workers: int, kind: s
     file = tokenizer_json(scratch) if kind == "tokenizers" else ""
 
     def tasks(folder: Path) -> list[tuple[Path, int, Path]]:
-        files = sorted(folder.glob("*.parquet"))
-        return [(f, i, scratch) for f in files for i in range(pq.read_metadata(f).num_row_groups)]
+        found = []
+        for path in sorted(p for p in folder.iterdir() if p.name != NAME):
+            is_parquet = path.suffix == ".parquet"
+            groups = pq.read_metadata(path).num_row_groups if is_parquet else 1
+            found += [(path, index, scratch) for index in range(groups)]
+        return found
 
     with multiprocessing.get_context("spawn").Pool(workers, _start, (kind, file)) as pool:
         pool.map(_group, tasks(small), chunksize=1)
@@ -255,13 +304,9 @@ def measure_datatrove(corpus: Path, small: Path, scratch: Path, workers: int, pe
 
 def tokenizer_json(folder: Path) -> str:
     """Write GPT-2's tokenizer.json from the ranks; return its path."""
-    import tokenizers
-
     from model.tokenizer_files import write_tokenizer
 
     write_tokenizer(folder, tokenizer.ranks(), 1024)
-    names = str(folder / "vocab.json"), str(folder / "merges.txt")
-    tokenizers.ByteLevelBPETokenizer.from_file(*names).save(str(folder / "tokenizer.json"))
     return str(folder / "tokenizer.json")
 
 
@@ -419,6 +464,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="folder to keep the salted text in")
     parser.add_argument("--mb", type=int, default=1500, help="MB of text for the stage")
     parser.add_argument("--slow-mb", type=int, default=80, help="MB for contenders below 20 MB/s")
+    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--peers", default=sys.executable, metavar="PYTHON")
@@ -444,6 +490,7 @@ def main() -> None:
                 print(f"| {name} | {1e3 * spent / size:.2f} | {100 * spent / total:.1f} % |")
             return
         slow = make_corpus(args.text, home / f"{args.slow_mb}", args.slow_mb)
+        corpus, small, slow = (as_lines(folder, args.format) for folder in (corpus, small, slow))
         rows: list[dict[str, Any]] = []
         if args.results and args.results.exists():
             rows = [json.loads(line) for line in args.results.read_text().splitlines()]

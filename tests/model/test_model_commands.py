@@ -77,7 +77,7 @@ def test_export_then_import_gives_the_same_model(saved, call, tmp_path):
     assert str(tmp_path / "hf") in out
     names = {path.name for path in (tmp_path / "hf").iterdir()}
     assert {"config.json", "model.safetensors", "generation_config.json"} <= names
-    assert {"vocab.json", "merges.txt", "tokenizer_config.json"} <= names
+    assert {"tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"} <= names
     assert call(import_hf, tmp_path / "hf", "--out", tmp_path / "back")[0] == 0
     again = GPT.from_checkpoint(tmp_path / "back")
     for p, q in zip(again.parameters(), GPT(CONFIG).parameters(), strict=True):

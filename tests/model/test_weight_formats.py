@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from model import GPT, GPTConfig, checkpoint
 from model.errors import FormatError
 from model.tokenizer_files import bytes_to_unicode, recover_merges, write_tokenizer
+from pipeline.format import tokenizer
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=300, loss_chunk=9)
 
@@ -227,19 +230,64 @@ def test_merges_are_recovered_in_order():
     assert recover_merges(ranks) == merges
 
 
-def test_tokenizer_files_give_the_same_tokens(tmp_path):
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder, tokenizer.ranks(), 1024)
+    return folder
+
+
+def test_older_tokenizer_files_have_gpt2_vocabulary_and_merges(tokenizer_folder):
+    merges = (tokenizer_folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    assert merges[:3] == ["#version: 0.2", "Ġ t", "Ġ a"]
+    assert len(merges) == 50_001
+    vocabulary = json.loads((tokenizer_folder / "vocab.json").read_text(encoding="utf-8"))
+    assert len(vocabulary) == 50257
+    assert vocabulary["<|endoftext|>"] == tokenizer.EOT
+
+
+TEXTS = [
+    *("", " ", "Hello world", "  two  spaces\n\n\tand tabs ", "a \n\n b\r\n  ", "x" * 300),
+    *("naïve 東京 🙂 don't I'LL 12345", "👩\u200d💻 نمی\u200cخواهم \u202e", "e\u0301 ½ ² Ⅳ ١٢"),
+    *(
+        "\x00\x1b[31m",
+        "\ufeffBOM",
+        "\u00a0\u3000\u2028",
+        "'s 'S ''ll 're ' ve",
+        "snake_case(x) // 3.14e-10",
+    ),
+    "clean up , not this . Or n't this ? I 'm",
+]
+
+
+def test_tokenizer_json_gives_the_tokens_and_texts_of_tiktoken(tokenizer_folder):
+    tokenizers = pytest.importorskip("tokenizers")
+    fast = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    assert fast.get_vocab_size() == 50257
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.text(max_size=60))
+    def check(text):
+        assert fast.encode(text).ids == tokenizer.encode(text)
+
+    check()
+    for text in TEXTS:
+        assert fast.encode(text).ids == tokenizer.encode(text)
+        assert fast.decode(tokenizer.encode(text), skip_special_tokens=False) == text
+    special = fast.encode("a<|endoftext|> b").ids
+    assert special == [*tokenizer.encode("a"), tokenizer.EOT, *tokenizer.encode(" b")]
+
+
+def test_transformers_reads_the_tokenizer(tokenizer_folder):
     transformers = pytest.importorskip(
         "transformers", reason="needs transformers to read the files"
     )
-    from pipeline.format import tokenizer
-
-    write_tokenizer(tmp_path, tokenizer.ranks(), 1024)
-    merges = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()
-    assert merges[:3] == ["#version: 0.2", "Ġ t", "Ġ a"]
-    assert len(merges) == 50_001
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, config=transformers.GPT2Config())
+    theirs = transformers.AutoTokenizer.from_pretrained(
+        tokenizer_folder, config=transformers.GPT2Config()
+    )
+    assert theirs.is_fast
     assert len(theirs) == 50257
     assert theirs.eos_token_id == 50256
-    for text in ["Hello world", "  two  spaces\n\n\tand tabs ", "naïve 東京 🙂 don't I'LL 12345"]:
+    for text in TEXTS:
         assert theirs.encode(text) == tokenizer.encode(text)
         assert theirs.decode(tokenizer.encode(text)) == text

@@ -26,7 +26,7 @@ from pipeline.store.store import Store
 from pipeline.tokenize import engines, unicode_guard
 from pipeline.tokenize.chunk_plan import Chunk
 from pipeline.tokenize.chunk_record import (
-    content_hash,
+    content_sum,
     length_bins,
     read_engine_report,
     read_record,
@@ -60,14 +60,20 @@ def test_split_has_the_requested_size() -> None:
     assert 900 < count < 1100
 
 
-def test_content_hash_goldens() -> None:
+def content(file_index: int, row: int, document: np.ndarray) -> int:
+    return content_sum(file_index, [row], document, [0, len(document)])
+
+
+def test_content_sum_goldens() -> None:
     tokens = np.array([50256, 15496, 995], dtype=np.uint16)
-    assert f"{content_hash(0, 0, tokens):032x}" == "b293035de6ded5c10dac580d5c3460b4"
+    assert f"{content(0, 0, tokens):032x}" == "b293035de6ded5c10dac580d5c3460b4"
     others = {
-        content_hash(0, 0, tokens), content_hash(1, 0, tokens), content_hash(0, 1, tokens),
-        content_hash(0, 0, tokens[:2]), content_hash(0, 0, tokens[::-1]),
+        content(0, 0, tokens), content(1, 0, tokens), content(0, 1, tokens),
+        content(0, 0, tokens[:2]), content(0, 0, tokens[::-1].copy()),
     }  # fmt: skip
     assert len(others) == 5
+    both = content_sum(3, [5, 9], np.append(tokens, tokens[:2]), [0, 3, 5])
+    assert both == content(3, 5, tokens) + content(3, 9, tokens[:2])
 
 
 @given(st.lists(st.integers(1, 2**31 - 1)))
@@ -124,7 +130,7 @@ def test_piece_and_record_of_a_chunk(tmp_path: Path) -> None:
     facts = record["splits"]["train"]
     assert (facts["tokens"], facts["docs"]) == (len(tokens), 2)
     assert facts["text_bytes"] == len("second é".encode()) + len("third <|endoftext|>")
-    total = content_hash(0, 3, expected[0]) + content_hash(0, 4, expected[1])
+    total = content(0, 3, expected[0]) + content(0, 4, expected[1])
     assert facts["content"] == f"{total % 2**128:032x}"
     powers = Counter(1 << (len(document).bit_length() - 1) for document in expected)
     assert facts["lengths"] == {str(power): count for power, count in powers.items()}

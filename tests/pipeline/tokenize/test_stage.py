@@ -20,6 +20,7 @@ from pipeline.format import tokenizer
 from pipeline.format.manifest import Manifest, RawManifest
 from pipeline.format.parquet import read_texts
 from pipeline.params import TokenizeParams
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
 from pipeline.store.code_key import code_key
 from pipeline.store.store import Store
@@ -114,7 +115,7 @@ def test_manifest_describes_the_shards(tmp_path: Path, small_raw: Path, machine:
     manifest = tokenize_here(small_raw, out, PARAMS, machine)
     assert Manifest.load(out) == manifest
     assert manifest.source == RawManifest.load(small_raw)
-    assert manifest.params == {"shard_tokens": 2000, "val_per_10k": 1500}
+    assert manifest.params == PARAMS.model_dump()
     found = hashes(out)
     for shard in manifest.shards:
         assert found[shard.name] == shard.sha256
@@ -157,19 +158,15 @@ def test_dataset_key_changes_with_a_text_or_the_order(tmp_path: Path, machine: M
     assert len(keys) == 3
 
 
-@pytest.mark.parametrize(("val_per_10k", "split"), [(0, "train"), (10_000, "val")])
-def test_all_documents_in_one_split(
-    tmp_path: Path, small_raw: Path, machine: Machine, val_per_10k: int, split: str
-) -> None:
-    params = PARAMS.model_copy(update={"val_per_10k": val_per_10k})
+def test_no_validation(tmp_path: Path, small_raw: Path, machine: Machine) -> None:
+    params = PARAMS.model_copy(update={"val_per_10k": 0})
     out = tmp_path / "out"
     manifest = tokenize_here(small_raw, out, params, machine)
-    assert {s.split for s in manifest.shards} == {split}
-    assert manifest.totals[split].docs == 55  # type: ignore[index]
-    other = "val" if split == "train" else "train"
-    assert set(manifest.totals[other].model_dump().values()) == {0}  # type: ignore[index]
-    assert {p.name.split("-")[0] for p in out.glob("*.bin")} == {split}
-    assert len(TokenStream(out, other)) == 0  # type: ignore[arg-type]
+    assert {s.split for s in manifest.shards} == {"train"}
+    assert manifest.totals["train"].docs == 55
+    assert set(manifest.totals["val"].model_dump().values()) == {0}
+    assert {p.name.split("-")[0] for p in out.glob("*.bin")} == {"train"}
+    assert len(TokenStream(out, "val")) == 0
 
 
 def test_chunk_of_null_and_empty_documents(tmp_path: Path, machine: Machine) -> None:
@@ -188,9 +185,9 @@ def test_run_that_builds_only_chunks_without_text(
     tmp_path: Path, machine: Machine, one_ray: int
 ) -> None:
     raw = write_raw(tmp_path / "raw", [[None, ""]])
-    manifest = tokenize(raw, tmp_path / "out", PARAMS, machine, CODE)
-    assert manifest.skipped == {"null": 1, "empty": 1}
-    assert manifest.shards == []
+    with pytest.raises(UserError, match=r"source\.text_column"):
+        tokenize(raw, tmp_path / "out", PARAMS, machine, CODE)
+    assert not (tmp_path / "out").exists()
 
 
 def test_new_source_file_rebuilds_no_chunk(tmp_path: Path, machine: Machine, one_ray: int) -> None:

@@ -97,9 +97,9 @@ def test_published_tokens_give_the_same_stream_and_pass_verify(
         assert manifest.totals[split].docs == expected.docs
         assert manifest.totals[split].text_bytes == expected.text_bytes
     verify_main()
-    metrics = json.loads(verify.METRICS.read_text())
+    metrics = json.loads(verify.STATISTICS.read_text())
     assert metrics["documents"] == 55
-    assert metrics["duplicate_documents"] == metrics["val_documents_in_train"] == 0
+    assert metrics["duplicates"] == metrics["val_documents_in_train"] == 0
     assert "token_count_agreement" not in metrics
     # A document's position is its first token in the file: its EOT or, in nanoGPT's, the one after.
     for shard in manifest.shards:
@@ -161,6 +161,9 @@ def llama(path: Path) -> None:
     path.write_bytes(header.tobytes() + np.array([1, 2], np.uint32).tobytes())
 
 
+LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123\n"
+
+
 def cut_short(path: Path) -> None:
     write_llm_c(path, np.arange(100))
     path.write_bytes(path.read_bytes()[:-2])
@@ -177,6 +180,9 @@ def cut_short(path: Path) -> None:
         ("a.npy", lambda path: np.save(path, np.zeros((2, 2))), ["a.npy", "uint16"]),
         ("a.npy", lambda path: np.save(path, np.zeros(3, np.int64)), ["a.npy", "uint16"]),
         ("a.txt", lambda path: path.write_text("x"), ["known format", ".bin, .npy"]),
+        ("a.bin.gz", lambda path: path.write_bytes(b"x"), ["a.bin.gz", "decompress"]),
+        ("a.npy.ZST", lambda path: path.write_bytes(b"x"), ["a.npy.ZST", "decompress"]),
+        ("a.bin", lambda path: path.write_text(LFS_POINTER), ["a.bin", "git lfs pull"]),
     ],
 )
 def test_unusable_file_is_named(
@@ -250,7 +256,7 @@ def test_training_on_published_tokens(
     training.train_ranks(1)
     state = json.loads(Path("artifacts/checkpoint/state.json").read_text())
     assert state["dataset_key"] == manifest.dataset_key
-    assert training.metrics()["val_loss"] < 11
+    assert training.results()["val_loss"] < 11
 
 
 def test_token_files_of_a_hub_repository(published: Path, tmp_path: Path) -> None:
@@ -278,5 +284,7 @@ def test_token_files_of_a_hub_repository(published: Path, tmp_path: Path) -> Non
         )  # fmt: skip
     assert first.returncode == 0, first.stderr
     assert second.stdout == first.stdout  # the same identity on both runs
-    found = [(line.split()[0], line.split()[2]) for line in first.stdout.splitlines()]
+    left_out, *lines = first.stdout.splitlines()
+    assert "README.md" in left_out
+    found = [(line.split()[0], line.split()[2]) for line in lines]
     assert found == [(path.name, atomic.sha256_file(path)) for path in paths]

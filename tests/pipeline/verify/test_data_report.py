@@ -22,14 +22,14 @@ from pipeline.tokenize.encode_chunk import split_of
 from pipeline.verify import data_report
 from pipeline.verify import stage as verify
 from pipeline.verify.__main__ import main as verify_main
-from pipeline.verify.data_report import DuplicateCounter, hosts, source_facts
+from pipeline.verify.data_report import DataReport, DuplicateCounter, hosts, source_facts
 from tests.support.small_data import PARAMS, describe, tokenize_here, write_manifest
 
 SIZES = TokenizeParams(shard_tokens=1000, val_per_10k=2500)
 TEXTS = [f"Text {i}. " + "more " * (5 * i) for i in range(60)]
 TEXTS[7] = TEXTS[3]
 TEXTS[50] = TEXTS[3]
-TEXTS[20] = "One\x1b[31m red"
+TEXTS[20] = "One\x1b[31m red, \u202eleft, نمی\u200cخواهم 👩\u200d💻"
 ROWS = [
     {
         "text": text or None,
@@ -66,7 +66,7 @@ def table(name: str) -> list[dict[str, str]]:
 
 def report() -> dict[str, Any]:
     verify_main()
-    metrics: dict[str, Any] = json.loads(verify.METRICS.read_text())
+    metrics: dict[str, Any] = json.loads(verify.STATISTICS.read_text())
     return metrics
 
 
@@ -77,7 +77,7 @@ def test_metrics_and_tables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert metrics["documents"] == 59
     assert metrics["tokens"] == sum(lengths)
     assert metrics["skipped"] == 1
-    assert metrics["duplicate_documents"] == 2
+    assert metrics["duplicates"] == 2
     assert metrics["val_documents_in_train"] == 0  # the split is by content
     assert metrics["shortest_document"] == min(lengths)
     assert metrics["shortest_document_at"] == "part: 0.parquet:0"
@@ -111,6 +111,27 @@ def test_metrics_and_tables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert metrics["gigatoken_share"] == round(1800 / 1900, 6)
     assert metrics["tiktoken_share"] == round(100 / 1900, 6)
     assert metrics["engine_differences"] == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "key"), [("a.txt.zst.parquet", "source.text_documents"), ("a.parquet", "text_column")]
+)
+def test_warning_about_short_documents_names_the_key(
+    small_tokens: Path, path: str, key: str
+) -> None:
+    manifest = Manifest.load(small_tokens)
+    train = manifest.totals["train"]
+    file = manifest.source.files[0].model_copy(update={"path": path})
+    source = manifest.source.model_copy(update={"files": [file]})
+
+    def warning(docs: int) -> str | None:
+        totals = {**manifest.totals, "train": train.model_copy(update={"docs": docs})}
+        changed = manifest.model_copy(update={"totals": totals, "source": source})
+        found: str | None = DataReport().statistics(changed, {}).get("warning")
+        return found
+
+    assert warning(train.tokens // 31) is None
+    assert key in str(warning(train.tokens // 20))
 
 
 def test_source_without_metadata_columns_is_no_fault(tmp_path: Path) -> None:
@@ -175,8 +196,9 @@ def test_show_prints_documents(folder: Path, capsys: pytest.CaptureFixture[str])
     shown = show(1000)
     assert shown.count("== ") == 59
     assert "part: 0.parquet row 20, " in shown
-    assert "One\\x1b[31m red\n" in shown  # a document cannot control the terminal
-    assert "\x1b" not in shown
+    # A document cannot control the terminal or the direction of text; letters join as they should.
+    assert "One\\x1b[31m red, \\x202eleft, نمی\u200cخواهم 👩\u200d💻\n" in shown
+    assert not {"\x1b", "\u202e"} & set(shown)
     assert show(5).count("== ") == 5
     assert f"{TEXTS[1]}".rstrip() in shown
     long = next(text for text in TEXTS[::-1] if split_of(text.encode(), 2500) == "train")
