@@ -232,7 +232,7 @@ class Rehearsal:
 
     def _check_later_stages(self, losses: dict[int, float]) -> None:
         """Check the outs of the stages after training."""
-        trained, measured = self.json("metrics/train.json"), self.json("metrics/eval.json")
+        trained, measured = (self.json(f"artifacts/{n}.json") for n in ("training", "evaluation"))
         path = " ".join(f"{loss:.4f}" for loss in [*losses.values()][:6])
         self.log(f"  facts  losses {path} ...; {trained['tokens_per_second']:,.0f} tokens/s")
         apart = abs(trained["val_loss"] - measured["val_loss"])

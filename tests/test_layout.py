@@ -37,9 +37,12 @@ DECIDE_NO_BYTE = (
     "train/distributed/rendezvous.py",
     "train/distributed/torchrun.py",
 )
-# Imports of a stage on which its outs do not depend: training uses samples and evaluation tasks to
-# observe a run; `model/gpt.py` offers more than each stage needs.
+# Imports of a stage on which its outs do not depend: `download` restores files of `data/raw` with
+# the hashes of its manifest; training uses samples and evaluation tasks to observe a run;
+# `model/gpt.py` offers more than each stage needs.
 NOT_USED_BY = {
+    "tokenize": ("pipeline/download/",),
+    "verify": ("pipeline/download/",),
     "train": ("train/evals/", "model/generation.py"),
     "evaluate": ("model/hf.py",),
     "export": ("model/generation.py",),
@@ -132,6 +135,9 @@ def test_packages_import_only_what_they_may(name: str) -> None:
         if name == "model/import_hf.py":  # only for a hub id
             assert "huggingface_hub" not in roots(name, everywhere=False)
             allowed |= {"huggingface_hub"}
+        if name == "model/tokenizer_files.py":
+            assert "tokenizers" not in roots(name, everywhere=False)
+            allowed |= {"tokenizers"}
         assert found <= allowed, found - allowed
 
 
@@ -141,7 +147,8 @@ def test_modules_are_short_and_named_by_what_they_hold(name: str) -> None:
     assert not re.search(r"util|common|helper|misc", name)
 
 
-STAGES: dict[str, Any] = YAML(typ="safe", pure=True).load(REPO / "dvc.yaml")["stages"]
+GRAPH: dict[str, Any] = YAML(typ="safe", pure=True).load(REPO / "dvc.yaml")
+STAGES: dict[str, Any] = GRAPH["stages"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -201,6 +208,16 @@ def test_stages_with_the_tokenizer_list_its_ranks_and_no_stage_depends_on_the_ma
         if "pipeline/format/tokenizer.py" in stage["deps"]:
             assert "pipeline/format/gpt2.tiktoken" in stage["deps"]
         assert not re.search(r"machine\.yaml|GPT2_|persist", str(stage)), name
+
+
+def test_each_plot_has_a_title_and_no_curve_is_drawn_twice() -> None:
+    drawn = [path for plot in GRAPH["plots"] for options in plot.values() for path in options["y"]]
+    for stage in STAGES.values():
+        for plot in stage.get("plots", []):
+            ((path, options),) = plot.items()
+            assert options["title"]
+            drawn.append(path)
+    assert len(set(drawn)) == len(drawn) > 0
 
 
 def test_committed_parameters_have_every_section_key_and_comment() -> None:

@@ -41,10 +41,20 @@ from train.evals import hellaswag, lambada, reference_curve
 from train.evals.likelihood import BATCH_TOKENS, Request
 from train.evals.task_files import find_file
 from train.params import EvaluateParams
-from train.run import CHECKPOINT, CURVES, TOKENS
+from train.run import CHECKPOINT, CURVES, TOKENS, compared
 from train.validation import check_val_tokens, mean_loss
 
+RESULTS = Path("artifacts/evaluation.json")
 METRICS = Path("metrics/eval.json")
+# Those results by which models are compared.
+COMPARED = (
+    "val_loss",
+    "val_shards_loss",
+    "perplexity",
+    "bits_per_byte",
+    "hellaswag_acc_norm",
+    "lambada_acc",
+)
 PUBLISHED = Path("metrics/reference.csv")
 SAMPLES = Path("artifacts/samples.md")
 VALIDATIONS = CURVES / "plots/metrics/val/loss.tsv"
@@ -110,7 +120,8 @@ def main(argv: Sequence[str] = ()) -> None:
         name: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
         for name, value in metrics.items()
     }
-    atomic.write_json(METRICS, metrics)
+    atomic.write_json(RESULTS, metrics)
+    atomic.write_json(METRICS, compared(metrics, COMPARED))
     page = as_markdown(sample(gpt, params), metrics, params)
     atomic.write_bytes(SAMPLES, page.encode())
     print(summary(metrics))
@@ -233,7 +244,7 @@ def summary(metrics: Mapping[str, Any]) -> str:
             f"perplexity {metrics['lambada_perplexity']:.2f}"
         )
     parts.append(f"published curve: {metrics['reference']}")
-    return "\n".join([*parts, f"{METRICS}, {SAMPLES}"])
+    return "\n".join([*parts, f"{RESULTS}, {SAMPLES}"])
 
 
 def loss_metrics(loss: float, n_bytes: float, entropy: float) -> dict[str, float]:

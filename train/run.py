@@ -8,7 +8,7 @@ in the store, ``.work/runs/<run_key>/``, grows during training:
     step-00000200/   checkpoints (checkpoint/directory.py)
     log.jsonl        the log (monitor/history.py)
     starts.jsonl     one line per start: commit, machine and versions (run_summary.py)
-    final.json       the metrics of the finished run; written last
+    final.json       the summary of the finished run (run_summary.py); written last
     failed.json      a failure that would only repeat itself
 
 At the end the last checkpoint is published to the outs of the DVC stage. The best checkpoint by
@@ -22,7 +22,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,7 +47,10 @@ from train.validation import check_val_tokens
 TOKENS = Path("data/tokens")
 VERIFIED = Path("data/verified.json")
 CHECKPOINT = Path("artifacts/checkpoint")
+SUMMARY = Path("artifacts/training.json")
 METRICS = Path("metrics/train.json")
+# Those numbers of the summary by which runs are compared.
+COMPARED = ("loss", "val_loss", "hellaswag_acc_completion", "tokens_per_second", "mfu")
 RECORD = "run.json"
 FINAL = "final.json"
 FAILED = "failed.json"
@@ -250,9 +253,9 @@ class Run:
             return None
         return reference_curve.Point.at(step, loss)
 
-    def finish(self, metrics: dict[str, Any]) -> None:
+    def finish(self, summary: dict[str, Any]) -> None:
         """Mark the run as finished."""
-        atomic.write_json(self.folder / FINAL, metrics)
+        atomic.write_json(self.folder / FINAL, summary)
 
     def finished(self) -> tuple[Path, dict[str, Any]] | None:
         """The last checkpoint of a finished run, verified, and its state; None for other runs."""
@@ -294,12 +297,14 @@ class Run:
         )
 
     def publish(self, last: Path) -> None:
-        """Put the finished run where DVC expects it: checkpoint, metrics, curves and log."""
+        """Put the finished run where DVC expects it: checkpoint, log, summary, metrics, curves."""
         self.history.draw()
         CHECKPOINT.parent.mkdir(parents=True, exist_ok=True)
         publish({name: last / name for name in directory.FILES}, CHECKPOINT)
         atomic.write_bytes(LOG, self.history.path.read_bytes())
-        atomic.write_bytes(METRICS, (self.folder / FINAL).read_bytes())
+        final = (self.folder / FINAL).read_bytes()
+        atomic.write_bytes(SUMMARY, final)
+        atomic.write_json(METRICS, compared(json.loads(final), COMPARED))
 
     def result(self) -> str:
         """The result of a finished run, in one line."""
@@ -312,6 +317,11 @@ class Run:
             f"model in {CHECKPOINT}, metrics in {METRICS}"
             + (f"; the best saved checkpoint is {best}" if other else "")
         )
+
+
+def compared(numbers: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
+    """Return those of ``names`` that have a value, for a file of `metrics/`."""
+    return {name: numbers[name] for name in names if numbers.get(name) is not None}
 
 
 def _check_verified() -> None:

@@ -1,4 +1,4 @@
-"""Descriptions of a run: the banner it prints, the record of each start, and its metrics."""
+"""Descriptions of a run: the banner it prints, the record of each start, and its summary."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def start_record(trainer: Trainer, done: int, peak: float | None) -> dict[str, A
 
 
 def summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
-    """Metrics of a run after its last step, for `metrics/train.json`.
+    """Facts of a run after its last step, for `artifacts/training.json`.
 
     ``seconds`` is the training time over all starts of the run.
     """

@@ -1,9 +1,16 @@
 """Progress of long work: a bar on a terminal, a line every few seconds elsewhere."""
 
+import os
 import sys
 import time
 
 from tqdm import tqdm
+
+_BAR = (
+    "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}{postfix}]"
+)
+_BESIDE_BAR = len(": 100%|| 1.20M/2.40M  [1:00:00<1:00:00, ]")
+_BAR_WIDTH = 10  # columns of a terminal, at least
 
 
 class Progress:
@@ -23,11 +30,17 @@ class Progress:
         """Tasks running, waiting and done, at the end of each line; `run_tasks` sets it."""
         self._note = ""
         self._started = self._printed = time.monotonic()
-        self._bar = (
-            tqdm(total=total, desc=name, unit=unit, unit_scale=True, file=sys.stderr)
-            if sys.stderr.isatty()
-            else None
-        )
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total,
+                desc=name,
+                unit=unit,
+                unit_scale=True,
+                bar_format=_BAR,
+                dynamic_ncols=True,
+                file=sys.stderr,
+            )
 
     def __enter__(self) -> "Progress":
         return self
@@ -41,7 +54,7 @@ class Progress:
         self.done += units
         self._note = note or self._note
         if self._bar is not None:
-            self._bar.set_postfix_str(self._notes(), refresh=False)
+            self._bar.set_postfix_str(self._notes_beside_bar(), refresh=False)
             self._bar.update(units)
         elif time.monotonic() - self._printed >= self.every or (
             units and self.done >= self.total  # the last units
@@ -51,7 +64,7 @@ class Progress:
     def refresh(self) -> None:
         """Show the current state although no unit was done, if a line is due."""
         if self._bar is not None:
-            self._bar.set_postfix_str(self._notes())
+            self._bar.set_postfix_str(self._notes_beside_bar())
         else:
             self.advance(0)
 
@@ -62,6 +75,15 @@ class Progress:
 
     def _notes(self) -> str:
         return ", ".join(filter(None, (self._note, self.task_counts)))
+
+    def _notes_beside_bar(self) -> str:
+        """Return as many of the notes as leave room for the bar."""
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+        room = columns - len(self.name) - len(self.unit) - _BESIDE_BAR - _BAR_WIDTH
+        notes = self._notes().split(", ")
+        while notes and len(", ".join(notes)) > room:
+            notes.pop()
+        return ", ".join(notes)
 
     def _print(self) -> None:
         self._printed = time.monotonic()

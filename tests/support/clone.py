@@ -17,7 +17,7 @@ class Clone:
     """A project folder with its own git repository, DVC cache and store."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.log = folder, folder.parent / f"{folder.name}.log"
         home = folder.parent / f"{folder.name}-home"
         self.env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {
             "HOME": str(home),
@@ -46,8 +46,8 @@ class Clone:
         return done.stdout
 
     def start(self, *command: str) -> subprocess.Popen[bytes]:
-        """Start a command in a new session."""
-        log = open(self.folder / "log.txt", "w")
+        """Start a command in a new session; its output is in ``log``."""
+        log = open(self.log, "w")
         return subprocess.Popen(
             command, cwd=self.folder, env=self.env, stdout=log, stderr=log, start_new_session=True
         )

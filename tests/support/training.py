@@ -247,10 +247,10 @@ class Project:
         folder = self.folder / "artifacts/checkpoint"
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    def metrics(self, name: str = "train") -> dict[str, Any]:
-        """Read a metrics file."""
-        metrics: dict[str, Any] = json.loads((self.folder / f"metrics/{name}.json").read_text())
-        return metrics
+    def results(self, name: str = "training") -> dict[str, Any]:
+        """Read the results of training or evaluation."""
+        results: dict[str, Any] = json.loads((self.folder / f"artifacts/{name}.json").read_text())
+        return results
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:

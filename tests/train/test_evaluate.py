@@ -28,8 +28,8 @@ def test_a_trained_model_is_evaluated_and_sampled(
     project.write(evaluate={"val_tokens": 200})
     train_here()
     evaluate.main()
-    metrics = project.metrics("eval")
-    assert metrics["val_loss"] == pytest.approx(project.metrics()["val_loss"], abs=1e-4)
+    metrics = project.results("evaluation")
+    assert metrics["val_loss"] == pytest.approx(project.results()["val_loss"], abs=1e-4)
     assert metrics["perplexity"] == pytest.approx(math.exp(metrics["val_loss"]), rel=1e-4)
     below = metrics["unigram_entropy"] - metrics["val_loss"]
     assert metrics["below_unigram"] == pytest.approx(below, abs=1e-4)
@@ -57,7 +57,7 @@ def test_metrics_do_not_depend_on_ranks_batch_size_or_source(
     train_here()
     monkeypatch.setenv("GPT2_MICRO_BATCH", "16")
     evaluate.main()
-    one = project.metrics("eval")
+    one = project.results("evaluation")
     assert (one["hellaswag_tasks"], one["lambada_tasks"]) == (12, 12)
     assert 0 < one["hellaswag_acc"] < 1
     assert one["val_shards_loss"] != one["val_loss"]
@@ -75,7 +75,7 @@ def test_metrics_do_not_depend_on_ranks_batch_size_or_source(
         )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("HellaSwag (12 tasks) acc") == 1
-    assert project.metrics("eval") == one
+    assert project.results("evaluation") == one
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_two_gpus_give_the_losses_of_one(gpu: Project) -> None:
         losses.append(gpu.losses(f"work-{processes}"))
     assert len(losses[0]) == 24
     assert losses[1] == pytest.approx(losses[0], abs=2e-3)
-    assert gpu.metrics()["world_size"] == 2
+    assert gpu.results()["world_size"] == 2
 
 
 @several

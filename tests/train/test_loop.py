@@ -44,7 +44,7 @@ def test_what_a_finished_run_publishes(
     log = (project.folder / "artifacts/log.jsonl").read_text()
     assert [json.loads(line) for line in log.splitlines()] == run.history.records
 
-    metrics = project.metrics()
+    metrics = project.results()
     assert metrics["step"] == 12
     assert metrics["tokens"] == 12 * 128
     assert metrics["val_loss"] == records(run, "val/loss")[12]
@@ -104,7 +104,7 @@ def test_a_growing_batch_trains_on_each_sample_once(
     assert (state["samples"], state["tokens"]) == (66, 1056)
     losses = list(records(run, "train/loss").values())
     assert losses[0] == pytest.approx(10.83, abs=0.05)  # a mean also while the batch is small
-    assert project.metrics()["tokens"] == 1056
+    assert project.results()["tokens"] == 1056
 
 
 def test_a_batch_that_cannot_grow_is_refused(
@@ -200,7 +200,7 @@ def test_keys_that_only_observe_change_no_weight(
     assert measured == {6: 200, 8: 100, 12: 100}
     losses = list(records(run, "val/loss").values())
     assert run.history.validations(100) == losses[1:]  # compared only with each other
-    assert project.metrics()["best_val_loss"] == min(losses[1:])
+    assert project.results()["best_val_loss"] == min(losses[1:])
     files = project.published()
     monkeypatch.setenv("GPT2_WORK_DIR", "uninterrupted")
     train_here()

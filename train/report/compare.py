@@ -22,7 +22,7 @@ from train.report.run_log import Log, sample_text
 OUT = Path("artifacts/compare.html")
 WORKSPACE = "workspace"
 
-# Key in the metrics files, name, and which value is better.
+# Key in the results of training and evaluation, name, and which value is better.
 METRICS = (
     ("val_loss", "validation loss", min),
     ("best_val_loss", "lowest validation loss", min),
@@ -47,7 +47,7 @@ class Experiment:
 
     name: str  # revision, as given on the command line
     params: dict[str, Any]  # values by `section.key`
-    metrics: dict[str, Any]  # metrics of training and evaluation
+    metrics: dict[str, Any]  # results of training and evaluation
     log: Log  # curves and samples
 
 
@@ -69,7 +69,9 @@ def read(rev: str) -> Experiment:
             return str(files.read_text(f"/{path}", encoding="utf-8"))
 
         params = YAML(typ="safe", pure=True).load(text("params.yaml"))
-        metrics = [json.loads(text(f"metrics/{name}.json")) for name in ("eval", "train")]
+        training, evaluation = (
+            json.loads(text(f"artifacts/{name}.json")) for name in ("training", "evaluation")
+        )
         log = Log.parse(text("artifacts/log.jsonl"))
     except SCMError as error:
         raise UserError(f"--compare {rev}: {error}; `dvc exp list -A` lists experiments") from None
@@ -87,7 +89,7 @@ def read(rev: str) -> Experiment:
             for section, values in params.items()
             for key, value in values.items()
         },
-        metrics=metrics[1] | metrics[0],
+        metrics=training | evaluation,
         log=log,
     )
 

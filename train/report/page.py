@@ -1,4 +1,4 @@
-"""Page about one run, `artifacts/report.html`, from its metrics, log, samples and checkpoint."""
+"""Page about one run, `artifacts/report.html`, from its results, log, samples and checkpoint."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from pipeline.format import tokenizer
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.params_file import PARAMS, read_yaml
 from train.report import html, model_probe, run_charts
-from train.report.run_charts import METRICS
 from train.report.run_log import Log, sample_text
 
 OUT = Path("artifacts/report.html")
+DATA = Path("data/statistics.json")
+TRAINING = Path("artifacts/training.json")
+EVALUATION = Path("artifacts/evaluation.json")
 CHECKPOINT = Path("artifacts/checkpoint")
 LOG = Path("artifacts/log.jsonl")
 SAMPLES = Path("artifacts/samples.md")
@@ -45,7 +47,7 @@ EVALUATION_METRICS = {
     "lambada_acc": ("LAMBADA accuracy", "last word of a passage, greedy"),
     "lambada_perplexity": ("LAMBADA perplexity", "of the last word"),
 }
-"""Name and description of each key that `metrics/eval.json` may have."""
+"""Name and description of each key of `artifacts/evaluation.json` that is shown."""
 
 DATA_METRICS = {
     "documents": "documents",
@@ -57,7 +59,7 @@ DATA_METRICS = {
     "tokens_per_document": "tokens per document, mean",
     "shortest_document": "tokens of the shortest document",
     "longest_document": "tokens of the longest document",
-    "duplicate_documents": "duplicate documents",
+    "duplicates": "duplicate documents",
     "val_documents_in_train": "validation documents that are also trained on",
     "skipped": "skipped documents",
     "shards": "shards",
@@ -66,7 +68,7 @@ DATA_METRICS = {
     "engine_differences": "documents that the two encode differently",
     "token_count_agreement": "token counts equal to the source's",
 }
-"""Name of each key that `metrics/data.json` may have."""
+"""Name of each key of `data/statistics.json` that is shown."""
 
 
 def render() -> str:
@@ -75,7 +77,7 @@ def render() -> str:
     Raises:
         UserError: A file of the run is missing.
     """
-    data, train, evaluation = (_read_json(METRICS / f"{n}.json") for n in ("data", "train", "eval"))
+    data, train, evaluation = map(_read_json, (DATA, TRAINING, EVALUATION))
     state, log = _read_json(CHECKPOINT / "state.json"), Log.parse(_read(LOG))
     manifest, params = Manifest.load(TOKENS), read_yaml(PARAMS)
     try:

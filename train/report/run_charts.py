@@ -56,6 +56,7 @@ def training_charts(log: Log) -> list[Chart]:
     """Draw the other curves that were logged."""
     charts = []
     for key, title, note, unit, color in (
+        ("val/hellaswag", "HellaSwag accuracy", "completion; chance: 25 %", "%", "c2"),
         ("lr", "Learning rate", "", "learning rate", "c1"),
         ("grad_norm", "Gradient norm", "before clipping, logarithmic", "norm", "c4"),
         ("tokens_per_second", "Throughput", "", "tokens per second", "c3"),

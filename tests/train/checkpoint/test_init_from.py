@@ -40,7 +40,7 @@ def test_a_run_that_extends_another_ends_with_the_bits_of_one_long_run(
     moments = Path("artifacts/checkpoint/optimizer.safetensors").read_bytes()
     assert list(records(continued, "train/loss")) == [8, 10, 12]
     assert list(records(continued, "val/loss")) == [6, 12]  # the initial weights are validated
-    metrics = project.metrics()
+    metrics = project.results()
     assert metrics["tokens_per_second"] * metrics["seconds"] == pytest.approx(6 * 128, rel=0.5)
 
     project.write(train=CONSTANT)

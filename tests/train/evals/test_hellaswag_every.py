@@ -25,7 +25,7 @@ def test_hellaswag_is_scored_at_its_steps_and_changes_no_weight(
     without = train_here()
     weights = project.weights()
     assert records(without, "val/hellaswag") == {}
-    assert "hellaswag_acc_completion" not in project.metrics()
+    assert "hellaswag_acc_completion" not in project.results()
 
     write_hellaswag()
     monkeypatch.setenv("GPT2_WORK_DIR", "with")
@@ -41,7 +41,7 @@ def test_hellaswag_is_scored_at_its_steps_and_changes_no_weight(
     tasks = hellaswag.read("train.hellaswag", "tasks.jsonl")
     gpt = GPT.from_checkpoint(project.folder / "artifacts/checkpoint")
     expected = hellaswag.metrics(hellaswag.predict(gpt, tasks))["hellaswag_acc_completion"]
-    assert accuracies[12] == expected == project.metrics()["hellaswag_acc_completion"]
+    assert accuracies[12] == expected == project.results()["hellaswag_acc_completion"]
     assert f"hellaswag {expected:.4f}" in capsys.readouterr().out
     assert (project.folder / "metrics/live/plots/metrics/val/hellaswag.tsv").exists()
 

@@ -118,7 +118,7 @@ def test_a_run_off_the_curve_is_reported_during_training_and_in_the_metrics(
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "at step 6:" in line)
     assert "reference 4.000" in line
     evaluate.main()
-    metrics = project.metrics("eval")
+    metrics = project.results("evaluation")
     assert metrics["reference"].startswith("off, at step 6: ")
     assert metrics["above_reference"] == pytest.approx(metrics["val_loss"] - 12.0, abs=1e-4)
     assert "off, at step 6: " in capsys.readouterr().out

@@ -42,7 +42,7 @@ def test_a_finished_run_is_published_again_without_torchrun(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     train_here()
-    weights, metrics = project.weights(), project.metrics()
+    weights, metrics = project.weights(), project.results()
     curve = project.folder / "metrics/live/plots/metrics/train/loss.tsv"
     before = curve.read_bytes()
     for name in ("artifacts", "metrics"):  # as DVC does before a stage
@@ -52,7 +52,7 @@ def test_a_finished_run_is_published_again_without_torchrun(
     assert started == []
     assert "already finished" in capsys.readouterr().out
     assert project.weights() == weights
-    assert project.metrics() == metrics
+    assert project.results() == metrics
     assert curve.read_bytes() == before
 
     monkeypatch.setenv("GPT2_FRESH", "1")

@@ -38,8 +38,8 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         project.write(evaluate=EVALUATE)
         train_here()
         evaluate.main()
-        data = {"documents": 14, "tokens": 7000, "duplicate_documents": 2, "gigatoken_share": 0.997}
-        Path("metrics/data.json").write_text(json.dumps(data))
+        data = {"documents": 14, "tokens": 7000, "duplicates": 2, "gigatoken_share": 0.997}
+        Path("data/statistics.json").write_text(json.dumps(data))
         Path("metrics/hosts.csv").write_text("host,documents\na.example,3\n<b>.example,1\n")
         Path("metrics/reference.csv").write_text("step,reference\n6,10.1\n12,9.9\n")
         report_main([])
@@ -48,7 +48,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
 
 def test_page_shows_the_run_and_is_reproducible_and_self_contained(reported: Project) -> None:
     page = report.OUT.read_text()
-    loss = reported.metrics("eval")["val_loss"]
+    loss = reported.results("evaluation")["val_loss"]
     state = json.loads(Path("artifacts/checkpoint/state.json").read_text())
     for text in (
         f"{loss:.4f}", state["run_key"], state["code_key"], "k" * 64,
