@@ -33,7 +33,8 @@ def check_val_tokens(name: str, stream: Tokens, n_targets: int) -> None:
         lower = f"set at most {most}, or " if most else ""
         raise UserError(
             f"params.yaml: {name}: {n_targets}, but the validation split has only {most} targets; "
-            f"{lower}raise tokenize.val_per_10k"
+            f"{lower}raise tokenize.val_per_10k; token files without a validation file: set "
+            "tokenize.val_split: position"
         )
 
 

@@ -116,11 +116,12 @@ def _use_writable_folders() -> None:
         os.environ.setdefault("RAY_TMPDIR", "/tmp")
     try:
         home = Path("~/.ray").expanduser()
-    except RuntimeError:  # no HOME, and no such user
-        home = Path(os.devnull)
-    while not home.exists():
-        home = home.parent
-    if not (home.is_dir() and os.access(home, os.W_OK | os.X_OK)):
+        while not home.exists():
+            home = home.parent
+        usable = home.is_dir() and os.access(home, os.W_OK | os.X_OK)
+    except (OSError, RuntimeError):  # a HOME of another user; no HOME, and no such user
+        usable = False
+    if not usable:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 

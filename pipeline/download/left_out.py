@@ -26,10 +26,13 @@ class LeftOut:
     def excludes(self, path: str) -> bool:
         """Return whether a pattern matches the path in the source, its name, or a folder of it."""
         pure = PurePosixPath(path)
-        names = [path, pure.name, *map(str, pure.parents)] if self._exclude else []
+        names = {path, pure.name, *map(str, pure.parents)} if self._exclude else set()
+        names -= {"", ".", ".."}
         for pattern in self._exclude:
             wanted = pattern.removeprefix("./").rstrip("/")
-            if any(name == wanted or fnmatchcase(name, wanted) for name in names):
+            # Also for no folder in place of `**`, as in a shell.
+            globs = (wanted, wanted.removeprefix("**/").replace("/**/", "/"))
+            if any(name == wanted or matches(name, glob) for name in names for glob in globs):
                 self._unmatched.pop(pattern, None)
                 self.n_excluded += 1
                 self.add(_EXCLUDED, path)
@@ -58,6 +61,11 @@ class LeftOut:
             f"source.exclude: leaves no file of a known format ({', '.join(self._exclude)}); "
             "remove a pattern from it"
         )
+
+
+def matches(name: str, glob: str) -> bool:
+    """Return whether a glob of a shell matches, where `*` stands for any characters, `/` too."""
+    return fnmatchcase(name, glob.replace("[^", "[!"))
 
 
 def is_auxiliary(path: str | Path, pattern: str | Path) -> bool:

@@ -4,15 +4,15 @@ Globs are those of a shell with `globstar`. A folder, also one that a glob match
 files in it. Links are followed, and no folder is read twice.
 """
 
+import errno
 import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.download.left_out import AUXILIARY, OTHER_NAME, LeftOut, is_auxiliary
+from pipeline.download.left_out import AUXILIARY, OTHER_NAME, LeftOut, is_auxiliary, matches
 from pipeline.runtime.errors import UserError, printable
 
 _WILDCARD = re.compile(r"[*?\[]")
@@ -36,42 +36,54 @@ def find(pattern: str, left_out: LeftOut) -> list[LocalFile]:
     shown = f"source.paths: {printable(pattern)[:300] or repr(pattern)}"
     if not pattern or "\0" in pattern:
         raise UserError(f"{shown}: not a path; name a file, folder or glob")
-    path = Path.cwd() / pattern.removeprefix("file://")
+    link = ""
     try:
-        if pattern.startswith("~") and not os.path.lexists(path):
-            path = Path(pattern).expanduser()
-        above, parts = _split(path, shown)
+        start, names = _start(pattern, shown)
+        path = start.joinpath(*names)
+        link = " (a link to a missing file)" if path.is_symlink() else ""
+        above, parts = _split(start, names, shown)
         search = _Search(above, left_out, path)
         if parts:
-            matches = sorted(set(_expand(above, parts)), key=_links_last)
-            if not matches:
-                raise FileNotFoundError
-            for match in matches:
-                search.add(match)
+            search.add_matches(parts, only_folders=pattern.endswith("/"))
         elif above.is_dir():
             search.add_folder(above)
         elif not stat.S_ISREG((status := above.stat()).st_mode):
             raise UserError(f"{shown}: not a regular file; name a file, folder or glob")
         elif not left_out.excludes(above.name):
             search.files[above] = LocalFile(above.name, above, status)
-    except (FileNotFoundError, RuntimeError):  # RuntimeError: no such user, or no home folder
-        link = " (a link to a missing file)" if path.is_symlink() else ""
-        raise UserError(f"{shown}: no such file{link}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{shown}: no such file{link}; correct the path") from None
+    except RecursionError:
+        raise UserError(f"{shown}: folders are nested too deeply; move the files up") from None
     except OSError as error:
-        where = printable(str(error.filename or pattern))
+        where = f"source.paths: {printable(str(error.filename or pattern))[:300]}"
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{where}: the name is too long; shorten it") from None
         raise UserError(
-            f"source.paths: {where[:300]}: cannot be read ({error.strerror}); make it readable, or "
-            "list it in source.exclude"
+            f"{where}: cannot be read ({error.strerror}); make it readable, or list it in "
+            "source.exclude"
         ) from None
     return sorted(search.files.values())
 
 
-def _split(path: Path, shown: str) -> tuple[Path, Sequence[str]]:
+def _start(pattern: str, shown: str) -> tuple[Path, Sequence[str]]:
+    """Return the folder in which a path begins, which is no glob, and the parts of the path."""
+    path = Path(pattern.removeprefix("file://"))
+    if path.is_absolute():
+        return Path(path.anchor), path.parts[1:]
+    if pattern.startswith("~") and not os.path.lexists(path):
+        try:
+            return Path(path.parts[0]).expanduser(), path.parts[1:]
+        except RuntimeError:
+            raise UserError(f"{shown}: no such user or home folder; correct the path") from None
+    return Path.cwd(), path.parts
+
+
+def _split(above: Path, parts: Sequence[str], shown: str) -> tuple[Path, Sequence[str]]:
     """Split a path into its folder above the first wildcard, and the parts of the glob.
 
     A part with wildcards that exists as it is written is a name, if it matches nothing else.
     """
-    above, *parts = Path(path.anchor), *path.parts[1:]
     for index, part in enumerate(parts):
         if _WILDCARD.search(part):
             if not os.path.lexists(above / part):
@@ -85,17 +97,21 @@ def _split(path: Path, shown: str) -> tuple[Path, Sequence[str]]:
     return above, []
 
 
-def _expand(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
-    """Yield the paths below a folder that match the parts of a glob."""
+def _expand(folder: Path, parts: Sequence[str], auxiliary: set[Path]) -> Iterator[Path]:
+    """Yield the paths below a folder that match the parts of a glob.
+
+    Args:
+        auxiliary: Gets the folders below a `**` whose names begin with `_`, which are not entered.
+    """
     if not parts:
         yield folder
     elif parts[0] == "**":
-        for below in _folders(folder, set()) if parts[1:] else [folder]:
-            yield from _expand(below, parts[1:])
+        for below in _folders(folder, set(), auxiliary) if parts[1:] else [folder]:
+            yield from _expand(below, parts[1:], auxiliary)
     else:
         for path in (folder / name for name in _matches(folder, parts[0])):
             if len(parts) == 1 or path.is_dir():
-                yield from _expand(path, parts[1:])
+                yield from _expand(path, parts[1:], auxiliary)
 
 
 def _matches(folder: Path, part: str) -> list[str]:
@@ -105,18 +121,22 @@ def _matches(folder: Path, part: str) -> list[str]:
     return [
         path.name
         for path in folder.iterdir()
-        if fnmatchcase(path.name, part) and path.name.startswith(".") <= part.startswith(".")
+        if matches(path.name, part) and path.name.startswith(".") <= part.startswith(".")
     ]
 
 
-def _folders(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+def _folders(folder: Path, seen: set[tuple[int, int]], auxiliary: set[Path]) -> Iterator[Path]:
     """Yield a folder and all below it, each once, without hidden and auxiliary ones."""
     if (key := _key(folder)) not in seen:
         seen.add(key)
         yield folder
         for path in sorted(folder.iterdir(), key=_links_last):
-            if not path.name.startswith((".", "_")) and os.path.isdir(path):  # noqa: PTH112
-                yield from _folders(path, seen)
+            if path.name.startswith(".") or not os.path.isdir(path):  # noqa: PTH112
+                continue
+            if path.name.startswith("_"):
+                auxiliary.add(path)
+            else:
+                yield from _folders(path, seen, auxiliary)
 
 
 def _key(folder: Path) -> tuple[int, int]:
@@ -136,6 +156,23 @@ class _Search:
         self.above, self.left_out, self.pattern = above, left_out, pattern
         self.files: dict[Path, LocalFile] = {}
         self.folders: dict[tuple[int, int], Path] = {}
+
+    def add_matches(self, parts: Sequence[str], *, only_folders: bool) -> None:
+        """Add what the parts of a glob match; raise `FileNotFoundError` if they match nothing."""
+        auxiliary: set[Path] = set()
+        found = sorted(set(_expand(self.above, parts, auxiliary)), key=_links_last)
+        if only_folders:
+            found = [path for path in found if path.is_dir()]
+        if not found:
+            raise FileNotFoundError
+        for path in found:
+            self.add(path)
+        # Another part of the glob may have matched them.
+        folders = {path.parent for path in self.files}
+        for path in sorted(auxiliary.difference(folders, *(path.parents for path in folders))):
+            name = os.path.relpath(path, self.above)
+            if not self.left_out.excludes(name):
+                self.left_out.add(AUXILIARY, f"{name}/")
 
     def add(self, path: Path) -> None:
         """Add a file or folder that was found, or record why it is left out."""

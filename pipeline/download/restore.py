@@ -7,7 +7,7 @@ byte: a file is taken only if it has the sha256 of the manifest.
 
 from pathlib import Path
 
-from pipeline.download.ingest import stored_path
+from pipeline.download.ingest import add_to_store, stored_path
 from pipeline.download.stage import fetch
 from pipeline.format.manifest import NAME, RawManifest, SourceFile
 from pipeline.params import SourceParams
@@ -36,6 +36,9 @@ def restore(raw: Path, machine: Machine) -> None:
             "store; fetching them",
             flush=True,
         )
+        for file in manifest.files:  # or they would be fetched as well
+            if (place := places[file.path]) is not None and place.is_relative_to(raw):
+                add_to_store(store, place, file.sha256, stored_path(store, file.path, "").name)
         _fetch_again(missing, manifest, raw, store, machine)
     paths = {
         file.path: places[file.path] or stored_path(store, file.path, file.sha256)

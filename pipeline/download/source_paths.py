@@ -66,7 +66,9 @@ class PathFile:
             try:
                 path, sha256 = Path(self.url), atomic.sha256_file(Path(self.url))
             except OSError as error:
-                raise UserError(f"source.paths: {self.url}: {error.strerror}") from None
+                raise UserError(
+                    f"source.paths: {self.url}: {error.strerror}; make it a readable file"
+                ) from None
         with open(path, "rb") as file:
             if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise UserError(f"{self.path}: a pointer of Git LFS, no data; run `git lfs pull`")
@@ -82,7 +84,10 @@ class PathFile:
                         partial.append(block)
                     reason = "disconnected"
                 except (FileNotFoundError, PermissionError) as error:
-                    raise UserError(f"source.paths: {self.url}: {_reason(error)}") from None
+                    raise UserError(
+                        f"source.paths: {self.url}: {_reason(error)}; check the URL and its access "
+                        "rights"
+                    ) from None
                 except Exception as error:  # each file system raises its own types
                     reason = type(error).__name__
                 if partial.done > before:
@@ -112,7 +117,8 @@ def resolve(
 ) -> list[PathFile]:
     """Find the files that the paths name, sorted by their path in `data/raw`.
 
-    A file that several paths or links name is taken once. Prints what is left out.
+    A file that several paths or links name is taken once, under its first name. Prints what is
+    left out.
 
     Args:
         formats: Suffixes of the files to use.
@@ -123,7 +129,7 @@ def resolve(
     """
     left_out = LeftOut(exclude)
     found: dict[str, PathFile] = {}
-    names: dict[str, str] = {}
+    first: dict[str, PathFile] = {}
     for pattern in paths:
         n_excluded = left_out.n_excluded
         files = _find(pattern, formats, left_out)
@@ -134,11 +140,12 @@ def resolve(
                 f"{', '.join(formats)}"
             )
         for file in sorted(files, key=lambda file: file.url != file.real):
-            if names.setdefault(file.real, file.url) != file.url:
-                left_out.add(OTHER_NAME, file.path)
+            if (same := first.setdefault(file.real, file)) is not file:
+                if same.path != file.path:
+                    left_out.add(OTHER_NAME, file.path)
                 continue
             other = found.setdefault(file.path, file)
-            if other.url != file.url:
+            if other is not file:
                 raise UserError(
                     f"source.paths: {printable(other.url)} and {printable(file.url)} would both be "
                     f"{printable(file.path)} in data/raw; name a folder or glob above both, which "
@@ -173,7 +180,7 @@ def _find_remote(url: str, formats: Sequence[str], left_out: LeftOut) -> list[Pa
     try:
         system, path = url_to_fs(url)
         if _WILDCARD.search(path):
-            above, matches = _folder_above_wildcard(path), system.glob(path)
+            above, matches = _folder_above_wildcard(path), system.glob(path.replace("[^", "[!"))
         else:
             above, matches = path.rpartition("/")[0], [path]
         infos = {match: system.info(match) for match in sorted(matches)}
@@ -181,11 +188,15 @@ def _find_remote(url: str, formats: Sequence[str], left_out: LeftOut) -> list[Pa
             above = folder.rstrip("/") if folder == path else above
             infos |= {match: system.info(match) for match in sorted(system.find(folder))}
     except FileNotFoundError:
-        raise UserError(f"{shown}: no such file") from None
+        raise UserError(f"{shown}: no such file; correct the URL") from None
     except (ImportError, ValueError) as error:  # no such protocol, or a package for it is missing
-        raise UserError(f"{shown}: {_reason(error)}") from None
+        raise UserError(
+            f"{shown}: {_reason(error)}; correct the URL, or install the package of its file system"
+        ) from None
     except Exception as error:  # each file system raises its own types
-        raise UserError(f"{shown}: cannot be listed: {_reason(error)}") from None
+        raise UserError(
+            f"{shown}: cannot be listed ({_reason(error)}); check the URL and its access rights"
+        ) from None
     files = []
     for match, info in infos.items():
         # The query of a URL, often a signature, is not part of the name.

@@ -245,8 +245,8 @@ def _fetch_items(
 ) -> dict[int, StoredFile | FaultyFile]:
     """Fetch files in Ray tasks, `parallel_downloads` at a time; return the results by index.
 
-    A fault of one file does not keep the others from being fetched. One that may be of them all
-    does, so that a run without network does not wait for each.
+    A fault of one file does not keep the others from being fetched. A fault that may be
+    common to all does, so that a run without network does not wait for each.
     """
     size = sum(item.size for item in items)
     at_start = [bytes_fetched(item, options, store) for item in items]

@@ -55,7 +55,7 @@ def chunk_key(chunk: Chunk, column: str, params: TokenizeParams, code_key: str) 
 def hashed_per_10k(params: TokenizeParams) -> int:
     """Return the share of documents that their hash sends to validation, per 10,000.
 
-    None if the split is by position: `split_by_position` makes it when all chunks are encoded.
+    0 if the split is by position: `split_by_position` makes it when all chunks are encoded.
     """
     return params.val_per_10k if params.val_split == "documents" else 0
 

@@ -92,7 +92,7 @@ def find_cut(
     start, end = borders[number : number + 2].tolist()
     inner = [border for border in (start, end) if 0 < before + border < total]
     nearest = min(inner, key=lambda border: abs(border - target), default=None)
-    if nearest is not None and abs(nearest - target) <= tolerance:
+    if nearest is not None and (abs(nearest - target) <= tolerance or end - start <= 2):
         return int(nearest)
     # Both parts keep a token beside their `<|endoftext|>`.
     return min(max(target, start + 2), end - 1) if end - start > 2 else int(end)

@@ -106,6 +106,18 @@ def test_ray_is_kept_out_of_unusable_folders(
     assert set(os.environ) - set(before) == added
 
 
+def test_a_home_folder_of_another_user_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exists(_: Path) -> bool:
+        raise PermissionError(13, "Permission denied")  # in Python 3.11
+
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", exists)
+        patch.setattr(os, "environ", {**os.environ, "HOME": "/root/other"})
+        join._use_writable_folders()
+        assert os.environ["RAY_AUTH_TOKEN"]
+
+
 def test_ray_that_does_not_start_is_one_line_with_status_1(tmp_path: Path) -> None:
     long = tmp_path / ("x" * 120)  # too long for the path of a socket
     long.mkdir()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.download import local_paths
 from pipeline.download.left_out import LeftOut
 from pipeline.download.source_paths import resolve
 from pipeline.runtime.errors import UserError
@@ -58,6 +59,12 @@ TABLES = [
         ("in/**", sorted(TEXTS + TABLES)),
         ("in/**/*.txt", TEXTS[:-1]),
         ("in/*.[tT][xX][tT]", ["0link.txt", "a::b.txt", "top.TXT"]),
+        ("in/[^2-b]*.TXT", ["top.TXT"]),
+        ("in/[^t]*.TXT", None),
+        ("in/[^0a-z]*/*.txt", ["2024/a.txt"]),
+        ("in/[2bt]*/", ["2024/a.txt", "b[1]/data[1].txt"]),
+        ("in/*.txt/", None),
+        ("in/**/", sorted(TEXTS + TABLES)),
         ("in/*.parquet", TABLES[1:]),
         ("in/*/*.parquet", TABLES[1:]),
         ("in/out.parquet", ["part-00000-x-c000.snappy.parquet"]),
@@ -77,7 +84,11 @@ TABLES = [
         ("file://{here}/in/top.TXT", ["top.TXT"]),
     ],
 )
-def test_a_path_names_what_ls_shows(folder: Path, pattern: str, names: list[str]) -> None:
+def test_a_path_names_what_ls_shows(folder: Path, pattern: str, names: list[str] | None) -> None:
+    if names is None:
+        with pytest.raises(UserError, match=r"^source\.paths: "):
+            resolve([pattern])
+        return
     found = resolve([pattern.format(here=folder.parent)])
     assert [file.path for file in found] == names
     assert all(Path(file.url).is_file() for file in found)
@@ -96,6 +107,48 @@ def test_whatever_is_left_out_of_a_folder_is_named(
         assert name in out
     for name in TEXTS + TABLES:
         assert name not in out
+
+
+@pytest.mark.parametrize(
+    ("pattern", "named"),
+    [
+        ("in/**/*.txt", ["2024/_temporary/", "_own/"]),
+        ("in/**/_own/*", ["2024/_temporary/"]),
+        ("in/**/_temporary/0/*", ["_own/"]),
+    ],
+)
+def test_auxiliary_folders_below_two_stars_are_named_unless_read(
+    folder: Path, pattern: str, named: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    resolve([pattern])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "auxiliary" in line]
+    assert line.rpartition(": ")[2].split(", ") == named
+
+
+def test_the_current_folder_is_no_glob(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "b1").mkdir()
+    monkeypatch.chdir(folder / "b[1]")
+    monkeypatch.setenv("HOME", str(folder / "b[1]"))
+    for pattern in ("*.txt", ".", "~", "~/d*"):
+        assert [file.path for file in resolve([pattern])] == ["data[1].txt"]
+
+
+def test_folders_that_are_nested_too_deeply_are_no_missing_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def recurse(*_: object) -> None:
+        raise RecursionError
+
+    monkeypatch.setattr(local_paths._Search, "add", recurse)
+    with pytest.raises(UserError, match="deep"):
+        resolve(["in"])
+
+
+@pytest.mark.parametrize("pattern", ["q" * 5000, "q/" * 2500, "q" * 300, "q" * 300 + "/*"])
+def test_a_name_that_is_too_long_is_called_so(folder: Path, pattern: str) -> None:
+    with pytest.raises(UserError, match="too long") as error:
+        resolve([pattern])
+    assert "source.exclude" not in str(error.value)
 
 
 def test_many_names_are_cut_and_printed_safely(
@@ -151,11 +204,37 @@ def test_a_file_of_several_paths_is_taken_once(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["c", "c/sub"], ["sub/x.txt", "y.txt"]),
+        (["c/sub", "c"], ["x.txt", "y.txt"]),
+        (["c", "c/sub/x.txt"], ["sub/x.txt", "y.txt"]),
+        (["c/sub/*.txt", "c/**/x.txt"], ["x.txt"]),
+        (["c", "c/../c/sub"], ["sub/x.txt", "y.txt"]),
+        (["c", "c/link"], ["sub/x.txt", "y.txt"]),
+        (["c/link", "c/sub"], ["x.txt"]),
+        (["c/l*", "c/**/x.txt"], ["link/x.txt"]),
+    ],
+)
+def test_overlapping_paths_take_a_file_once_under_its_first_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paths: list[str], names: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("c/sub").mkdir(parents=True)
+    for name in ("c/y.txt", "c/sub/x.txt"):
+        Path(name).touch()
+    Path("c/link").symlink_to("sub")
+    assert [file.path for file in resolve(paths)] == names
+
+
+@pytest.mark.parametrize(
     ("exclude", "names"),
     [
         (["*.txt"], [*TABLES, "top.TXT"]),
         (["out.*", "b[1]", "a::b.txt"], ["2024/a.txt", "linked/e.txt", "top.TXT"]),
         (["./2024/", "latest", "0link.txt", "out.*/*", "*/*.txt", "a::b.txt"], ["top.TXT"]),
+        (["**/a.txt", "0*", "**/out.*", "**/[^0]*.TXT", "a::*"], TEXTS[2:4]),
+        (["linked/**/e.txt", "**/top.*"], sorted([*TEXTS[:3], *TABLES])),
         (["data[[]1].txt", "e.txt", "out.*", "a.txt", "0*", "a::*", "top.*"], None),
     ],
 )
@@ -177,6 +256,12 @@ def test_a_pattern_that_excludes_nothing_is_a_warning(
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert "*.doc" in line
     assert "top" not in line
+
+
+@pytest.mark.parametrize("pattern", ["?", ".", "./", "??", ""])
+def test_the_folder_itself_has_no_name_to_exclude(folder: Path, pattern: str) -> None:
+    for path in ("in", "in/**"):
+        assert len(resolve([path], exclude=[pattern])) == len(TEXTS + TABLES)
 
 
 def test_a_path_without_files_is_an_error_although_another_is_excluded(folder: Path) -> None:

@@ -29,6 +29,7 @@ def test_names_that_can_be_in_one_folder_pass() -> None:
         (["a.jsonl", "a.jsonl.parquet/b.txt"], 1),
         (["manifest.json/a.parquet"], 1),
         (["a\nb.txt", "a\x1b[31m.txt", "a\udcff.txt", "a\u2028.txt"], 4),
+        (["a\u202etxt.csv", "a\u2066.txt", "a\u2069.txt", "\u200ea.txt", "\u061ca.txt"], 5),
         (["../a.txt", "/a.txt", "a\\b.txt"], 3),
         (["a" * 244 + ".txt", "é" * 122 + ".txt"], 2),
         (["a/" * 1000 + ".txt"], 1),

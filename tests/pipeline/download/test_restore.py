@@ -123,5 +123,8 @@ def test_files_of_the_hub_come_from_the_recorded_commit(
         hub.repo(FINEWEB).commit(dict.fromkeys(files, files["data/part-0.parquet"]))
         (RAW / "data/part-1.parquet").unlink()
         shutil.rmtree(".work")
+        hub.clear_requests()
         restore(RAW, machine)
         assert hashes(RAW) == before
+        assert not hub.asked("resolve", "*part-0.parquet")  # it was there
+        assert hub.asked("resolve", "*part-1.parquet")

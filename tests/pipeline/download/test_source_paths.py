@@ -200,6 +200,7 @@ def test_remote_folders_and_globs_are_like_local_ones(capsys: pytest.CaptureFixt
 
     assert found("web") == found("web/*") == [*texts, "out.parquet/part-0.parquet"]
     assert found("web/**/*.txt") == texts
+    assert found("web/[^b-z]*") == ["a.txt"]
     out = capsys.readouterr().out
     for name in ("b.md", "_temporary/c.txt", "_SUCCESS"):
         assert name in out
@@ -207,6 +208,9 @@ def test_remote_folders_and_globs_are_like_local_ones(capsys: pytest.CaptureFixt
     assert found("web", exclude=["f", "*.parquet"]) == ["a.txt"]
     assert found("web/*.txt", exclude=["f"]) == ["a.txt"]
     assert [f.path for f in resolve(["memory://web/a.txt", "memory://web/*.txt"])] == ["a.txt"]
+    assert [f.path for f in resolve(["memory://web/f", "memory://web/**/*.txt"])] == [
+        "a.txt", "g/h.txt",
+    ]  # fmt: skip
     for pattern in ("web/no*.txt", "no", "web/d::e.txt", "web/b.md"):
         with pytest.raises(UserError, match=r"source\.paths"):
             found(pattern)

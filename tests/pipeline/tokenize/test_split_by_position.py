@@ -63,6 +63,10 @@ def streams(out: Path) -> list[np.ndarray]:
     return [TokenStream(out, split)[:] for split in SPLITS]
 
 
+def test_neither_split_is_empty_if_all_documents_are_too_short_to_cut() -> None:
+    assert find_cut(np.arange(0, 200, 2), 200, 199, 0, 0, 200) == 198
+
+
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12),
     per_10k=st.integers(1, 9_999),
