@@ -9,6 +9,7 @@ import contextlib
 import math
 import re
 from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -77,7 +78,8 @@ class ReadOptions:
     def key(self, name: str) -> list[str]:
         """Return what decides the conversion of a file of this name."""
         reader = FORMATS[suffix_of(name)]
-        key = [self.column]
+        codec = PurePosixPath(name.lower()).suffix
+        key = [reader, codec if codec in COMPRESSIONS else "", self.column]
         if reader != "arrow":
             key.append(self.encoding)
         if reader == "txt":
@@ -125,9 +127,17 @@ def to_parquet(
             use_dictionary=["dump", "file_path", "language"],  # of few values each
             write_statistics=False,
         ) as writer,
+        # Compression takes about as long as reading, and both can run at once.
+        ThreadPoolExecutor(1) as pool,
     ):
+        written: Future[None] | None = None
         for group in _groups(rows.of(found)):
-            writer.write_table(_table(group, schema), row_group_size=len(group))
+            table = _table(group, schema)
+            if written:
+                written.result()
+            written = pool.submit(writer.write_table, table, row_group_size=len(group))
+        if written:
+            written.result()
     rows.check()
     return rows.skipped
 
@@ -153,7 +163,7 @@ def _read(
         return open_text(source, name, encoding)
 
     if reader == "json":
-        yield from read_json(open_file, name, column, encoding)
+        yield from read_json(open_file, name, column, encoding, suffix_of(name) != ".json")
     elif reader == "arrow":
         with _decompressed(source, name, target.with_suffix(".plain")) as plain:
             yield from read_arrow(plain, name, column)
@@ -190,11 +200,17 @@ class _UsableRows:
     wanted: list[str]
     skipped: dict[str, SkippedRows] = field(default_factory=dict)
     total: int = 0
+    without: int = 0
+    """The rows without the text column, of which `columns` are those of the first."""
     columns: list[str] = field(default_factory=list)
-    """Of the first row without the text column."""
+    has_column: bool = False
+    """Whether a row has the text column."""
 
     def of(self, rows: Rows) -> Iterator[list[Any]]:
-        """Yield the wanted values of rows with text or null; count the other rows."""
+        """Yield the wanted values of rows with text or null; count the other rows.
+
+        A row without the text column is one with null: Spark leaves fields with null out.
+        """
         column = self.column
         for number, row in rows:
             self.total += 1
@@ -202,14 +218,17 @@ class _UsableRows:
                 self._skip(row, number)
                 continue
             text = row.get(column)
+            if text is None and column not in row:
+                self.without += 1
+                self.columns = self.columns or list(row)
+                yield list(map(row.get, self.wanted))
+                continue
+            self.has_column = True
             if type(text) is str:
                 if len(text) > MAX_BYTES:
                     self._skip(TOO_LARGE, number)
                 else:
                     yield list(map(row.get, self.wanted))
-            elif column not in row:
-                self.columns = self.columns or list(row)
-                self._skip(f"no column {column!r}", number)
             elif text is None:
                 yield list(map(row.get, self.wanted))
             else:
@@ -220,12 +239,12 @@ class _UsableRows:
         self.skipped[reason] = SkippedRows(known.count + 1, known.first)
 
     def check(self) -> None:
-        """Raise a `UserError` if more than 1 % of the rows are unusable."""
+        """Raise a `UserError` if no row has the column, or more than 1 % are unusable."""
         unusable = sum(rows.count for rows in self.skipped.values())
+        if not self.has_column and self.without > unusable:
+            raise no_column(self.name, self.column, self.columns)
         if 100 * unusable <= self.total:
             return
-        if self.columns and unusable == self.total:
-            raise no_column(self.name, self.column, self.columns)
         reason, rows = max(self.skipped.items(), key=lambda item: item[1].count)
         fix = "repair the file or remove it from the source"
         if reason.endswith("not a string"):
@@ -239,12 +258,12 @@ class _UsableRows:
 
 
 def _groups(rows: Iterator[list[Any]]) -> Iterator[list[list[Any]]]:
-    """Yield the rows, whose first value is the text, of one row group after the other."""
+    """Yield the rows of one row group after the other."""
     group: list[list[Any]] = []
     size = 0
     for row in rows:
         group.append(row)
-        size += len(row[0] or "")
+        size += sum([len(value) for value in row if type(value) is str])
         if size >= _GROUP_CHARS or len(group) == _GROUP_ROWS:
             yield group
             group, size = [], 0

@@ -45,13 +45,16 @@ def read_arrow(path: Path, name: str, column: str) -> Rows:
 
 
 def _batches(path: Path, name: str, column: str) -> Iterator[pa.RecordBatch]:
-    """Yield the record batches with the wanted columns, whose buffers are valid."""
+    """Yield the record batches that have rows, with the wanted columns and valid buffers."""
     with contextlib.ExitStack() as stack:
         with decoding(f"{name}: not readable", _FIX):
             source = stack.enter_context(pa.OSFile(str(path)))
         is_file = source.read(len(_FILE_MAGIC)) == _FILE_MAGIC
         source.seek(0)
-        for batch in (_read_file if is_file else _read_streams)(source, name, column):
+        for batch, schema in (_read_file if is_file else _read_streams)(source, name, column):
+            if not batch.num_rows:
+                continue
+            check_type(schema, name, column)
             with decoding(f"{name}: damaged", _FIX):
                 columns = [_as_bytes(c) for c in batch.columns]
                 for array in columns:
@@ -59,24 +62,30 @@ def _batches(path: Path, name: str, column: str) -> Iterator[pa.RecordBatch]:
             yield pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
-def _read_file(source: pa.NativeFile, name: str, column: str) -> Iterator[pa.RecordBatch]:
+def _read_file(
+    source: pa.NativeFile, name: str, column: str
+) -> Iterator[tuple[pa.RecordBatch, pa.Schema]]:
+    """Yield the batches of a file, with the schema of all columns."""
     with decoding(f"{name}: not readable as an Arrow file, or cut short", _FIX):
-        wanted = _wanted(pa.ipc.open_file(source).schema, name, column)
-        reader = pa.ipc.open_file(source, options=wanted)
+        schema = pa.ipc.open_file(source).schema
+        reader = pa.ipc.open_file(source, options=_wanted(schema, column))
     for index in range(reader.num_record_batches):
         with decoding(f"{name}: record batch {index} is damaged", _FIX):
             batch = reader.get_batch(index)
-        yield batch
+        yield batch, schema
 
 
-def _read_streams(source: pa.NativeFile, name: str, column: str) -> Iterator[pa.RecordBatch]:
+def _read_streams(
+    source: pa.NativeFile, name: str, column: str
+) -> Iterator[tuple[pa.RecordBatch, pa.Schema]]:
     """Yield the batches of all streams in a file; the end of a stream is marked."""
-    size = source.size()
+    if not (size := source.size()):
+        raise UserError(f"{name}: cut short (it has no bytes, not even a schema); {_FIX}")
     while (start := source.tell()) < size:
         with decoding(f"{name}: not readable as an Arrow stream, or cut short", _FIX):
             schema = pa.ipc.open_stream(source).schema
             source.seek(start)
-            reader = pa.ipc.open_stream(source, options=_wanted(schema, name, column))
+            reader = pa.ipc.open_stream(source, options=_wanted(schema, column))
         end = source.tell()
         while True:
             with decoding(f"{name}: damaged or cut short", _FIX):
@@ -85,14 +94,16 @@ def _read_streams(source: pa.NativeFile, name: str, column: str) -> Iterator[pa.
                 except StopIteration:
                     break
             end = source.tell()
-            yield batch
+            yield batch, schema
         if source.tell() == end:
             raise UserError(f"{name}: cut short (the Arrow stream has no end); {_FIX}")
 
 
-def _wanted(schema: pa.Schema, name: str, column: str) -> pa.ipc.IpcReadOptions:
-    """Select the text column, and columns of metadata that are there once and hold one value."""
-    check_type(schema, name, column)
+def _wanted(schema: pa.Schema, column: str) -> pa.ipc.IpcReadOptions:
+    """Select the columns of text and metadata that are there once and hold one value.
+
+    If there is none, all columns are selected: a part without rows need not have them.
+    """
     names = schema.names
     wanted = [names.index(n) for n in (column, *METADATA) if names.count(n) == 1]
     flat = [index for index in wanted if not pa.types.is_nested(schema.types[index])]
@@ -117,7 +128,7 @@ def _to_python(array: pa.Array) -> list[Any]:
     if pa.types.is_temporal(array.type) or pa.types.is_decimal(array.type):
         try:
             array = array.cast(pa.string())
-        except pa.ArrowNotImplementedError:  # an interval
+        except pa.ArrowException:  # an interval, or an unknown time zone
             return [None] * len(array)
     return list(array.to_pylist())
 

@@ -13,7 +13,7 @@ from pipeline.download.readers.text_stream import (
     not_valid,
     without_end,
 )
-from pipeline.format.parquet import no_column
+from pipeline.format.parquet import NoTextColumn, no_column
 from pipeline.runtime.errors import UserError
 
 _WRONG_COUNT = "more or fewer fields than the header"
@@ -24,6 +24,8 @@ class _Header:
 
     def __init__(self, fields: Sequence[str], name: str, column: str, encoding: str) -> None:
         names = _without_empty_end(fields, 1)
+        # In a file of one column, a delimiter at the end of a row is rather part of the text.
+        self._may_end_empty = len(fields) > 1
         if column not in names:
             raise no_column(name, column, names)
         if names.count(column) > 1:
@@ -36,12 +38,25 @@ class _Header:
 
     def row(self, fields: list[str]) -> dict[str, Any] | str:
         if len(fields) != self._count:
+            if not self._may_end_empty:
+                return _WRONG_COUNT
             fields = _without_empty_end(fields, self._count)
             if len(fields) != self._count:
                 return _WRONG_COUNT
         if not is_encodable(fields[self._text]):
             return not_valid(self._encoding)
         return {name: fields[index] for name, index in self._wanted.items()}
+
+
+def _check_delimiter(fields: Sequence[str], name: str, column: str) -> None:
+    if len(fields) > 1 or column in fields:
+        return
+    for delimiter, fix in ((";", "write the file with commas"), ("\t", "rename the file to .tsv")):
+        if delimiter in fields[0]:
+            raise NoTextColumn(
+                f"{name}: no column {column!r}, and the header has {delimiter!r} but no comma, "
+                f"which is the delimiter of .csv; {fix}"
+            )
 
 
 def _without_empty_end(fields: Sequence[str], count: int) -> list[str]:
@@ -70,6 +85,7 @@ def read_csv(stream: io.BufferedReader, name: str, column: str, encoding: str) -
             if not fields:
                 pass  # an empty line
             elif header is None:
+                _check_delimiter(fields, name, column)
                 header = _Header(fields, name, column, encoding)
             else:
                 yield first, header.row(fields)

@@ -23,10 +23,21 @@ class _Number(str):
 
 
 def read_json(
-    open_file: Callable[[], io.BufferedReader], name: str, column: str, encoding: str
+    open_file: Callable[[], io.BufferedReader],
+    name: str,
+    column: str,
+    encoding: str,
+    is_lines: bool,
 ) -> Rows:
-    """Yield the objects of a file, numbered by lines, or by their place in a list."""
-    if (objects := _read_whole(open_file, name, column, encoding)) is not None:
+    """Yield the objects of a file, numbered by lines, or by their place in a list.
+
+    Args:
+        is_lines: By its suffix, a file of one line is JSON Lines, not a single JSON value.
+
+    Raises:
+        UserError: The file is one list that is too large, or one object that holds objects.
+    """
+    if (objects := _read_whole(open_file, name, column, encoding, is_lines)) is not None:
         yield from enumerate(objects, 1)
         return
     with open_file() as stream:
@@ -81,7 +92,11 @@ def _usable(row: Any, column: str) -> dict[str, Any] | str:
 
 
 def _read_whole(
-    open_file: Callable[[], io.BufferedReader], name: str, column: str, encoding: str
+    open_file: Callable[[], io.BufferedReader],
+    name: str,
+    column: str,
+    encoding: str,
+    is_lines: bool,
 ) -> list[dict[str, Any] | str] | None:
     """Return the objects of a file that is one JSON value; None if it is JSON Lines."""
     with open_file() as stream:
@@ -89,7 +104,11 @@ def _read_whole(
         while first and not first.strip():
             first = stream.readline(_MAX_VALUE_BYTES)
         start = first.lstrip()[:1]
-        if start not in (b"[", b"{") or isinstance(_parse(first, column, encoding), dict):
+        if start not in (b"[", b"{"):
+            return None
+        if isinstance(row := _parse(first, column, encoding), dict):
+            if not is_lines and not stream.read(1 << 16).strip():
+                _check_object(row, name, column)
             return None
         data = first + stream.read(_MAX_VALUE_BYTES - len(first) + 1)
     if len(data) > _MAX_VALUE_BYTES:
@@ -103,5 +122,17 @@ def _read_whole(
         value = _parse_as_spelled(data)
     except (ValueError, RecursionError):
         return None
-    values = value if isinstance(value, list) else [value]
-    return [_usable(row, column) for row in values]
+    if isinstance(value, dict):
+        _check_object(value, name, column)
+        value = [value]
+    return [_usable(row, column) for row in value]
+
+
+def _check_object(row: dict[str, Any], name: str, column: str) -> None:
+    """Check that the only object of a file is a document, rather than what holds the documents."""
+    for key, value in row.items():
+        if key != column and isinstance(value, list) and any(isinstance(v, dict) for v in value):
+            raise UserError(
+                f"{name}: one object that holds a list of objects, {key[:200]!r}, so it is unknown "
+                "which are documents; write them as JSON Lines, an object per line, or as a list"
+            )

@@ -19,15 +19,18 @@ MAX_BYTES = 1 << 28
 
 TOO_LARGE = f"larger than {MAX_BYTES >> 20} MiB"
 
-# UTF-32 first: its mark begins with the one of UTF-16.
+# Byte order mark -> the encodings that may have it. UTF-32 first: its mark begins with the one of
+# UTF-16.
 _MARKS = {
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: ("utf-32", "utf-32-le"),
+    codecs.BOM_UTF32_BE: ("utf-32", "utf-32-be"),
+    codecs.BOM_UTF16_LE: ("utf-16", "utf-16-le"),
+    codecs.BOM_UTF16_BE: ("utf-16", "utf-16-be"),
+    codecs.BOM_UTF8: ("utf-8",),
 }
 _UNITS = ("utf-16", "utf-32")
+_SAMPLE_BYTES = 1 << 14  # even, so that an odd sample is a complete file, which is not UTF-16
+_CONTROLS = bytes(range(32))
 
 
 def codec_name(encoding: str) -> str:
@@ -88,24 +91,19 @@ def not_valid(encoding: str) -> str:
 
 def _as_utf8(chunks: Iterator[bytes], name: str, encoding: str) -> Iterator[bytes]:
     start = b""
-    while len(start) < 4 and (chunk := next(chunks, b"")):
+    while len(start) < _SAMPLE_BYTES and (chunk := next(chunks, b"")):
         start += chunk
-    found = next((m for mark, m in _MARKS.items() if start.startswith(mark)), None)
-    if found and not encoding.startswith(found):
+    found = next((names for mark, names in _MARKS.items() if start.startswith(mark)), ())
+    if found and encoding not in found:
         raise UserError(
-            f"{name}: begins with the byte order mark of {found}; set source.encoding: {found}"
+            f"{name}: begins with the byte order mark of {found[-1]}; set source.encoding: "
+            f"{found[0]}"
+        )
+    if not encoding.startswith(_UNITS) and (other := _without_mark(start[:_SAMPLE_BYTES])):
+        raise UserError(
+            f"{name}: looks like {other} without a byte order mark; set source.encoding: {other}"
         )
     if encoding == "utf-8":
-        # Valid UTF-8, but no text: every second byte of Latin letters in UTF-16 is NUL.
-        for order, evens, odds in (
-            ("le", start[::2], start[1::2]),
-            ("be", start[1::2], start[::2]),
-        ):
-            if odds[:2] == b"\0\0" and evens[:2].isalnum():
-                raise UserError(
-                    f"{name}: looks like UTF-16 without a byte order mark; set source.encoding: "
-                    f"utf-16-{order}"
-                )
         yield start.removeprefix(codecs.BOM_UTF8)
         yield from chunks
         return
@@ -126,6 +124,24 @@ def _as_utf8(chunks: Iterator[bytes], name: str, encoding: str) -> Iterator[byte
         raise UserError(
             f"{name}: not {encoding} ({error}); set source.encoding to the encoding that it has"
         ) from None
+
+
+def _without_mark(sample: bytes) -> str | None:
+    """Return the name of UTF-16 or UTF-32 if the start of a file looks like it.
+
+    Most of such text is valid UTF-8, with NUL and other control characters for the upper bytes.
+    """
+    evens, odds = sample[::2], sample[1::2]
+    nuls = sample.count(0)
+    if evens.count(0) and odds.count(0):
+        return f"utf-32-{'le' if sample[0] else 'be'}" if 5 * nuls >= 2 * len(sample) else None
+    if not nuls or len(sample) % 2:
+        return None
+    order, upper = ("le", odds) if odds.count(0) else ("be", evens)
+    controls = len(upper) - len(upper.translate(None, _CONTROLS))
+    # Fewer in Chinese text with some Latin.
+    is_utf16 = 2 * controls >= len(upper) or (nuls >= 8 and 50 * nuls > len(sample))
+    return f"utf-16-{order}" if is_utf16 else None
 
 
 def _decode(chunks: Iterable[bytes], decoder: Any) -> Iterator[str]:

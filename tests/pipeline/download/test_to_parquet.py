@@ -8,6 +8,7 @@ import datetime
 import gzip
 import json
 import lzma
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,8 +148,22 @@ def test_every_encoding_with_its_mark(read: Read, name: str, data: str, encoding
         ("text".encode("utf-16"), "cp1252"),
         ("text".encode("utf-8-sig"), "cp1252"),
         ("text".encode("utf-16-be"), "utf-16"),
-        ("text".encode("utf-16-be"), "utf-8"),
-        ("text".encode("utf-16-le"), "utf-8"),
+        *(
+            (text.encode(codec), encoding)
+            for text in (
+                "text",
+                '"Hi" he said.',
+                "\n\nhello",
+                "Привет мир",
+                "中文 and Latin. " * 20,
+            )
+            for codec in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
+            for encoding in ("utf-8", "cp1252")
+        ),
+        ("\ufefftext".encode("utf-16-le"), "utf-16-be"),
+        ("\ufefftext".encode("utf-16-be"), "utf-16-le"),
+        ("\ufefftext".encode("utf-32-le"), "utf-32-be"),
+        ("\ufefftext".encode("utf-32-be"), "utf-32-le"),
         ("text".encode("utf-16") + b"x", "utf-16"),
         (b"caf\xe9", "utf-8"),
         (b"\x81", "shift_jis"),
@@ -157,6 +172,18 @@ def test_every_encoding_with_its_mark(read: Read, name: str, data: str, encoding
 def test_another_encoding_than_the_files_is_refused(read: Read, data: bytes, encoding: str) -> None:
     with pytest.raises(UserError, match=r"a\.txt.*source\.encoding"):
         read("a.txt", data, encoding=encoding)
+
+
+@pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_a_mark_of_the_same_byte_order_is_removed(read: Read, codec: str) -> None:
+    data = "\ufeffПривет\0".encode(codec)
+    for encoding in (codec, codec[:6]):
+        assert texts(read, "a.txt", data, encoding=encoding) == ["Привет\0"]
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\0 and words", "one\0word\0" * 9, "x" * 999 + "\0"])
+def test_some_nuls_are_text(read: Read, text: str) -> None:
+    assert texts(read, "a.txt", text.encode()) == [text]
 
 
 @pytest.mark.parametrize("encoding", ["nonsense", "hex", "", "a\0b", "rot13"])
@@ -236,7 +263,6 @@ def test_other_fields_may_change_type_appear_and_vanish(read: Read) -> None:
         b'["text"]',
         b'"text"',
         b"7",
-        b'{"other": "text"}',
         b'{"text": ["a", "list"]}',
         b'{"text": {"an": "object"}}',
         b'{"text": 7}',
@@ -291,6 +317,33 @@ def test_a_json_list_is_held_in_memory_up_to_a_limit(
     assert len(read("a.json", lines)[0]) == 200
 
 
+def test_a_row_without_the_key_is_null_if_another_row_has_it(read: Read) -> None:
+    rows = [{"id": "1"}] * 3 + [{}, {"id": "2", "text": "a"}, {"id": "3"}]
+    for name, data in (("a.jsonl", jsonl(rows)), ("a.json", json.dumps(rows).encode())):
+        assert texts(read, name, data) == [None] * 4 + ["a", None]
+        assert [row["id"] for row in read(name, data)[0]] == ["1", "1", "1", None, "2", "3"]
+    with pytest.raises(UserError, match=r"a\.jsonl: .*source\.text_column.*: id"):
+        read("a.jsonl", jsonl([{}, {"id": "1"}] * 2) + b"no json\n")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("name", ["a.json", "a.JSON.gz", "a.jsonl"])
+def test_one_object_around_the_rows_is_no_document(
+    read: Read, name: str, indent: int | None
+) -> None:
+    compress = gzip.compress if name.endswith("gz") else bytes
+    data = json.dumps({"text": "title", "rows": [{"text": "a"}]}, indent=indent).encode()
+    if name == "a.jsonl" and not indent:
+        assert texts(read, name, data) == ["title"]
+    else:
+        with pytest.raises(UserError, match=r"'rows'"):
+            read(name, compress(data + b"\n"))
+    data = json.dumps({"text": "title", "tags": ["a"], "x": {"y": [{}]}}, indent=indent).encode()
+    assert texts(read, name, compress(data)) == ["title"]
+    lines = jsonl([{"text": "a", "rows": [{"text": "b"}]}] * 2)
+    assert texts(read, name, compress(lines)) == ["a", "a"]
+
+
 # --- CSV and TSV
 
 
@@ -305,6 +358,24 @@ def test_csv_values_are_strings_and_no_column_is_an_index(read: Read) -> None:
     assert texts(read, "a.csv", b"id,text\r1,a\r2,b\r") == ["a", "b"]  # an old Mac
     big = "x" * 1_000_000
     assert texts(read, "a.csv", f'id,text\n1,"{big}\n{big}"\n'.encode()) == [f"{big}\n{big}"]
+
+
+@pytest.mark.parametrize(("name", "sep"), [("a.csv", b","), ("a.tsv", b"\t")])
+def test_in_one_column_a_delimiter_at_the_end_is_not_lost(
+    read: Read, name: str, sep: bytes
+) -> None:
+    good = b"good\n" * 150
+    rows, skipped = read(name, b"text\n" + good + b"Hello" + sep + b"\n")
+    assert (len(rows), list(skipped.values())) == (150, [SkippedRows(1, 152)])
+    assert texts(read, name, b"text" + sep + b"\nHello" + sep + b"\n") == ["Hello"]
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_another_delimiter_of_a_csv_file_is_named(read: Read, delimiter: str) -> None:
+    data = f"id{delimiter}text\n1{delimiter}one, two\n".encode()
+    with pytest.raises(UserError, match=re.escape(repr(delimiter))) as error:
+        read("a.csv", data)
+    assert "source.text_column" not in str(error.value)
 
 
 def test_tsv_has_no_quotes(read: Read) -> None:
@@ -375,7 +446,15 @@ def test_arrow_text_in_every_layout(read: Read, values: pa.Array) -> None:
 def test_arrow_without_rows_many_streams_and_compressed_buffers(read: Read) -> None:
     table = pa.table({"text": ["a", "b"] * 100})
     assert texts(read, "a.arrow", arrow(table[:0])) == []
-    assert texts(read, "a.arrow", b"") == []
+    for kind in (pa.float64(), pa.null(), pa.list_(pa.string())):
+        for is_file in (False, True):
+            empty = arrow(
+                pa.table({"text": pa.array([], kind), "id": pa.array([], "string")}), is_file
+            )
+            assert texts(read, "a.arrow", empty) == []
+            assert texts(read, "a.arrow", empty, column="body") == []
+    with pytest.raises(UserError, match=r"a\.arrow"):
+        read("a.arrow", b"")
     assert texts(read, "a.arrow", arrow(table[:1]) + arrow(table[1:2])) == ["a", "b"]
     for is_file in (False, True):
         assert texts(read, "a.arrow", arrow(table, is_file, compression="zstd")) == ["a", "b"] * 100
@@ -446,6 +525,8 @@ def test_metadata_keep_their_spelling_and_are_null_if_they_do_not_fit(read: Read
     columns = {"text": ["x"], "date": [when], "id": [[1]], "url": interval, "dump": [b"\xe9"]}
     rows, _ = read("a.arrow", arrow(pa.table(columns)))
     assert rows[0]["date"][:16] == "2013-05-18 10:42"
+    unknown = pa.array([when], pa.timestamp("us", "Mars/X"))
+    assert read("a.arrow", arrow(pa.table({"text": ["x"], "date": unknown})))[0][0]["date"] is None
     assert [rows[0][key] for key in ("id", "url", "dump")] == [None] * 3
 
 
@@ -527,7 +608,7 @@ def test_a_file_without_rows_is_no_error(read: Read, name: str, data: bytes) -> 
 def test_a_document_beyond_the_limit_is_not_held_in_memory(
     read: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place in ("text_stream", "read_txt", "read_csv", "to_parquet"):
+    for place in ("readers.text_stream", "readers.read_txt", "readers.read_csv", "to_parquet"):
         monkeypatch.setattr(f"pipeline.download.{place}.MAX_BYTES", 1000)
     long = b"x" * 3000
     for name, first, line in (("a.jsonl", b"", GOOD[:17]), ("a.tsv", b"text\n", b"good\n")):
@@ -547,13 +628,14 @@ def test_row_groups_are_bounded_and_the_bytes_are_the_same_each_time(
     read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_GROUP_CHARS", 100)
-    data = jsonl([{"text": "x" * 40}] * 7 + [{"text": "y" * 1000}, {"text": "z"}])
+    last = [{"text": "y" * 1000}, {"text": "z", "url": "u" * 99}, {"text": "z"}]
+    data = jsonl([*[{"text": "x" * 40}] * 7, *last])
     read("a.jsonl", data)
     made = (tmp_path / "made.parquet").read_bytes()
     metadata = pq.read_metadata(tmp_path / "made.parquet")
     assert pq.read_schema(tmp_path / "made.parquet").equals(FINEWEB_SCHEMA)
     groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    assert groups == [3, 3, 2, 1]
+    assert groups == [3, 3, 2, 1, 1]
     read("a.jsonl", data)
     assert (tmp_path / "made.parquet").read_bytes() == made
 
@@ -561,7 +643,9 @@ def test_row_groups_are_bounded_and_the_bytes_are_the_same_each_time(
 def test_the_key_of_a_file_covers_what_its_format_uses() -> None:
     default, other = ReadOptions("text", "file", "utf8"), ReadOptions("text", "line", "utf-16")
     assert default == ReadOptions("text", "file", "UTF-8")
-    assert default.key("a.arrow.gz") == other.key("a.arrow.gz")
+    assert default.key("a.arrow.gz") == other.key("b.arrow.gz")
+    names = ("a.jsonl", "a.csv", "a.tsv", "a.txt", "a.arrow", "a.csv.gz", "a.csv.zst")
+    assert len({tuple(default.key(name)) for name in names}) == len(names)
     assert default.key("a.jsonl") == ReadOptions("text", "line", "utf-8").key("a.jsonl")
     assert default.key("a.jsonl") != other.key("a.jsonl")
     assert default.key("a.txt") != ReadOptions("text", "line", "utf-8").key("a.txt")

@@ -53,6 +53,11 @@ UNICODE = st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le"
 LINE_ENDS = st.sampled_from(["\n", "\r\n"])
 
 
+def without_nul(texts: list[str], encoding: str) -> list[str]:
+    """Return texts that are not taken for UTF-16, nor their mark and a NUL for one of UTF-32."""
+    return texts if encoding == "utf-16-le" else [text.replace("\0", "") for text in texts]
+
+
 @settings(max_examples=15)
 @given(st.data(), TEXTS, CODECS, UNICODE, LINE_ENDS)
 def test_json_of_any_kind(
@@ -67,7 +72,8 @@ def test_json_of_any_kind(
     else:
         lines = [json.dumps(row, ensure_ascii=ascii_only) + end for row in rows]
         content = "".join(itertools.chain.from_iterable((end, line) for line in lines))
-        name = data.draw(st.sampled_from(["a.jsonl", "a.json", "a.NDJSON"]))
+        names = ["a.jsonl", "a.NDJSON"] if len(rows) == 1 else ["a.jsonl", "a.json", "a.NDJSON"]
+        name = data.draw(st.sampled_from(names))
     # A lone surrogate in another field cannot be written in an encoding.
     encoded = COMPRESS[codec](content.encode(encoding, "replace"))
     assert convert(name + codec, encoded, encoding=encoding) == (nulls, {})
@@ -79,6 +85,7 @@ def test_csv_and_tsv_of_any_kind(
     data: st.DataObject, texts: list[str], codec: str, encoding: str, end: str
 ) -> None:
     sep = data.draw(st.sampled_from(["", ","]))
+    texts = without_nul(texts, encoding)
     if data.draw(st.booleans()):
         texts = [text.replace("\0", "") for text in texts]  # Python 3.10 cannot read NUL
         out = io.StringIO()
@@ -100,6 +107,7 @@ def test_txt_of_any_kind(
     texts: list[str], codec: str, encoding: str, end: str, is_ended: bool, documents: str
 ) -> None:
     texts = [text.replace("\ufeff", "") for text in texts]  # the first one is a mark
+    texts = without_nul(texts, encoding)
     if documents == "line":
         texts = [text.replace("\n", " ").rstrip("\r") for text in texts]
         content = "".join(text + end for text in texts)
