@@ -55,7 +55,7 @@ def wait_ready(process: subprocess.Popen[str]) -> None:
     [
         ("pass", 0, ""),
         ("raise UserError('x.yaml: key: do this')", 2, "error: x.yaml: key: do this\n"),
-        ("raise UserError('a\\x1b[2Jb\\r\\nc\\udcff')", 2, r"error: a\\x1b\[2Jb\nerror: c\\udcff\n"),
+        ("raise UserError('a\\x1b[2J\\r\\nc\\udcff')", 2, r"error: a\\x1b\[2J\nerror: c\\udcff\n"),
         ("raise StageFailed('2 tasks failed')", 1, "error: 2 tasks failed\n"),
         ("raise ZeroDivisionError('so')", 1, r"Traceback(.|\n)*ZeroDivisionError: so\n"),
     ],
