@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -26,9 +27,12 @@ def test_the_bar_keeps_its_room_beside_the_notes(
             progress.task_counts = "1 node: 2 running, 7 waiting, 3 done, 0 retried"
             progress.advance(5_000_000_000, "14,870,000 documents, 109.3 MB/s")
             progress.refresh()
-        shown = os.read(read_end, 10_000).decode()
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while block := os.read(read_end, 10_000):
+            shown += block
     os.close(read_end)
-    line = shown.strip().splitlines()[-1].split("\r")[-1]
+    line = shown.decode().strip().splitlines()[-1].split("\r")[-1]
     assert len(line) <= columns
     assert line.count("█") >= 5  # half of the bar
     assert line.count(", ") == notes
