@@ -51,7 +51,8 @@ def test_chunked_loss_equals_plain_loss(seed, rows, reduction, chunk_size, scale
     upstream = torch.randn(loss.shape, generator=torch.Generator().manual_seed(1))
     got = gradients(loss, hidden, weight, upstream)
     for a, b in zip(got, gradients(expected, hidden, weight, upstream), strict=True):
-        assert (a - b).norm() <= (1e-5 if scale > 1 else 1e-6) * b.norm() + 1e-6
+        # At scale 30 logits reach 500, which float32 rounds by 3e-5: so much a probability changes.
+        assert (a - b).norm() <= (5e-5 if scale > 1 else 1e-6) * b.norm() + 1e-6
     with torch.no_grad():
         evaluated = linear_cross_entropy(hidden, weight, targets, V, reduction, chunk_size)
     torch.testing.assert_close(evaluated, loss, rtol=1e-6, atol=1e-6)
