@@ -5,8 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from pipeline.download.ingest import SourceItem, raw_path
-from pipeline.download.readers.decompress import COMPRESSIONS
-from pipeline.download.to_parquet import PARQUET, suffix_of
+from pipeline.download.to_parquet import PARQUET, compression_of, suffix_of
 from pipeline.format.foreign_tokens import SUFFIXES
 from pipeline.format.manifest import NAME, check_relative
 from pipeline.runtime.errors import UserError, printable
@@ -58,9 +57,7 @@ def _faults(name: str, path: str, owners: Mapping[str, str]) -> Iterator[str]:
         yield f"the name is longer than {_MAX_NAME_BYTES} bytes in data/raw"
     if len(encoded) > _MAX_PATH_BYTES:
         yield f"the path is longer than {_MAX_PATH_BYTES} bytes"
-    if PurePosixPath(name.lower()).suffix in COMPRESSIONS and (
-        suffix_of(name) in (*PARQUET, *SUFFIXES)
-    ):
+    if compression_of(name) and suffix_of(name) in (*PARQUET, *SUFFIXES):
         yield f"{suffix_of(name)} is not read compressed: decompress it first"
     folded = _folded(path)
     if (other := owners[folded]) != name:

@@ -78,8 +78,7 @@ class ReadOptions:
     def key(self, name: str) -> list[str]:
         """Return what decides the conversion of a file of this name."""
         reader = FORMATS[suffix_of(name)]
-        codec = PurePosixPath(name.lower()).suffix
-        key = [reader, codec if codec in COMPRESSIONS else "", self.column]
+        key = [reader, compression_of(name), self.column]
         if reader != "arrow":
             key.append(self.encoding)
         if reader == "txt":
@@ -98,8 +97,13 @@ class SkippedRows:
 
 def suffix_of(path: str) -> str:
     """Return the suffix that names the format, without compression: `.jsonl` for `b.jsonl.zst`."""
-    pure = PurePosixPath(path.lower())
-    return pure.with_suffix("").suffix if pure.suffix in COMPRESSIONS else pure.suffix
+    return PurePosixPath(path.lower().removesuffix(compression_of(path))).suffix
+
+
+def compression_of(path: str) -> str:
+    """Return the suffix that names the compression, `.zst` for `b.jsonl.zst`, or nothing."""
+    suffix = PurePosixPath(path.lower()).suffix
+    return suffix if suffix in COMPRESSIONS else ""
 
 
 def to_parquet(
@@ -179,7 +183,7 @@ def _read(
 @contextlib.contextmanager
 def _decompressed(source: Path, name: str, plain: Path) -> Iterator[Path]:
     """Decompress a file to ``plain``, for a reader that must seek; it is removed at the end."""
-    if PurePosixPath(name.lower()).suffix not in COMPRESSIONS:
+    if not compression_of(name):
         yield source
         return
     try:
@@ -218,18 +222,14 @@ class _UsableRows:
                 self._skip(row, number)
                 continue
             text = row.get(column)
-            if text is None and column not in row:
+            if column in row:
+                self.has_column = True
+            else:
                 self.without += 1
                 self.columns = self.columns or list(row)
-                yield list(map(row.get, self.wanted))
-                continue
-            self.has_column = True
-            if type(text) is str:
-                if len(text) > MAX_BYTES:
-                    self._skip(TOO_LARGE, number)
-                else:
-                    yield list(map(row.get, self.wanted))
-            elif text is None:
+            if type(text) is str and len(text) > MAX_BYTES:
+                self._skip(TOO_LARGE, number)
+            elif type(text) is str or text is None:
                 yield list(map(row.get, self.wanted))
             else:
                 self._skip(f"{_KINDS.get(type(text), 'a number')}, not a string", number)
