@@ -101,7 +101,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     if re.fullmatch(r"\d+(\.\d*)?", after):
         return float(after)
     if after:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
             date = parsedate_to_datetime(after)
             date = date if date.tzinfo else date.replace(tzinfo=timezone.utc)
             return max(0.0, (date - datetime.now(timezone.utc)).total_seconds())
@@ -194,23 +194,23 @@ def _request(url: str, partial: PartialFile, session: requests.Session, token: s
             partial.restart()
             raise _Retry("HTTP 416: no such range; restarting at byte 0")
         if status == 206:
-            content = re.fullmatch(
-                r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", "")
-            )
+            given = response.headers.get("Content-Range", "")
+            content = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]+/([0-9]+|\*)", given)
             if not content or int(content[1]) != partial.done:
                 partial.restart()
                 raise _Retry("the server sent another range; restarting at byte 0")
             if partial.etag and etag and partial.etag != etag:
                 partial.restart()
                 raise _Retry("the file changed on the server; restarting at byte 0")
-            total = content[3]
+            total = content[2]
         elif status == 200:  # possible even if a range was requested
-            partial.restart(etag)
+            # What cannot be sent back in If-Range would stop every later attempt.
+            partial.restart(etag if re.fullmatch(r"[!-~]+", etag or "") else None)
             total = response.headers.get("Content-Length", "*")
         else:
             raise Refused(status, response.headers.get("X-Error-Code"), redirected)
-        if total.isdigit() and int(total) != partial.size:
-            raise _WrongFile(f"a file of {int(total):,} bytes instead of {partial.size:,}")
+        if re.fullmatch(r"[0-9]+", total) and not re.fullmatch(f"0*{partial.size}", total):
+            raise _WrongFile(f"a file of {total[:20]} bytes instead of {partial.size}")
         _append(response, partial)
 
 
@@ -243,12 +243,16 @@ def _get(
                 allow_redirects=False,
                 timeout=_TIMEOUTS,
             )
-        except requests.RequestException as error:
+        except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
             raise _Retry(_describe(error)) from None
         if not response.is_redirect:
             return response, redirected
         response.close()
-        url = urljoin(url, response.headers["Location"])
+        try:
+            url = urljoin(url, response.headers["Location"])
+            _origin(url)
+        except ValueError:
+            raise _Retry("a redirect to an invalid URL") from None
     raise _Retry("too many redirects")
 
 

@@ -6,10 +6,12 @@ hash of each file.
 """
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from pipeline.download.http import RETRY_STATUSES, Patience, Refused, fetch, retry_after
 from pipeline.download.hub_configs import find_files, read_card
@@ -17,12 +19,16 @@ from pipeline.download.left_out import LeftOut
 from pipeline.download.partial_file import PartialFile
 from pipeline.format.manifest import Source, check_relative
 from pipeline.params import SourceParams
-from pipeline.runtime.errors import UserError
+from pipeline.runtime.errors import UserError, printable
 
 CARD = "README.md"
 DEFAULT_ENDPOINT = "https://huggingface.co"
 _TIMEOUT = 30.0  # seconds without a byte
 _MAX_CONNECTS = 3  # then the address is wrong, or there is no network
+_MAX_FILES = 1_000_000  # of a folder
+_MAX_PATH = 1_000  # characters
+_MAX_CARD_BYTES = 1 << 23
+_SHA1, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 
 T = TypeVar("T")
 
@@ -125,7 +131,7 @@ def resolve(params: SourceParams, patience: float) -> tuple[Source, list[HubFile
         return _call(request, params, token, patience, where)
 
     commit = call(lambda: api.dataset_info(repo, revision=params.revision, timeout=_TIMEOUT).sha)
-    if not commit:
+    if not _is_id(commit, _SHA1):
         raise UserError(
             f"source.revision: {endpoint()} names no commit for {params.revision!r} of {repo}; set "
             "it to a commit, and check HF_ENDPOINT"
@@ -139,21 +145,28 @@ def resolve(params: SourceParams, patience: float) -> tuple[Source, list[HubFile
     def list_folder(folder: str, recursive: bool) -> list[str]:
         listed = call(
             lambda: list(
-                api.list_repo_tree(
-                    repo, folder or None, recursive=recursive, revision=commit, repo_type="dataset"
+                islice(
+                    api.list_repo_tree(
+                        repo, folder or None, recursive=recursive, revision=commit,
+                        repo_type="dataset",
+                    ),
+                    _MAX_FILES + 1,
                 )
             ),
             f"folder {folder!r}",
-        )
+        )  # fmt: skip
         files = [entry for entry in listed if isinstance(entry, RepoFile)]
-        for entry in files:
-            try:
-                check_relative(entry.path)
-            except ValueError as error:
-                raise UserError(
-                    f"source.repo: the listing of {repo}: {error}; use another repository"
-                ) from None
-            entries[entry.path] = entry
+        try:
+            if len(listed) > _MAX_FILES:
+                raise ValueError(f"more than {_MAX_FILES} entries")
+            for entry in files:
+                _check_entry(entry)
+        except ValueError as error:
+            raise UserError(
+                f"source.repo: the listing of {repo}: {error}; use another repository, and check "
+                "HF_ENDPOINT"
+            ) from None
+        entries.update({entry.path: entry for entry in files})
         return [entry.path for entry in files]
 
     card = call(lambda: _read_text(url(CARD), token))
@@ -178,6 +191,26 @@ def resolve(params: SourceParams, patience: float) -> tuple[Source, list[HubFile
     return Source(kind="hub", repo=repo, revision=commit, config=params.config), files
 
 
+def _is_id(value: object, pattern: re.Pattern[str]) -> TypeGuard[str]:
+    return isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+def _check_entry(entry: Any) -> None:
+    """Check the types of what a hub lists of a file, which becomes paths, URLs and keys.
+
+    Raises:
+        ValueError: The entry cannot be right.
+    """
+    path, size, lfs = entry.path, entry.size, entry.lfs
+    if not isinstance(path, str) or len(path) > _MAX_PATH:
+        raise ValueError(f"a path of more than {_MAX_PATH} characters, or none")
+    check_relative(path)
+    if type(size) is not int or not 0 <= size < 1 << 63:
+        raise ValueError(f"{path!r} has no size")
+    if not _is_id(entry.blob_id, _SHA1) or (lfs and not _is_id(lfs.sha256, _SHA256)):
+        raise ValueError(f"{path!r} has no hash")
+
+
 def _set_timeouts() -> None:
     """Set a timeout for all requests of the hub's client: its paged calls have none."""
     import httpx2
@@ -199,12 +232,18 @@ def _read_text(url: str, token: str | None) -> str:
     from huggingface_hub.errors import EntryNotFoundError
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    response = get_session().get(url, headers=build_hf_headers(token=token or False))
-    try:
-        hf_raise_for_status(response)
-    except EntryNotFoundError:
-        return ""
-    return response.text
+    headers = build_hf_headers(token=token or False)
+    with get_session().stream("GET", url, headers=headers) as response:
+        try:
+            hf_raise_for_status(response)
+        except EntryNotFoundError:
+            return ""
+        data = b""
+        for block in response.iter_bytes():
+            data += block
+            if len(data) > _MAX_CARD_BYTES:
+                raise ValueError(f"{CARD} is larger than {_MAX_CARD_BYTES >> 20} MiB")
+    return data.decode(errors="replace")
 
 
 def _call(
@@ -238,8 +277,8 @@ def _call(
                     "(HTTPS_PROXY) and HF_ENDPOINT"
                 ) from None
             patience.wait(reason)
-        except (ValueError, KeyError, TypeError, httpx2.InvalidURL) as error:
-            reason = " ".join(str(error).split())[:200]
+        except Exception as error:  # the client raises many types if the answer is of another form
+            reason = printable(" ".join(str(error)[:1000].split()) or type(error).__name__)[:200]
             raise UserError(
                 f"{endpoint()} does not answer like a hub ({reason}); check HF_ENDPOINT and "
                 "source.repo"

@@ -8,19 +8,24 @@ without running the repository's code.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any
 
 from pipeline.download.left_out import AUXILIARY, UNKNOWN, LeftOut, is_auxiliary
 from pipeline.download.to_parquet import FORMATS, PARQUET, suffix_of
-from pipeline.runtime.errors import UserError
+from pipeline.runtime.errors import UserError, printable
 from pipeline.runtime.params_file import nearest
+from pipeline.runtime.yaml_size import check_size
 
 # (folder, recursive) -> paths of the files in the folder.
 ListFolder = Callable[[str, bool], list[str]]
 
 _FORMATS = (*PARQUET, *FORMATS)
 _WILDCARD = re.compile(r"[*?\[]")
+_NOT_LITERAL = re.compile(r"[*?/]|\[!?\]?[^\]]*\]")
+_MAX_WORK = 300_000_000  # of comparing paths with patterns: about a minute
+_MAX_PATTERN = 1_000  # characters
 
 
 def read_card(text: str, repo: str) -> dict[str, dict[str, Any]]:
@@ -29,19 +34,33 @@ def read_card(text: str, repo: str) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: The card's metadata cannot be read.
     """
+    import yaml  # type: ignore[import-untyped]  # as `datasets` does
     from datasets.utils.metadata import MetadataConfigs
-    from huggingface_hub import DatasetCard
 
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        card = DatasetCard(text, ignore_metadata_errors=True)
-        configs: dict[str, dict[str, Any]] = MetadataConfigs.from_dataset_card_data(card.data)
-        return configs
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"source.repo: the card of {repo} is not readable ({reason}); use another repository "
-            "or source.revision"
-        ) from None
+        metadata = _metadata(text)
+        check_size(yaml.parse(metadata, Loader=loader))
+        configs = MetadataConfigs.from_dataset_card_data(yaml.load(metadata, Loader=loader) or {})
+        return {str(name): dict(config) for name, config in configs.items()}
+    except Exception as error:  # the parsers raise many types
+        raise _unreadable(error, repo) from None
+
+
+def _metadata(text: str) -> str:
+    """Return the YAML at the start of a card, between two lines of `---`; empty if it has none."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n") + "\n"
+    start, _, rest = text.lstrip().partition("\n")
+    metadata, end, _ = f"\n{rest}".partition("\n---\n")
+    return metadata if start == "---" and end else ""
+
+
+def _unreadable(error: Exception, repo: str) -> UserError:
+    reason = printable(" ".join(str(error)[:1000].split()) or type(error).__name__)[:200]
+    return UserError(
+        f"source.repo: the card of {repo} is not readable ({reason}); use another repository or "
+        "source.revision"
+    )
 
 
 def find_files(
@@ -74,16 +93,17 @@ def find_files(
         patterns = [_join(base, pattern) for pattern in _training_patterns(data_files, repo)]
         if elsewhere := [pattern for pattern in patterns if "://" in pattern]:
             raise UserError(
-                f"source.config: {repo} refers to files elsewhere ({elsewhere[0]}); use "
+                f"source.config: {repo} refers to files elsewhere ({printable(elsewhere[0])}); use "
                 "source.kind files with their URLs in source.paths"
             )
-        listed = {path for p in patterns for path in listing(*_folder_of(p))}
+        folders = dict.fromkeys(map(_folder_of, patterns))
+        listed = {path for folder in folders for path in listing(*folder)}
         wanted = patterns
         for pattern in patterns:
             if not _WILDCARD.search(pattern) and pattern not in everything:
                 raise UserError(
-                    f"source.config: {repo} has no file {pattern}, which its card names; choose "
-                    "another configuration or source.revision"
+                    f"source.config: {repo} has no file {printable(pattern)}, which its card "
+                    "names; choose another configuration or source.revision"
                 )
     else:
         listed = listing(base, True)
@@ -145,7 +165,8 @@ def _select_config(
         return configs[config]
     if names:
         raise UserError(
-            f"source.config: {repo} has no configuration {config!r}; {nearest(config, names)}"
+            f"source.config: {repo} has no configuration {config!r}; "
+            f"{printable(nearest(config, names))[:500]}"
         )
     if config == "default":
         return {}
@@ -155,21 +176,27 @@ def _select_config(
 
 
 def _shorten(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    shown = ", ".join(printable(name)[:100] for name in names[:8])
+    return shown + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _training_patterns(data_files: Any, repo: str) -> list[str]:
     """Return the patterns of the split `train`, or of the only split."""
     from datasets.data_files import sanitize_patterns
 
-    splits = sanitize_patterns(data_files)
+    try:
+        splits = sanitize_patterns(data_files)
+    except Exception as error:  # of several types
+        raise _unreadable(error, repo) from None
     if "train" not in splits and len(splits) != 1:
         raise UserError(
             f"source.config: {repo} has no split train, only {_shorten(list(splits))}; choose "
             "another configuration"
         )
-    patterns: Iterable[Any] = splits.get("train") or next(iter(splits.values()))
-    return [str(pattern) for pattern in patterns]
+    patterns = [str(pattern) for pattern in splits.get("train") or next(iter(splits.values()))]
+    if long := [pattern for pattern in patterns if len(pattern) > _MAX_PATTERN]:
+        raise _unreadable(ValueError(f"a pattern of {len(long[0])} characters"), repo)
+    return patterns
 
 
 def _guess_patterns(paths: Iterable[str], base: str, repo: str) -> list[str]:
@@ -183,6 +210,8 @@ def _guess_patterns(paths: Iterable[str], base: str, repo: str) -> list[str]:
         patterns = _get_data_files_patterns(resolver)
     except FileNotFoundError:
         raise UserError(f"source.repo: {repo} has no data files; use another repository") from None
+    except (ValueError, AssertionError) as error:  # the name of a split
+        raise _unreadable(error, repo) from None
     return [_join(base, pattern) for pattern in _training_patterns(patterns, repo)]
 
 
@@ -194,7 +223,7 @@ def _join(base: str, pattern: str) -> str:
 
 def _folder_of(pattern: str) -> tuple[str, bool]:
     """Return the folder of all matches of a pattern, and whether to list it recursively."""
-    parts = PurePosixPath(pattern).parts
+    parts = PurePosixPath(pattern).parts or ("",)
     fixed = 0
     while fixed < len(parts) - 1 and not _WILDCARD.search(parts[fixed]):
         fixed += 1
@@ -208,20 +237,55 @@ def _match(paths: Iterable[str], patterns: Iterable[str], every: bool = False) -
         every: Whether to include files that are hidden, auxiliary, or describe the repository.
     """
     from datasets.data_files import FILES_TO_IGNORE
+
+    known = dict.fromkeys(paths)
+    patterns = list(patterns)
+    wildcards = map(len, map(_WILDCARD.findall, patterns))
+    if len(known) * sum((1 + count) ** 3 for count in wildcards if count) > _MAX_WORK:
+        raise UserError(
+            f"source.config: {len(known)} files are too many for the patterns of the card (the "
+            f"first: {printable(patterns[0])[:100]}); choose another configuration or repository"
+        )
+    matched: set[str] = set()
+    for pattern in patterns:
+        found: Iterable[str] = {pattern} & known.keys()
+        if _WILDCARD.search(pattern):
+            literal = max(_NOT_LITERAL.split(pattern), key=len)
+            found = filter(_matcher(pattern), [path for path in known if literal in path])
+        for path in found:
+            name = path.rpartition("/")[2]
+            described = name in FILES_TO_IGNORE and name != pattern.rpartition("/")[2]
+            if every or not (described or is_auxiliary(path, pattern)):
+                matched.add(path)
+    return sorted(matched)
+
+
+def _matcher(pattern: str) -> Callable[[str], object]:
+    """Return a function that matches a path as fsspec's glob does, in bounded time.
+
+    fsspec's regular expression is the fastest way, but needs exponential time for many wildcards.
+    """
     from fsspec.utils import glob_translate
 
-    matchers = [(pattern, re.compile(glob_translate(pattern))) for pattern in patterns]
+    parts = pattern.split("/")
+    choices = sum(1 if part == "**" else max(0, part.count("*") - 1) for part in parts)
+    if choices <= 2 and all(part == "**" or "**" not in part for part in parts):
+        return re.compile(glob_translate(pattern)).match
 
-    def is_ignored(path: str, pattern: str) -> bool:
-        name = path.rpartition("/")[2]
-        described = name in FILES_TO_IGNORE and name != pattern.rpartition("/")[2]
-        return described or is_auxiliary(path, pattern)
+    def matches(path: str) -> bool:
+        names = path.split("/")
+        ends = {0}  # numbers of names that the parts so far can stand for
+        for part in parts:
+            if part == "**":
+                ends = set(range(min(ends), len(names)))
+            else:
+                ends = {
+                    end + 1
+                    for end in ends
+                    if end < len(names) and (part == "*" or fnmatchcase(names[end], part))
+                }
+            if not ends:
+                return False
+        return parts[-1] == "**" or len(names) in ends
 
-    return sorted(
-        path
-        for path in paths
-        if any(
-            matcher.match(path) and (every or not is_ignored(path, pattern))
-            for pattern, matcher in matchers
-        )
-    )
+    return matches

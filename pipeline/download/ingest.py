@@ -8,6 +8,7 @@
 ```
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -22,7 +23,7 @@ from pipeline.download.row_groups import has_large_groups, rewrite
 from pipeline.download.to_parquet import ReadOptions, SkippedRows
 from pipeline.format.foreign_tokens import is_token_file, open_token_file
 from pipeline.format.parquet import NoTextColumn, check_pages, check_text_column
-from pipeline.runtime.errors import UserError
+from pipeline.runtime.errors import UserError, printable
 from pipeline.store import atomic
 from pipeline.store.store import Store
 
@@ -95,19 +96,26 @@ def _is_used_as_is(path: str) -> bool:
 
 def stored_path(store: Store, file: str, sha256: str) -> Path:
     """Return the path in the store of a file of `data/raw`."""
-    return store.root / "files" / sha256 / _stored_name(file)
+    return store.path("files", sha256) / stored_name(file)
 
 
-def _stored_name(file: str) -> str:
+def stored_name(file: str) -> str:
+    """Return the name in its piece of the store of a file of `data/raw`."""
     return f"data{PurePosixPath(file.lower()).suffix}" if is_token_file(file) else PARQUET_NAME
 
 
-def bytes_fetched(item: SourceItem, options: ReadOptions, store: Store) -> int:
-    """Return how many bytes of an item were fetched by this run or an earlier one."""
-    try:
-        return (store.root / "partial" / item_key(item, options) / DATA).stat().st_size
-    except FileNotFoundError:
-        return 0
+def partial_sizes(store: Store) -> dict[str, int]:
+    """Return key -> bytes of the unfinished downloads, of this run and of earlier ones."""
+    sizes = {}
+    for path in (store.root / "partial").glob(f"*/{DATA}"):
+        with contextlib.suppress(FileNotFoundError):  # finished in this moment
+            sizes[path.parent.name] = path.stat().st_size
+    return sizes
+
+
+def remove_partial(item: SourceItem, options: ReadOptions, store: Store) -> None:
+    """Remove what a process has left that was killed after it had stored the file."""
+    shutil.rmtree(store.root / "partial" / item_key(item, options), ignore_errors=True)
 
 
 def find_stored(item: SourceItem, options: ReadOptions, store: Store) -> StoredFile | None:
@@ -187,7 +195,7 @@ def _fetch_and_convert(
     if _version(item) != before:
         raise FaultyFile(f"{item.path}: {_CHANGED}")
     if skipped is None:
-        add_to_store(store, path, sha256, _stored_name(item.path))
+        add_to_store(store, path, sha256, stored_name(item.path))
         return StoredFile(sha256)
     stored = StoredFile(atomic.sha256_file(converted), sha256, skipped)
     add_to_store(store, converted, stored.sha256)
@@ -239,4 +247,4 @@ def add_to_store(store: Store, path: Path, sha256: str, name: str = PARQUET_NAME
             # would change the store.
             shutil.copyfile(path, piece / name)
             if atomic.sha256_file(piece / name) != sha256:
-                raise FaultyFile(f"{path}: {_CHANGED}")
+                raise FaultyFile(f"{printable(str(path))}: {_CHANGED}")

@@ -1,7 +1,9 @@
 """The files of a source that are not read: by `source.exclude`, or because they hold no text."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from pipeline.runtime.errors import UserError, printable
@@ -25,9 +27,10 @@ class LeftOut:
 
     def excludes(self, path: str) -> bool:
         """Return whether a pattern matches the path in the source, its name, or a folder of it."""
+        if not self._exclude:
+            return False
         pure = PurePosixPath(path)
-        names = {path, pure.name, *map(str, pure.parents)} if self._exclude else set()
-        names -= {"", ".", ".."}
+        names = {path, pure.name, *map(str, pure.parents)} - {"", ".", ".."}
         for pattern in self._exclude:
             wanted = pattern.removeprefix("./").rstrip("/")
             # Also for no folder in place of `**`, as in a shell.
@@ -46,9 +49,7 @@ class LeftOut:
     def report(self) -> None:
         """Print one line per reason, and one per pattern of `source.exclude` without a match."""
         for reason, names in self._names.items():
-            shown = ", ".join(map(printable, list(names)[:_NAMES]))
-            more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
-            print(f"download: left out, {reason}: {shown}{more}", flush=True)
+            print(f"download: left out, {reason}: {_shown(names)}", flush=True)
         for pattern in self._unmatched:
             print(
                 f"warning: source.exclude: {printable(pattern)!r} matches no file of the source",
@@ -58,14 +59,22 @@ class LeftOut:
     def nothing_left(self) -> UserError:
         """Return the error for a source whose files of a known format are all excluded."""
         return UserError(
-            f"source.exclude: leaves no file of a known format ({', '.join(self._exclude)}); "
+            f"source.exclude: leaves no file of a known format ({_shown(self._exclude)}); "
             "remove a pattern from it"
         )
 
 
+def _shown(names: Collection[str]) -> str:
+    more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+    return ", ".join(printable(name)[:300] for name in islice(names, _NAMES)) + more
+
+
 def matches(name: str, glob: str) -> bool:
     """Return whether a glob of a shell matches, where `*` stands for any characters, `/` too."""
-    return fnmatchcase(name, glob.replace("[^", "[!"))
+    try:
+        return fnmatchcase(name, glob.replace("[^", "[!"))
+    except re.error:  # Python 3.10: an empty range, which matches nothing
+        return False
 
 
 def is_auxiliary(path: str | Path, pattern: str | Path) -> bool:
@@ -77,5 +86,5 @@ def is_auxiliary(path: str | Path, pattern: str | Path) -> bool:
 
 
 def _marked(path: str | Path) -> int:
-    parts = PurePosixPath(path).parts
+    parts = str(path).split("/")
     return sum(part.startswith((".", "_")) and part not in (".", "..") for part in parts)

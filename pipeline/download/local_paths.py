@@ -8,7 +8,8 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,21 +98,25 @@ def _split(above: Path, parts: Sequence[str], shown: str) -> tuple[Path, Sequenc
     return above, []
 
 
-def _expand(folder: Path, parts: Sequence[str], auxiliary: set[Path]) -> Iterator[Path]:
-    """Yield the paths below a folder that match the parts of a glob.
+def _expand(above: Path, parts: Sequence[str], auxiliary: set[Path]) -> Iterable[Path]:
+    """Return the paths below a folder that match the parts of a glob, each once.
 
     Args:
         auxiliary: Gets the folders below a `**` whose names begin with `_`, which are not entered.
     """
-    if not parts:
-        yield folder
-    elif parts[0] == "**":
-        for below in _folders(folder, set(), auxiliary) if parts[1:] else [folder]:
-            yield from _expand(below, parts[1:], auxiliary)
-    else:
-        for path in (folder / name for name in _matches(folder, parts[0])):
-            if len(parts) == 1 or path.is_dir():
-                yield from _expand(path, parts[1:], auxiliary)
+    # Part by part: several `**` may lead to a folder in exponentially many ways.
+    found = {above: None}
+    for part, following in zip_longest(parts, parts[1:]):
+        if part == "**" and following in ("**", None):
+            continue  # the next one finds the same; the last one stands for the folder
+        below: list[Path] = []
+        for folder in found:
+            if part == "**":
+                below += _folders(folder, set(), auxiliary)
+            else:
+                below += [folder / name for name in _matches(folder, part)]
+        found = {path: None for path in below if following is None or path.is_dir()}
+    return found
 
 
 def _matches(folder: Path, part: str) -> list[str]:

@@ -7,7 +7,7 @@ byte: a file is taken only if it has the sha256 of the manifest.
 
 from pathlib import Path
 
-from pipeline.download.ingest import add_to_store, stored_path
+from pipeline.download.ingest import add_to_store, stored_name, stored_path
 from pipeline.download.stage import fetch
 from pipeline.format.manifest import NAME, RawManifest, SourceFile
 from pipeline.params import SourceParams
@@ -38,7 +38,7 @@ def restore(raw: Path, machine: Machine) -> None:
         )
         for file in manifest.files:  # or they would be fetched as well
             if (place := places[file.path]) is not None and place.is_relative_to(raw):
-                add_to_store(store, place, file.sha256, stored_path(store, file.path, "").name)
+                add_to_store(store, place, file.sha256, stored_name(file.path))
         _fetch_again(missing, manifest, raw, store, machine)
     paths = {
         file.path: places[file.path] or stored_path(store, file.path, file.sha256)

@@ -19,6 +19,8 @@ TEXT_FORMATS = (*to_parquet.PARQUET, *to_parquet.FORMATS)
 
 _WILDCARD = re.compile(r"[*\[]")  # in a URL "?" begins the query
 _READ_BYTES = 1 << 22
+_MAX_SHOWN = 300  # characters of a path or URL in a message
+_MAX_STARS = 3  # in a name of a URL's glob: fsspec needs exponential time for more
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Keys of fsspec's file info that change with a file's content, by file system.
 _VERSION_KEYS = (
@@ -45,6 +47,10 @@ class PathFile:
         return "seen-" + atomic.sha256_json([self.url, self.size, self.version])
 
     @property
+    def _shown(self) -> str:
+        return printable(self.url)[:_MAX_SHOWN]
+
+    @property
     def real(self) -> str:
         """The path without links, or the URL."""
         return os.path.realpath(self.url) if self.local else self.url
@@ -67,7 +73,7 @@ class PathFile:
                 path, sha256 = Path(self.url), atomic.sha256_file(Path(self.url))
             except OSError as error:
                 raise UserError(
-                    f"source.paths: {self.url}: {error.strerror}; make it a readable file"
+                    f"source.paths: {self._shown}: {error.strerror}; make it a readable file"
                 ) from None
         with open(path, "rb") as file:
             if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
@@ -75,7 +81,7 @@ class PathFile:
         return path, sha256
 
     def _download(self, folder: Path, patience: float) -> tuple[Path, str]:
-        waiting = Patience(self.url, patience)
+        waiting = Patience(self._shown, patience)
         with PartialFile(folder, self.size) as partial:
             while partial.done < self.size:
                 before = partial.done
@@ -85,8 +91,8 @@ class PathFile:
                     reason = "disconnected"
                 except (FileNotFoundError, PermissionError) as error:
                     raise UserError(
-                        f"source.paths: {self.url}: {_reason(error)}; check the URL and its access "
-                        "rights"
+                        f"source.paths: {self._shown}: {_reason(error)}; check the URL and its "
+                        "access rights"
                     ) from None
                 except Exception as error:  # each file system raises its own types
                     reason = type(error).__name__
@@ -97,7 +103,7 @@ class PathFile:
             if partial.done > self.size:
                 partial.restart()
                 raise UserError(
-                    f"source.paths: {self.url}: the file grew while it was read; run the same "
+                    f"source.paths: {self._shown}: the file grew while it was read; run the same "
                     "command again"
                 )
             return partial.path, partial.sha256
@@ -174,7 +180,12 @@ def _find(pattern: str, formats: Sequence[str], left_out: LeftOut) -> list[PathF
 def _find_remote(url: str, formats: Sequence[str], left_out: LeftOut) -> list[PathFile]:
     from fsspec.core import url_to_fs
 
-    shown = f"source.paths: {printable(url)}"
+    shown = f"source.paths: {printable(url)[:_MAX_SHOWN]}"
+    if any(part.count("*") > _MAX_STARS for part in url.split("/")) or url.count("**") > 1:
+        raise UserError(
+            f"{shown}: more than {_MAX_STARS} * in a name, or more than one **; name the folder, "
+            "and use source.exclude"
+        )
     if "::" in url:
         raise UserError(f"{shown}: URLs with :: are not supported; download and unpack the archive")
     try:
@@ -216,15 +227,15 @@ def _find_remote(url: str, formats: Sequence[str], left_out: LeftOut) -> list[Pa
 
 def _remote_file(path: str, url: str, info: dict[str, Any]) -> PathFile:
     size = info.get("size")
-    if size is None:
+    if type(size) is not int or size < 0:
         raise UserError(
-            f"source.paths: {printable(url)}: the server does not send the file's size; download "
-            "the file and name its local path"
+            f"source.paths: {printable(url)[:_MAX_SHOWN]}: the server does not send the file's "
+            "size; download the file and name its local path"
         )
     found = {key: str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None}
     # Without version information the file may have changed: it is fetched by each run.
     version = atomic.sha256_json(found) if found else uuid.uuid4().hex
-    return PathFile(path, url, int(size), version, local=False)
+    return PathFile(path, url, size, version, local=False)
 
 
 def _folder_above_wildcard(path: str) -> str:
@@ -236,4 +247,4 @@ def _folder_above_wildcard(path: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return printable(" ".join(str(error)[:1000].split()) or type(error).__name__)[:200]

@@ -14,10 +14,12 @@ from pipeline.download.ingest import (
     SourceItem,
     StoredFile,
     add_to_store,
-    bytes_fetched,
     find_stored,
     ingest_or_fault,
+    item_key,
+    partial_sizes,
     raw_path,
+    remove_partial,
     stored_path,
 )
 from pipeline.download.raw_names import check_names
@@ -38,8 +40,8 @@ OUT = Path("data/raw")
 # FineWeb's sample-10BT: 10.3 billion tokens in 15 parquet files of 2.15 GB.
 _TOKENS_PER_100_BYTES = 32
 _TOKEN_BYTES = 2
-# A download mostly waits for the network.
-_TASK_CPUS = 0.25
+# Of a file on a server: its task mostly waits for the network. A local file's task computes.
+_REMOTE_CPUS = 0.25
 _LINES = 20  # of a list in a message
 
 
@@ -53,7 +55,7 @@ def download(params: SourceParams, store: Store, out: Path, machine: Machine) ->
     links: dict[str, Path | bytes] = {
         file.path: stored_path(store, file.path, file.sha256) for file in manifest.files
     }
-    publish({**links, NAME: atomic.json_bytes(manifest.model_dump())}, out)
+    publish({**links, NAME: atomic.json_bytes(atomic.sealed(manifest.model_dump()))}, out)
     return manifest
 
 
@@ -103,6 +105,8 @@ def _fetch_source(
     if not store.fresh:
         found = ((i, find_stored(item, options, store)) for i, item in enumerate(items))
         stored = {i: file for i, file in found if file is not None}
+        for i in stored:
+            remove_partial(items[i], options, store)
     missing = [i for i in range(len(items)) if i not in stored]
     print(
         f"download: {len(items)} files, {sum(item.size for item in items) / 1e6:,.1f} MB; "
@@ -231,7 +235,8 @@ def _require_space(
 ) -> None:
     """Check before the first byte that the disk can hold the files and their tokens."""
     size = sum(item.size for item in items)
-    left = sum(max(0, item.size - bytes_fetched(item, options, store)) for item in items)
+    unfinished = partial_sizes(store)
+    left = sum(max(0, item.size - unfinished.get(item_key(item, options), 0)) for item in items)
     # `tokenize` may use token files unchanged, and makes its own check for the others.
     tokens = 0 if params.kind == "tokens" else _estimated_tokens(size, params) * _TOKEN_BYTES
     require_space(store.root, left + tokens, "the source and its tokens")
@@ -243,34 +248,41 @@ def _require_space(
 def _fetch_items(
     items: Sequence[SourceItem], options: ReadOptions, store: Store, machine: Machine
 ) -> dict[int, StoredFile | FaultyFile]:
-    """Fetch files in Ray tasks, `parallel_downloads` at a time; return the results by index.
+    """Fetch files in Ray tasks; return the results by index.
 
-    A fault of one file does not keep the others from being fetched. A fault that may be
-    common to all does, so that a run without network does not wait for each.
+    Files on servers are fetched `parallel_downloads` at a time, local ones one per CPU.
+
+    A fault of one file does not keep the others from being fetched. A fault that may be common to
+    all does, so that a run without network does not wait for each.
     """
-    size = sum(item.size for item in items)
-    at_start = [bytes_fetched(item, options, store) for item in items]
+    keys = [item_key(item, options) for item in items]
+    pending = {key: item.size for key, item in zip(keys, items, strict=True)}
+    left = sum(pending.values())
     done: dict[int, StoredFile | FaultyFile] = {}
     tasks = [(item, options, store, machine.patience) for item in items]
-    in_flight = machine.parallel_downloads
     paths = [path for item in items if (path := item.local_path)]
-    with (
-        cluster(machine, paths) as cpus,
-        Progress("download", size - sum(at_start), "bytes") as progress,
-    ):
+
+    def missing() -> int:
+        """Return the bytes of pending files that are not here yet."""
+        here = partial_sizes(store).items()
+        return left - sum(min(pending.get(key, 0), size) for key, size in here)
+
+    at_start = missing()
+    with cluster(machine, paths) as cpus, Progress("download", at_start, "bytes") as progress:
         started = time.monotonic()
 
         def show_progress() -> None:
             """Show the bytes received, from the sizes of the partial files."""
-            new = 0
-            for index, item in enumerate(items):
-                fetched = item.size if index in done else bytes_fetched(item, options, store)
-                new += fetched - at_start[index]
+            new = at_start - missing()
             rate = new / 1e6 / max(time.monotonic() - started, 1e-3)
             more = max(new - progress.done, 0)
             progress.advance(more, f"{rate:.1f} MB/s, {len(done)} of {len(items)} files")
 
-        share = min(_TASK_CPUS, cpus * 10_000 // in_flight / 10_000)  # Ray allows four decimals
+        in_flight, share = None, 1.0
+        if len(paths) < len(items):
+            in_flight = machine.parallel_downloads
+            # Ray allows four decimals.
+            share = min(_REMOTE_CPUS, max(1, cpus * 10_000 // in_flight) / 10_000)
         labels, sizes = [item.path for item in items], [item.size for item in items]
         try:
             for index, stored in run_tasks(
@@ -278,6 +290,7 @@ def _fetch_items(
                 labels=labels, sizes=sizes, progress=progress,
             ):  # fmt: skip
                 done[index] = stored
+                left -= pending.pop(keys[index], 0)
                 show_progress()
         except UserError as error:
             _raise_faults([*(d for d in done.values() if isinstance(d, FaultyFile)), error])

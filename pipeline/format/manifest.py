@@ -2,19 +2,21 @@
 
 A manifest is written last, so a folder with a manifest is complete. It holds no clock time, host
 name or absolute path: the same inputs give the same bytes anywhere. Readers ignore unknown keys and
-refuse an unknown major ``schema_version``.
+refuse an unknown major ``schema_version``. That of the source files holds its own hash, as nothing
+else knows where the files come from; `verify` compares that of the shards with the shards.
 """
 
-import json
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.runtime.errors import UserError
+from pipeline.runtime.errors import UserError, printable
+from pipeline.store import atomic
 
 NAME = "manifest.json"
 SCHEMA_VERSION = "1.0"
+_MAX_REASON = 200  # characters
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
@@ -32,7 +34,14 @@ def check_relative(path: str) -> str:
     return path
 
 
-RelativePath = Annotated[str, AfterValidator(check_relative)]
+def _check_printable(path: str) -> str:
+    if path != printable(path):
+        raise ValueError("a path with control characters")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(check_relative), AfterValidator(_check_printable)]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 def _check_major_version(version: str) -> str:
@@ -60,7 +69,11 @@ class _Manifest(_Record):
         """
         path = Path(folder) / NAME
         try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+            value = atomic.parse_json(path.read_bytes())
+            manifest = cls.model_validate(value)
+            if atomic.SEAL in value:
+                atomic.unsealed(value)
+            return manifest
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; run `dvc repro` to create it") from None
         except ValidationError as error:
@@ -69,8 +82,9 @@ class _Manifest(_Record):
             reason = f"{where}: {detail['msg']}"
         except OSError as error:
             reason = str(error.strerror)
-        except ValueError as error:
-            reason = f"not JSON ({error})"
+        except ValueError as error:  # of JSON, or of its hash
+            reason = str(error)
+        reason = printable(reason)[:_MAX_REASON]
         raise UserError(f"{path}: {reason}; run `dvc repro` to rebuild it")
 
 
@@ -78,15 +92,15 @@ class SourceFile(_Record):
     """A file of `data/raw`: parquet, or a token file of source kind `tokens`."""
 
     path: RelativePath
-    bytes: int
-    rows: int
+    bytes: Count
+    rows: Count
     """Rows of a parquet file; 0 for a token file."""
     sha256: str
     origin: str | None = None
     """The sha256 of the original file, if this one was converted or rewritten from it."""
-    tokens: int | None = None
+    tokens: Count | None = None
     """Tokens of a token file; None for parquet."""
-    skipped: dict[str, int] = Field(default={}, exclude_if=lambda skipped: not skipped)
+    skipped: dict[str, Count] = Field(default={}, exclude_if=lambda skipped: not skipped)
     """Lines or rows of the original that are not in the converted file, by reason."""
 
 
@@ -115,10 +129,10 @@ class Part(_Record):
     chunk_key: str
     path: RelativePath
     """The source file."""
-    rows: tuple[int, int]
+    rows: tuple[Count, Count]
     """The chunk's rows [start, stop) in the source file; for a token file its tokens."""
-    tokens: int
-    docs: int
+    tokens: Count
+    docs: Count
 
 
 class ChunkRecord(_Record):
@@ -134,9 +148,9 @@ class Shard(_Record):
 
     name: RelativePath
     split: Split
-    tokens: int
-    docs: int
-    text_bytes: int
+    tokens: Count
+    docs: Count
+    text_bytes: Count
     sha256: str
     docs_sha256: str
     parts: list[Part]
@@ -152,17 +166,17 @@ class Tokenizer(_Record):
 
     name: str
     ranks_sha256: str
-    n_vocab: int
-    eot: int
+    n_vocab: Count
+    eot: Count
 
 
 class Totals(_Record):
     """Sums over the shards of a split."""
 
-    shards: int
-    docs: int
-    tokens: int
-    text_bytes: int
+    shards: Count
+    docs: Count
+    tokens: Count
+    text_bytes: Count
 
 
 class Manifest(_Manifest):
@@ -178,5 +192,5 @@ class Manifest(_Manifest):
     chunks: list[ChunkRecord] = []
     shards: list[Shard]
     totals: dict[Split, Totals]
-    skipped: dict[str, int]
+    skipped: dict[str, Count]
     """Number of skipped documents by reason."""

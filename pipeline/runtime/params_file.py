@@ -4,17 +4,21 @@ import difflib
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from pipeline.runtime.errors import UserError
+from pipeline.runtime.errors import StageFailed, UserError, printable
+from pipeline.runtime.yaml_size import check_size
 
 PARAMS = Path("params.yaml")
 SECTIONS = ("source", "tokenize", "verify", "model", "train", "evaluate")
 _MAX_VALUE_CHARS = 80  # of a value in a message
+_MAX_CHARS = 200  # of a key or a parser's message
+_MAX_FILE_BYTES = 1 << 18
 
 S = TypeVar("S", bound="Section")
+
+_loaded: dict[tuple[Path, str], Any] = {}  # values of each section that this process has read
 
 
 class Section(BaseModel):
@@ -29,6 +33,13 @@ class Section(BaseModel):
         protected_namespaces=(),
     )
 
+    @field_validator("*")
+    @classmethod
+    def _check_int64(cls, value: Any) -> Any:
+        if type(value) is int and not -(1 << 63) <= value < 1 << 63:
+            raise ValueError("not a number of 64 bits")
+        return value
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping; empty if the file is.
@@ -37,12 +48,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: The file is missing, is not YAML, or holds no mapping.
     """
     try:
-        value = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            data = file.read(_MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run this in the project's folder") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not readable as YAML: {reason}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); make it a file") from None
+    if len(data) > _MAX_FILE_BYTES:
+        raise UserError(f"{path}: larger than {_MAX_FILE_BYTES >> 10} KiB; write less into it")
+    try:
+        text = data.decode()
+        check_size(YAML(typ="safe", pure=True).parse(text))
+        value = YAML(typ="safe", pure=True).load(text)
+    except Exception as error:  # the parser raises many types
+        reason = printable(" ".join(str(error).split()) or type(error).__name__)[:_MAX_CHARS]
+        raise UserError(f"{path}: not readable as YAML: {reason}; correct it there") from None
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
@@ -77,7 +97,7 @@ def first_error(error: ValidationError, where: str, cls: type[BaseModel]) -> str
     # A misspelt key is both unknown and missing; the former comes with a suggestion.
     detail = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
     # A location such as ("prompts", 3) is reported as train.prompts.3; a model validator has none.
-    key = ".".join([where, *(str(part) for part in detail["loc"])])
+    key = printable(".".join([where, *(str(part) for part in detail["loc"])]))[:_MAX_CHARS]
     if detail["type"] == "extra_forbidden":
         return f"{key}: unknown key; {nearest(str(detail['loc'][-1]), list(cls.model_fields))}"
     if detail["type"] == "missing":
@@ -98,11 +118,29 @@ def load_section(name: str, cls: type[S], path: Path = PARAMS) -> S:
         UserError: A missing file or section, an unknown key, or an invalid value.
     """
     params = read_yaml(path)
+    _loaded[path.absolute(), name] = params.get(name)
     for section in params:
         if section not in SECTIONS:
-            raise UserError(f"{path}: {section}: unknown section; {nearest(section, SECTIONS)}")
+            shown = printable(section)[:_MAX_CHARS]
+            raise UserError(f"{path}: {shown}: unknown section; {nearest(section, SECTIONS)}")
     values = params.get(name)
     if not isinstance(values, dict):
         state = "is not a mapping" if name in params else "is missing"
         raise UserError(f"{path}: section {name} {state}; `git checkout {path}` restores it")
     return validate(cls, values, f"{path}: {name}")
+
+
+def check_unchanged() -> None:
+    """Refuse to end a stage during which one of its sections was changed in the file.
+
+    DVC reads the parameters that it records when a stage has ended, not when it started.
+
+    Raises:
+        StageFailed: Names the file and the section.
+    """
+    for (path, name), values in _loaded.items():
+        if read_yaml(path).get(name) != values:
+            raise StageFailed(
+                f"{path.name}: {name}: changed while this stage ran, and DVC would record the new "
+                "values as those of this result; run dvc repro again"
+            )

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from pipeline.cluster.tasks import run_tasks
 from pipeline.format.manifest import RawManifest
 from pipeline.params import TokenizeParams
+from pipeline.runtime.errors import printable
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.progress import Progress
 from pipeline.store.store import Store
@@ -63,9 +64,9 @@ class TextChunks:
             report = read_engine_report(self.store.root / "chunks" / key)
             for row in report["differences"]:
                 progress.log(
-                    f"warning: {chunk.file.path}, row {row}: gigatoken and tiktoken differ; the "
-                    "chunk was encoded with tiktoken. Please report this document; to turn "
-                    "gigatoken off, set engine: tiktoken in machine.yaml"
+                    f"warning: {printable(chunk.file.path)}, row {row}: gigatoken and tiktoken "
+                    "differ; the chunk was encoded with tiktoken. Please report this document; to "
+                    "turn gigatoken off, set engine: tiktoken in machine.yaml"
                 )
             text_bytes.update(report["bytes"])
             yield index, record

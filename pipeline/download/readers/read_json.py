@@ -5,7 +5,8 @@ Each line is parsed on its own, so fields that change type, appear or vanish do 
 
 import io
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import orjson
@@ -16,10 +17,18 @@ from pipeline.runtime.errors import UserError
 
 _MAX_VALUE_BYTES = 1 << 29
 _NOT_AN_OBJECT = "not a JSON object"
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class _Number(str):
     """A number as it is spelled in the file."""
+
+
+# For what orjson refuses or changes: large numbers, halves of surrogate pairs, NaN and Infinity,
+# which are null: pandas writes missing values so.
+_AS_SPELLED = json.JSONDecoder(
+    parse_int=_Number, parse_float=_Number, parse_constant=lambda _: None
+)
 
 
 def read_json(
@@ -61,26 +70,35 @@ def _parse(line: bytes, column: str, encoding: str) -> dict[str, Any] | str | No
         if float not in map(type, map(row.get, LABELS)):
             return row
     try:
-        return _usable(_parse_as_spelled(line), column)
+        return _usable(_AS_SPELLED.decode(line.decode()), column)
     except UnicodeDecodeError:
         return not_valid(encoding)
     except (ValueError, RecursionError):
         return "not valid JSON"
 
 
-def _parse_as_spelled(data: bytes) -> Any:
-    """Parse what orjson refuses or changes: NaN, large numbers, halves of surrogate pairs.
-
-    Returns:
-        The value with `_Number` for numbers, and null for NaN and Infinity: pandas writes missing
-        values so.
+def _items(text: str) -> Iterator[Any]:
+    """Yield the items of a JSON list, one at a time: together they may need 80 times the memory.
 
     Raises:
-        ValueError, RecursionError: The data are not JSON.
+        ValueError, RecursionError: The text is not a JSON list, or an item is nested too deeply.
     """
-    return json.loads(
-        data.decode(), parse_int=_Number, parse_float=_Number, parse_constant=lambda _: None
-    )
+
+    def after_space(at: int) -> int:
+        return _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches anything
+
+    if not text.startswith("[", start := after_space(0)):
+        raise ValueError("not a JSON list")
+    at = after_space(start + 1)
+    is_more = text[at : at + 1] != "]"
+    while is_more:
+        item, at = _AS_SPELLED.raw_decode(text, at)
+        yield item
+        at = after_space(at)
+        if is_more := text[at : at + 1] == ",":
+            at = after_space(at + 1)
+    if text[at : at + 1] != "]" or after_space(at + 1) < len(text):
+        raise ValueError("not a JSON list")
 
 
 def _usable(row: Any, column: str) -> dict[str, Any] | str:
@@ -97,7 +115,7 @@ def _read_whole(
     column: str,
     encoding: str,
     is_lines: bool,
-) -> list[dict[str, Any] | str] | None:
+) -> Iterable[dict[str, Any] | str] | None:
     """Return the objects of a file that is one JSON value; None if it is JSON Lines."""
     with open_file() as stream:
         first = b"\n"
@@ -119,13 +137,17 @@ def _read_whole(
             "memory as a whole; write it as JSON Lines, an object per line"
         )
     try:
-        value = _parse_as_spelled(data)
+        text = data.decode()
+        del data
+        if start == b"[":
+            for _ in _items(text):
+                pass  # all must be valid before the first is used: a line may begin with [, too
+            return (_usable(row, column) for row in _items(text))
+        value = _AS_SPELLED.decode(text)
     except (ValueError, RecursionError):
         return None
-    if isinstance(value, dict):
-        _check_object(value, name, column)
-        value = [value]
-    return [_usable(row, column) for row in value]
+    _check_object(value, name, column)
+    return [_usable(value, column)]
 
 
 def _check_object(row: dict[str, Any], name: str, column: str) -> None:

@@ -326,3 +326,20 @@ def test_every_layout_is_shipped(tmp_path: Path) -> None:
     assert [(row, texts.to_pylist()) for row, texts in unpack(pack(batches, 1 << 20), 0)] == [
         (0, [b"one", None, b"two"])
     ]
+
+
+def test_what_a_process_left_that_was_killed_at_the_end_is_removed(
+    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    params = SourceParams(kind="files", paths=[str(tmp_path / "a.jsonl")])
+    store = Store.open(machine)
+    monkeypatch.setattr("pipeline.download.stage.cluster", no_cluster)
+    monkeypatch.setattr("pipeline.download.stage.run_tasks", run_here)
+    download(params, store, tmp_path / "raw", machine)
+    partial = store.root / "partial"
+    for origin in (store.root / "origins").iterdir():  # named as the folder of the download
+        (partial / origin.name).mkdir(exist_ok=True)
+        (partial / origin.name / "made.parquet").write_text("half")
+    download(params, store, tmp_path / "raw", machine)
+    assert not [path for path in partial.iterdir() if not path.name.startswith("seen-")]

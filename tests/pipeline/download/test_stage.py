@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 
+from pipeline.download import stage
+from pipeline.download.source_paths import PathFile
 from pipeline.download.stage import download
+from pipeline.download.to_parquet import ReadOptions
 from pipeline.format import tokenizer
 from pipeline.format.manifest import RawManifest
 from pipeline.format.parquet import FINEWEB_SCHEMA
@@ -67,3 +74,34 @@ def test_fewer_files_are_the_first_ones_and_a_damaged_one_is_replaced(
     assert download(SourceParams(files=1), store, out, Machine()) == manifest
     assert atomic.sha256_file(path) == manifest.files[0].sha256
     assert list((store.root / "tmp").iterdir()) == []
+
+
+def test_a_local_file_takes_a_cpu_and_one_on_a_server_a_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int | None, float]] = []
+
+    def run_tasks(
+        function: Any,
+        tasks: Any,
+        in_flight: int | None,
+        name: str,
+        num_cpus: float,
+        *_: Any,
+        **__: Any,
+    ) -> Iterator[Any]:
+        asked.append((in_flight, num_cpus))
+        return iter(())
+
+    monkeypatch.setattr(stage, "run_tasks", run_tasks)
+    monkeypatch.setattr(stage, "cluster", lambda *_: contextlib.nullcontext(2))
+    local, remote = (PathFile(f"{i}.jsonl", f"/{i}", 1, "", local=i == 0) for i in range(2))
+    options, store = ReadOptions("text", "file", "utf-8"), Store(tmp_path)
+    for items, machine in (
+        ([local, local], Machine()),
+        ([local, remote], Machine()),
+        ([remote], Machine(parallel_downloads=100)),
+        ([remote], Machine(parallel_downloads=10**6)),
+    ):
+        stage._fetch_items(items, options, store, machine)
+    assert asked == [(None, 1.0), (4, 0.25), (100, 0.02), (10**6, 0.0001)]
