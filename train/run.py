@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ from pipeline.runtime.machine import Machine
 from pipeline.runtime.params_file import load_section
 from pipeline.store import atomic
 from pipeline.store.code_key import code_key
-from pipeline.store.store import Store, publish
+from pipeline.store.store import Busy, Store, publish
 from train.checkpoint import directory, init_from
 from train.data.order import DataOrder
 from train.data.split import Split, share_batch
@@ -175,14 +174,15 @@ class Run:
     @property
     def history(self) -> History:
         """The run's log, and the curves that DVC shows of it."""
-        return History(self.folder / "log.jsonl", CURVES)
+        return History(self.folder / "log.jsonl", CURVES, self.params.log_every)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for this process.
 
         Raises:
-            UserError: Another process still holds it after `LOCK_TIMEOUT` seconds.
+            Busy: Another process still holds it after `LOCK_TIMEOUT` seconds.
+            UserError: The store cannot be written.
         """
         end, announced = time.monotonic() + LOCK_TIMEOUT, False
         with contextlib.ExitStack() as stack:
@@ -190,7 +190,7 @@ class Run:
                 try:
                     stack.enter_context(self.store.lock("runs", self.key, wait=False))
                     break
-                except UserError:
+                except Busy:
                     if time.monotonic() > end:
                         raise
                     if not announced:
@@ -201,40 +201,62 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """Read `run.json`, written when the run begins."""
-        path = self.folder / RECORD
-        if not path.exists():
-            atomic.write_json(path, {**self.identity, "adopted": []})
-        value: dict[str, Any] = json.loads(path.read_bytes())
-        return value
+        path, adopted = self.folder / RECORD, []
+        try:
+            record = atomic.read_sealed(path)
+            if isinstance(record.get("adopted"), list):
+                return record
+            raise ValueError("no list of adopted runs")
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            _warn(path, error, "written again")
+            if found := directory.latest(self.folder, self.samples):
+                adopted = found[1].get("adopted", [])
+            atomic.remove(path)
+        atomic.write_json(path, atomic.sealed({**self.identity, "adopted": adopted}))
+        return {**self.identity, "adopted": adopted}
 
     def clear(self) -> None:
         """Delete all that was done: the run starts from scratch."""
         for path in self.folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            atomic.remove(path)
 
     def fail(self, reason: str) -> None:
         """Mark the run as failed, so that a restart does not repeat the failure."""
         marker = {"what": reason, "non_finite": self.params.non_finite}
-        atomic.write_json(self.folder / FAILED, marker)
+        atomic.write_json(self.folder / FAILED, atomic.sealed(marker))
 
     def check_not_failed(self) -> None:
         """Refuse to repeat a failure.
 
-        A run that stopped at a non-finite step may resume with ``non_finite: skip``.
+        A run that stopped at a non-finite step may resume with ``non_finite: skip``, and after any
+        failure with `train.launch --retry`, which removes the mark.
 
         Raises:
-            UserError: The run failed in a way that does not depend on chance.
+            UserError: The run failed; the message has the ways to continue, the harmless first.
         """
         path = self.folder / FAILED
-        if not path.exists():
+        try:
+            marker = atomic.read_sealed(path)
+            what, stopped = marker["what"], marker["non_finite"] == "stop"
+        except FileNotFoundError:
             return
-        marker = json.loads(path.read_bytes())
-        if marker["non_finite"] == "stop" and self.params.non_finite == "skip":
+        except (OSError, ValueError, KeyError) as error:
+            _warn(path, error, "ignored")  # the failure repeats itself
             return
-        skip = " (train.non_finite: skip resumes it)" if marker["non_finite"] == "stop" else ""
+        if stopped and self.params.non_finite == "skip":
+            return
+        skip = "set train.non_finite: skip to leave out such steps; " if stopped else ""
+        lower = "set a lower train.learning_rate"
+        saved = directory.checkpoints(self.folder)
+        if saved:
+            lower += f" with train.init: checkpoint {saved[-1]} and train.init_with: all"
+        since = f"step {directory.step_of(saved[-1])}" if saved else "the start"
         raise UserError(
-            f"this run failed before: {marker['what']}; change params.yaml{skip}, or start from "
-            "scratch with GPT2_FRESH=1"
+            f"this run failed before: {what}. To continue from {since}: python -m train.launch "
+            f"--retry repeats the steps, in case the machine was at fault; {skip}{lower}. "
+            "GPT2_FRESH=1 deletes this run with its checkpoints and starts from scratch"
         )
 
     def forget_failure(self) -> None:
@@ -249,19 +271,31 @@ class Run:
     def beside_reference(self, step: int, loss: float) -> reference_curve.Point | None:
         """A validation beside the published curve; None where they are not comparable."""
         model, train = self.model.config().to_dict(), self.params.model_dump(mode="json")
-        if reference_curve.recipe_mismatch(model, train, self.train_data.manifest.source):
+        raw, other = self.train_data.manifest.source, reference_curve.other_recipe(train)
+        if other or reference_curve.recipe_mismatch(model, train, raw):
             return None
         return reference_curve.Point.at(step, loss)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the run as finished."""
-        atomic.write_json(self.folder / FINAL, summary)
+        atomic.write_json(self.folder / FINAL, atomic.sealed(summary))
+
+    def summary(self) -> dict[str, Any] | None:
+        """Read the summary of a finished run; None if there is none, or a damaged one."""
+        path = self.folder / FINAL
+        try:
+            return atomic.read_sealed(path)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            _warn(path, error, "written again from the log")
+            return None
 
     def finished(self) -> tuple[Path, dict[str, Any]] | None:
         """The last checkpoint of a finished run, verified, and its state; None for other runs."""
-        if not (self.folder / FINAL).exists():
+        if self.summary() is None:
             return None
-        found = directory.latest(self.folder)
+        found = directory.latest(self.folder, self.samples)
         return found if found is not None and found[1]["step"] == self.params.steps else None
 
     def publish_finished(self) -> bool:
@@ -298,17 +332,21 @@ class Run:
 
     def publish(self, last: Path) -> None:
         """Put the finished run where DVC expects it: checkpoint, log, summary, metrics, curves."""
-        self.history.draw()
+        directory.remove_leftovers(self.folder)
+        history = self.history
+        history.draw(directory.step_of(last))
         CHECKPOINT.parent.mkdir(parents=True, exist_ok=True)
         publish({name: last / name for name in directory.FILES}, CHECKPOINT)
-        atomic.write_bytes(LOG, self.history.path.read_bytes())
-        final = (self.folder / FINAL).read_bytes()
-        atomic.write_bytes(SUMMARY, final)
-        atomic.write_json(METRICS, compared(json.loads(final), COMPARED))
+        atomic.write_bytes(LOG, history.content())
+        final = self.summary()
+        assert final is not None, "finish() first"
+        atomic.write_json(SUMMARY, atomic.sealed(final))
+        atomic.write_json(METRICS, compared(final, COMPARED))
 
     def result(self) -> str:
         """The result of a finished run, in one line."""
-        m = json.loads((self.folder / FINAL).read_bytes())
+        m = self.summary()
+        assert m is not None, "finish() first"
         best = directory.best(self.folder)
         other = best is not None and directory.step_of(best) != m["step"]
         return (
@@ -317,6 +355,10 @@ class Run:
             f"model in {CHECKPOINT}, metrics in {METRICS}"
             + (f"; the best saved checkpoint is {best}" if other else "")
         )
+
+
+def _warn(path: Path, error: Exception, what: str) -> None:
+    print(f"warning: {path}: damaged ({error}); {what}", file=sys.stderr, flush=True)
 
 
 def compared(numbers: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
@@ -328,7 +370,7 @@ def _check_verified() -> None:
     """Refuse data that `verify` has not passed."""
     manifest = atomic.sha256_file(TOKENS / "manifest.json")
     try:
-        passed = json.loads(VERIFIED.read_bytes())["manifest_sha256"]
+        passed = atomic.parse_json(VERIFIED.read_bytes())["manifest_sha256"]
     except (OSError, ValueError, LookupError, TypeError):
         raise UserError(
             f"{VERIFIED}: missing or unreadable; run python -m pipeline.verify"

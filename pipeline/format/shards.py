@@ -108,13 +108,17 @@ def read_docs(path: Path) -> np.ndarray:
         docs = np.load(docs_path(path), allow_pickle=False)
     except FileNotFoundError:
         raise ShardError(f"{docs_path(path)}: no such file; {_CREATE}") from None
-    except OSError:
-        raise
+    except OSError as error:
+        raise _unreadable(docs_path(path), error) from None
     except Exception:  # NumPy's parser raises many types on a damaged header
         docs = None
     if not isinstance(docs, np.ndarray) or docs.dtype != "<i8" or docs.shape[1:] != (2,):
         raise ShardError(f"{docs_path(path)}: not a document index; {_REBUILD}")
     return np.asarray(docs)
+
+
+def _unreadable(path: Path, error: OSError) -> ShardError:
+    return ShardError(f"{path}: cannot be read ({error.strerror}); {_REBUILD}")
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -124,11 +128,14 @@ def open_shard(path: Path) -> np.ndarray:
         ShardError: The file is missing, or its header does not match its size.
     """
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            data = file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0")
+        size, data = path.stat().st_size, bytes(HEADER_BYTES)
+        if size >= HEADER_BYTES:  # neither too short nor a pipe, which would block
+            with open(path, "rb") as file:
+                data = file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0")
     except FileNotFoundError:
         raise ShardError(f"{path}: no such file; {_CREATE}") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
     header = np.frombuffer(data, dtype=_HEADER_DTYPE)
     if size < HEADER_BYTES or header[0] != MAGIC or header[1] != VERSION:
         raise ShardError(f"{path}: not a token shard (wrong header); {_REBUILD}")

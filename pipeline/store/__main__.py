@@ -1,8 +1,6 @@
 """`python -m pipeline.store`: list the store, or prune unused pieces."""
 
 import contextlib
-import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -10,14 +8,20 @@ from typing import Any
 from pipeline.runtime import command
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine, project_root
+from pipeline.store import atomic
 from pipeline.store.store import Store, merged_key
 
 
 def _pieces_of_outs(root: Path, store: Store) -> set[tuple[str, str]]:
-    """Return (kind, key) of the pieces that the outs in the workspace consist of."""
+    """Return (kind, key) of the pieces that the outs in the workspace consist of.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError, LookupError, TypeError: A file is damaged.
+    """
 
     def load(path: Path) -> dict[str, Any]:
-        value: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        value: dict[str, Any] = atomic.parse_json(path.read_bytes()) if path.exists() else {}
         return value
 
     used = {("files", f["sha256"]) for f in load(root / "data/raw/manifest.json").get("files", [])}
@@ -50,13 +54,20 @@ def main(argv: list[str] | None = None) -> None:
     if args.prune != (args.older_than is not None):
         parser.error("--prune and --older-than DAYS must be given together")
     store = Store.open(Machine.load())
-    used = _pieces_of_outs(project_root(), store)
+    try:
+        used = _pieces_of_outs(project_root(), store)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"data/, artifacts/: a manifest or record is damaged ({error!r}); run `dvc repro`, "
+            "then this command"
+        ) from None
     print(store.root)
-    for kind in sorted(p for p in store.root.iterdir() if p.name not in ("locks", "tmp")):
+    kinds = (p for p in store.root.iterdir() if p.name not in ("locks", "tmp") and p.is_dir())
+    for kind in sorted(kinds):
         pieces, size, pruned = 0, 0, 0
         for folder in sorted(kind.iterdir()):
             files = [path for path in folder.rglob("*") if path.is_file()]
-            newest = max(path.stat().st_mtime for path in (*files, folder))
+            newest = max(path.lstat().st_mtime for path in (*files, folder))
             stale = args.prune and time.time() - newest > args.older_than * 86400
             if stale and (kind.name, folder.name) not in used:
                 # A locked piece is in use: keep it.
@@ -64,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
                     contextlib.suppress(UserError),
                     store.lock(kind.name, folder.name, wait=False),
                 ):
-                    shutil.rmtree(folder)
+                    atomic.remove(folder)
                     pruned += 1
                     continue
             pieces += 1

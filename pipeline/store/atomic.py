@@ -1,10 +1,17 @@
-"""Atomic file writes: write to a temporary name, fsync, rename."""
+"""Atomic file writes: write to a temporary name, fsync, rename; and JSON that knows its hash."""
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
+import platform
+import shutil
 from pathlib import Path
 from typing import Any
+
+SEAL = "json_sha256"
+"""Key of a JSON object's own hash, see `sealed`."""
 
 
 def fsync_folder(folder: Path) -> None:
@@ -25,16 +32,40 @@ def fsync_file(path: Path) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` atomically: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    prefix = f".{path.name}.{platform.node()}."
+    _remove_leftovers(path.parent, prefix)
+    temporary = path.with_name(f"{prefix}{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
     fsync_folder(path.parent)
+
+
+def _remove_leftovers(folder: Path, prefix: str) -> None:
+    """Remove the temporary files of processes of this machine that were killed while they wrote."""
+    for leftover in folder.glob(f"{glob.escape(prefix)}*.tmp"):
+        pid = leftover.name[len(prefix) : -len(".tmp")]
+        try:
+            os.kill(int(pid), 0)
+        except (ValueError, ProcessLookupError):
+            leftover.unlink(missing_ok=True)
+        except PermissionError:  # it lives, and is another user's
+            pass
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it exists; of a link never the target."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def json_bytes(value: Any) -> bytes:
@@ -61,3 +92,46 @@ def sha256_json(value: Any) -> str:
     """Return the sha256 of a JSON value, regardless of key order: a key for the store."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Parse JSON from outside.
+
+    Raises:
+        ValueError: It is not JSON, or nested deeper than Python can parse.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with its own sha256 added under `SEAL`."""
+    return {**value, SEAL: sha256_json(value)}
+
+
+def unsealed(value: Any) -> dict[str, Any]:
+    """Return a `sealed` JSON object without its hash, which is checked.
+
+    Raises:
+        ValueError: It is not the object that was sealed.
+    """
+    if isinstance(value, dict):
+        rest = {key: entry for key, entry in value.items() if key != SEAL}
+        if value.get(SEAL) == sha256_json(rest):
+            return rest
+    raise ValueError(f"does not match its {SEAL}")
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read a `sealed` JSON object; one of an earlier version, without a hash, is not checked.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is damaged.
+    """
+    value = parse_json(path.read_bytes())
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return unsealed(value) if SEAL in value else value

@@ -6,24 +6,39 @@
 .work/locks/<kind>-<key>       one flock per key, so that no piece is made twice at a time
 ```
 
-`piece.json` records size, mtime and sha256 of each file. A file whose size or mtime differs is
-hashed again; a damaged piece is discarded and rebuilt. Outs of DVC stages are hard links to these
-files, so a damaged file is made writable before it is unlinked, see `unlink_damaged`.
+`piece.json` records size, mtime and sha256 of each file, and its own hash. A file that is small, or
+whose size or mtime differs, is hashed again; a damaged piece is discarded and rebuilt. Outs of DVC
+stages are hard links to these files, so a damaged file is made writable before it is unlinked, see
+`unlink_damaged`. Removing and changing modes never follows a link.
 """
 
 import contextlib
+import errno
 import fcntl
-import json
 import os
+import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from pipeline.runtime.errors import UserError
+from pipeline.runtime.errors import UserError, printable
 from pipeline.runtime.machine import Machine, project_root
 from pipeline.store import atomic
 
 INDEX = "piece.json"
+_SMALL_BYTES = 1 << 13  # records and the like: cheap to hash at each use
+_NOT_WRITABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
+)
+_DVC_OBJECT = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
+
+
+class Busy(UserError):
+    """Another process holds a lock."""
 
 
 class Store:
@@ -54,65 +69,104 @@ class Store:
         store.sweep()
         return store
 
+    def path(self, kind: str, key: str) -> Path:
+        """Return the folder of a piece, or of unfinished work, whether it exists or not.
+
+        Raises:
+            UserError: The key is not one plain name: it may be a path out of the store.
+        """
+        if not _PLAIN_NAME.fullmatch(key):
+            raise UserError(
+                f"{kind}: {key[:80]!r} cannot be a key of the store; the file that holds it is "
+                "damaged or forged: get it again from where you trust it"
+            )
+        return self.root / kind / key
+
     def folder(self, kind: str, key: str) -> Path:
         """Create the folder of unfinished work, such as a training run; return its path."""
-        folder = self.root / kind / key
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = self.path(kind, key)
+        with self._writing():
+            folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn an error that the store cannot be written into one line."""
+        try:
+            yield
+        except OSError as error:
+            name = error.filename  # of a failed `write` there is none
+            is_ours = name is None or Path(os.fsdecode(name)).is_relative_to(self.root)
+            if error.errno not in _NOT_WRITABLE or not is_ours:
+                raise
+            raise UserError(
+                f"{name or self.root}: the store cannot be written ({error.strerror}); make it "
+                "writable for you and free some space, or set work_dir (machine.yaml, "
+                "GPT2_WORK_DIR) to another folder"
+            ) from None
 
     @contextlib.contextmanager
     def lock(self, kind: str, key: str, wait: bool = True) -> Iterator[None]:
         """Hold the key's lock. The kernel releases it when the process dies.
 
         Raises:
-            UserError: ``wait`` is false and another process holds the lock.
+            Busy: ``wait`` is false and another process holds the lock.
+            UserError: The store cannot be written.
         """
-        path = self.root / "locks" / f"{kind}-{key}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w") as file:
+        path = self.root / "locks" / f"{kind}-{self.path(kind, key).name}"
+        with self._writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a")
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
-                raise UserError(
+                raise Busy(
                     f"another process is working on {kind}/{key[:12]}; wait until it ends"
                 ) from None
             yield
 
     def find(self, kind: str, key: str) -> Path | None:
         """Return the folder of a complete piece, or None if it is missing or damaged."""
-        folder = self.root / kind / key
-        index_path = folder / INDEX
+        folder = self.path(kind, key)
         try:
-            index = json.loads(index_path.read_text())
+            index, is_sealed = _read_index(folder)
         except FileNotFoundError:
             return None
-        except ValueError:
-            index = None
-        if not _is_index(index):
+        except (OSError, ValueError):
             _warn_damaged(kind, key, INDEX)
             return None
-        touched = False
+        changed = not is_sealed
         for name, entry in index.items():
+            path = folder / name
             try:
-                status = (folder / name).stat()
-            except FileNotFoundError:
+                status = path.stat()
+                found = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+                is_known = found.items() <= entry.items()
+                if is_known and is_sealed and status.st_size > _SMALL_BYTES:
+                    continue
+                # A pipe would block the process that reads it.
+                is_intact = (
+                    stat.S_ISREG(status.st_mode) and atomic.sha256_file(path) == entry["sha256"]
+                )
+            except (OSError, ValueError):  # ValueError: a NUL in the name
+                is_intact = False
+            if not is_intact:
                 _warn_damaged(kind, key, name)
                 return None
-            if (status.st_size, status.st_mtime_ns) == (entry["size"], entry["mtime_ns"]):
-                continue
-            if atomic.sha256_file(folder / name) != entry["sha256"]:
-                _warn_damaged(kind, key, name)
-                return None
-            entry["mtime_ns"], touched = status.st_mtime_ns, True
-        if touched:
-            atomic.write_json(index_path, index)
-        else:
-            os.utime(index_path)  # last use, for `--prune --older-than`
+            if not is_known:
+                entry |= found
+                changed = True
+        with contextlib.suppress(OSError):  # a store that cannot be written can be read
+            if changed:
+                atomic.write_json(folder / INDEX, atomic.sealed(index))
+            else:
+                os.utime(folder / INDEX)  # last use, for `--prune --older-than`
         return folder
 
     def sha256(self, kind: str, key: str) -> dict[str, str]:
         """Return file name -> sha256 of a complete piece, as recorded in its index."""
-        index = json.loads((self.root / kind / key / INDEX).read_text())
+        index, _ = _read_index(self.path(kind, key))
         return {name: entry["sha256"] for name, entry in index.items()}
 
     @contextlib.contextmanager
@@ -124,57 +178,75 @@ class Store:
         Args:
             hashes: File name -> sha256 of files already hashed; may be filled within the block.
         """
+        final = self.path(kind, key)
         temporary = self.root / "tmp" / f"{kind}-{key}"
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a dead process
-        temporary.mkdir(parents=True)
-        try:
-            yield temporary
-            index = {}
-            for path in sorted(temporary.iterdir()):
-                atomic.fsync_file(path)
-                status = path.stat()
-                index[path.name] = {
-                    "size": status.st_size,
-                    "mtime_ns": status.st_mtime_ns,
-                    "sha256": (hashes or {}).get(path.name) or atomic.sha256_file(path),
-                }
-            atomic.write_json(temporary / INDEX, index)
-            final = self.root / kind / key
-            final.parent.mkdir(parents=True, exist_ok=True)
-            self.discard(kind, key)
-            os.rename(temporary, final)
-            atomic.fsync_folder(final.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with self._writing():
+            atomic.remove(temporary)  # left by a dead process
+            temporary.mkdir(parents=True)
+            try:
+                yield temporary
+                index = {}
+                for path in sorted(temporary.iterdir()):
+                    atomic.fsync_file(path)
+                    status = path.stat()
+                    index[path.name] = {
+                        "size": status.st_size,
+                        "mtime_ns": status.st_mtime_ns,
+                        "sha256": (hashes or {}).get(path.name) or atomic.sha256_file(path),
+                    }
+                atomic.write_json(temporary / INDEX, atomic.sealed(index))
+                final.parent.mkdir(parents=True, exist_ok=True)
+                self.discard(kind, key)
+                os.rename(temporary, final)
+                atomic.fsync_folder(final.parent)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
 
     def discard(self, kind: str, key: str) -> None:
         """Remove a piece, if it exists, with `unlink_damaged`."""
-        folder = self.root / kind / key
-        if not folder.exists():
+        folder = self.path(kind, key)
+        if not os.path.lexists(folder):
             return
-        (folder / INDEX).unlink(missing_ok=True)
-        for path in folder.iterdir():
-            unlink_damaged(path)
-        folder.rmdir()
+        if not folder.is_symlink():
+            atomic.remove(folder / INDEX)  # from here on the piece is incomplete
+        unlink_damaged(folder)
 
     def sweep(self) -> None:
         """Remove incomplete pieces of dead processes: those whose lock is free."""
         for path in (self.root / "tmp").glob("*-*"):
             kind, key = path.name.split("-", 1)
-            with contextlib.suppress(UserError), self.lock(kind, key, wait=False):
-                shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(UserError, OSError), self.lock(kind, key, wait=False):
+                atomic.remove(path)
 
 
 def _warn_damaged(kind: str, key: str, name: str) -> None:
     # Not removed here: the process that rebuilds the piece, under its lock, replaces it.
-    print(f"warning: {kind}/{key[:12]}/{name} in the store is damaged; it will be rebuilt")
+    place = f"{kind}/{key[:12]}/{printable(name)}"
+    print(f"warning: {place} in the store is damaged; it will be rebuilt", flush=True)
 
 
-def _is_index(index: object) -> bool:
-    return isinstance(index, dict) and all(
-        isinstance(entry, dict) and entry.keys() >= {"size", "mtime_ns", "sha256"}
-        for entry in index.values()
-    )
+def _read_index(folder: Path) -> tuple[dict[str, Any], bool]:
+    """Read a piece's index: its entries, and whether it has the hash that it is written with.
+
+    Indexes of earlier versions have none: their files are hashed again.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is damaged.
+    """
+    index = atomic.parse_json((folder / INDEX).read_bytes())
+    if is_sealed := isinstance(index, dict) and atomic.SEAL in index:
+        index = atomic.unsealed(index)
+    if (
+        not index
+        or not isinstance(index, dict)
+        or not all(
+            isinstance(entry, dict) and entry.keys() >= {"size", "mtime_ns", "sha256"}
+            for entry in index.values()
+        )
+    ):
+        raise ValueError(f"{folder / INDEX}: not an index")
+    return index, is_sealed
 
 
 def merged_key(chunk_keys: Sequence[str]) -> str:
@@ -183,13 +255,31 @@ def merged_key(chunk_keys: Sequence[str]) -> str:
 
 
 def unlink_damaged(path: Path) -> None:
-    """Make a damaged file writable, then unlink it.
-
-    DVC's cache holds the same inode by hard link. DVC trusts a read-only object, but hashes one of
-    mode 0644 again, finds that it changed, and replaces it.
-    """
-    path.chmod(0o644)
+    """Remove a damaged file or folder, for which its files are made writable; not through links."""
+    if path.is_dir() and not path.is_symlink():
+        for entry in path.iterdir():
+            unlink_damaged(entry)
+        path.rmdir()
+        return
+    make_writable(path)
     path.unlink()
+
+
+def make_writable(damaged: Path) -> None:
+    """Make a damaged file writable for its owner, so that DVC replaces it in its cache.
+
+    The cache holds the same inode by hard link. DVC trusts a read-only object, but hashes one that
+    is writable again, finds that it changed, and replaces it. A symbolic link is followed only to
+    such an object, which DVC has linked where it cannot make hard links.
+    """
+    with contextlib.suppress(OSError):  # another user's file
+        if damaged.is_symlink():
+            damaged = damaged.resolve()
+            if not _DVC_OBJECT.search(damaged.as_posix()):
+                return
+        mode = damaged.lstat().st_mode
+        if stat.S_ISREG(mode):
+            damaged.chmod(stat.S_IMODE(mode) | stat.S_IWUSR)
 
 
 def publish(files: Mapping[str, Path | bytes], out: Path) -> None:
@@ -216,7 +306,7 @@ def publish(files: Mapping[str, Path | bytes], out: Path) -> None:
 def _publish(files: Mapping[str, Path | bytes], out: Path) -> None:
     temporary, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("new", "old"))
     for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+        atomic.remove(leftover)
     for name, source in files.items():
         target = temporary / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from pipeline.download.restore import restore
 from pipeline.format.manifest import NAME
 from pipeline.params import VerifyParams
 from pipeline.runtime import command
+from pipeline.runtime.errors import printable
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.params_file import load_section
 from pipeline.store import atomic
@@ -33,20 +34,24 @@ def main(argv: Sequence[str] = ()) -> None:
         manifest, report = verify(RAW, TOKENS, params, machine)
     except DataFault as fault:
         print(
-            f"verify: damaged files, now removed; run `dvc repro` to rebuild:\n{fault}", flush=True
+            "verify: damaged files, now removed; run `dvc repro` to rebuild:",
+            *map(printable, str(fault).splitlines()),
+            sep="\n",
+            flush=True,
         )
         raise SystemExit(command.FAULT) from None
-    chunks = Store.open(machine).root / "chunks"
-    engines = engine_metrics([chunks / chunk.chunk_key for chunk in manifest.chunks])
+    store = Store.open(machine)
+    pieces = (store.find("chunks", chunk.chunk_key) for chunk in manifest.chunks)
+    engines = engine_metrics([piece for piece in pieces if piece is not None])
     statistics = report.statistics(manifest, engines)
     for name, table in report.tables().items():
         atomic.write_bytes(METRICS.with_name(f"{name}.csv"), table.encode())
-    atomic.write_json(STATISTICS, statistics)
+    atomic.write_json(STATISTICS, atomic.sealed(statistics))
     atomic.write_json(METRICS, {name: statistics[name] for name in COMPARED})
     atomic.write_json(VERIFIED, {"manifest_sha256": atomic.sha256_file(TOKENS / NAME)})
     warning = statistics.pop("warning", None)
     shown = (f"{name} {v:,}" if type(v) is int else f"{name} {v}" for name, v in statistics.items())
-    print("verify: " + ", ".join(shown))
+    print("verify: " + printable(", ".join(shown)))
     if warning:
         print(f"verify: warning: {warning}")
 

@@ -1,7 +1,6 @@
 """The checks of one file, which read each byte once: the work of a verify task."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -69,17 +68,23 @@ def check_record(path: Path, chunk: ChunkRecord) -> Record | Fault:
     """Return a chunk's commit record, or a fault if it does not match the manifest."""
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
-        return Fault(path, "missing")
+    except OSError as error:
+        return Fault(path, _reason(error))
     if (found := hashlib.sha256(data).hexdigest()) != chunk.sha256:
         return Fault(path, f"sha256 is {found}, expected {chunk.sha256}")
     try:
-        record: Record = json.loads(data)
+        record: Record = atomic.parse_json(data)
         if record["chunk_key"] == chunk.chunk_key:
             return record
     except (ValueError, KeyError, TypeError):
         pass
     return Fault(path, f"not the record of chunk {chunk.chunk_key[:12]}")
+
+
+def _reason(error: OSError) -> str:
+    return (
+        "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+    )
 
 
 def check_source(
@@ -92,9 +97,11 @@ def check_source(
         has_text: Whether the file is parquet rather than a token file.
     """
     path = raw / file.path
-    if not path.exists():
-        return Findings([Fault(path, "missing")])
-    if (found := atomic.sha256_file(path)) != file.sha256:
+    try:
+        found = atomic.sha256_file(path)
+    except OSError as error:
+        return Findings([Fault(path, _reason(error))])
+    if found != file.sha256:
         return Findings([Fault(path, f"sha256 is {found}, expected {file.sha256}")])
     if not has_text:
         return Findings()

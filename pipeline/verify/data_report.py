@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from pipeline.format.manifest import SPLITS, Manifest, Split
 from pipeline.format.parquet import as_binary, is_text, open_parquet
+from pipeline.runtime.errors import printable
 from pipeline.tokenize.chunk_record import read_engine_report
 
 COMPARED = ("documents", "tokens", "skipped", "duplicates")
@@ -269,7 +270,7 @@ def _table(name: str, rows: Iterable[tuple[str, int]]) -> str:
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow([name, "documents"])
-    writer.writerows(rows)
+    writer.writerows((printable(label), count) for label, count in rows)
     return table.getvalue()
 
 
@@ -283,7 +284,7 @@ def engine_metrics(pieces: Sequence[Path]) -> dict[str, float]:
     for piece in pieces:
         try:
             report = read_engine_report(piece)
-        except (OSError, ValueError):
+        except (OSError, ValueError):  # not from text
             continue
         sizes.update(report["bytes"])
         differences += len(report["differences"])

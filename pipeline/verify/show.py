@@ -6,6 +6,7 @@ from pathlib import Path
 from pipeline.format import tokenizer
 from pipeline.format.manifest import Manifest
 from pipeline.format.shards import open_shard, read_docs
+from pipeline.runtime.errors import printable
 from pipeline.verify.checks import part_spans
 
 _CHARACTERS = 1_000
@@ -38,7 +39,7 @@ def show_documents(folder: Path, count: int) -> Iterator[str]:
             text = tokenizer.decode(tokens[begin + 1 : end].tolist())
             rest = len(text) - _CHARACTERS
             yield (
-                f"== {span.shard} document {index}: {span.part.path} {unit} {at:,}, "
+                f"== {span.shard} document {index}: {printable(span.part.path)} {unit} {at:,}, "
                 f"{end - begin:,} tokens\n{_visible(text[:_CHARACTERS])}"
                 + (f" [{rest:,} more characters]" if rest > 0 else "")
             )

@@ -1,5 +1,7 @@
 """Stage `verify`: check every byte of the data against the manifests, and describe the data."""
 
+import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from pipeline.cluster.tasks import run_tasks
 from pipeline.format.manifest import NAME, SPLITS, Manifest, RawManifest, Shard, Split
 from pipeline.format.shards import HEADER_BYTES, TOKEN_DTYPE
 from pipeline.params import VerifyParams
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.progress import Progress
 from pipeline.store.store import Store, merged_key, unlink_damaged
@@ -60,8 +63,11 @@ def verify(
                 report.add_source(found.source)
             progress.advance(tasks[nth].size, f"{len(faults)} faults" if faults else "no fault")
     if faults:
-        _remove_bad(faults, raw, tokens, manifest, Store.open(machine))
         message = "\n".join(sorted(map(str, faults)))
+        try:
+            _remove_bad(faults, raw, tokens, manifest, records, Store.open(machine))
+        except (OSError, UserError) as error:
+            message += f"\ncannot be removed: {error}"
         for folder in (raw, tokens):  # tasks have absolute paths
             message = message.replace(str(folder.absolute()), str(folder))
         raise DataFault(message)
@@ -157,7 +163,8 @@ def _check_folder(
     known = {NAME, *(name for shard in manifest.shards for name in (shard.name, shard.docs_name))}
     known |= {chunk.name for chunk in manifest.chunks}
     for path in sorted(tokens.rglob("*")):
-        if path.is_file() and path.relative_to(tokens).as_posix() not in known:
+        is_folder = path.is_dir() and not path.is_symlink()
+        if not is_folder and path.relative_to(tokens).as_posix() not in known:
             faults.append(Fault(path, "not in the manifest"))
     for split, totals in manifest.totals.items():
         of_split = [shard for shard in manifest.shards if shard.split == split]
@@ -195,8 +202,16 @@ def _check_records(tokens: Path, manifest: Manifest, records: dict[str, Record])
             faults.append(Fault(tokens / chunk.name, "does not match the manifest"))
     if manifest.params.get("val_split") == "position" and (problem := _check_cut(manifest)):
         faults.append(Fault(tokens / NAME, problem))
-    if len(records) == len(keys) and dataset_key(list(records.values())) != manifest.dataset_key:
-        faults.append(Fault(tokens / NAME, "its dataset_key does not match the chunks' records"))
+    if len(records) == len(keys):
+        if dataset_key(list(records.values())) != manifest.dataset_key:
+            faults.append(
+                Fault(tokens / NAME, "its dataset_key does not match the chunks' records")
+            )
+        skipped: Counter[str] = Counter()
+        for left_out in (*records.values(), *manifest.source.model_dump()["files"]):
+            skipped.update(left_out.get("skipped", {}))
+        if manifest.skipped != skipped:
+            faults.append(Fault(tokens / NAME, "its skipped does not match the chunks' records"))
     return faults
 
 
@@ -217,26 +232,39 @@ def _check_cut(manifest: Manifest) -> str | None:
 
 
 def _remove_bad(
-    faults: Sequence[Fault], raw: Path, tokens: Path, manifest: Manifest, store: Store
+    faults: Sequence[Fault],
+    raw: Path,
+    tokens: Path,
+    manifest: Manifest,
+    records: dict[str, Record],
+    store: Store,
 ) -> None:
-    """Remove the damaged files and the pieces of the store that share their bytes."""
+    """Remove the damaged files, the pieces of the store that share their bytes, and suspects.
+
+    A source file may have been damaged before it was tokenized, which its shards do not show: they
+    are removed as well.
+    """
     bad = {fault.path.absolute() for fault in faults}
-    for path in bad:
-        if path.is_file():
-            unlink_damaged(path)
-    for file in manifest.source.files:
-        if (raw / file.path).absolute() in bad:
-            _discard(store, "files", file.sha256)
+    suspects = [file for file in manifest.source.files if (raw / file.path).absolute() in bad]
+    paths = {file.path for file in suspects}
+    pieces = {("files", file.sha256) for file in suspects}
     for chunk in manifest.chunks:
         if (tokens / chunk.name).absolute() in bad:
-            _discard(store, "chunks", chunk.chunk_key)
+            pieces.add(("chunks", chunk.chunk_key))
     for shard in manifest.shards:
+        keys = [part.chunk_key for part in shard.parts]
+        if suspect := {part.chunk_key for part in shard.parts if part.path in paths}:
+            cut_from = {records[key].get("cut_from", key) for key in suspect & records.keys()}
+            pieces |= {("chunks", key) for key in suspect | cut_from}
+            bad.add((tokens / shard.name).absolute())
         if bad & {(tokens / name).absolute() for name in (shard.name, shard.docs_name)}:
-            keys = [part.chunk_key for part in shard.parts]
-            if shard.split == "val":
-                _discard(store, "merged", merged_key(keys))
-            else:
-                _discard(store, "chunks", keys[0])
+            is_val = shard.split == "val"
+            pieces.add(("merged", merged_key(keys)) if is_val else ("chunks", keys[0]))
+    for kind, key in pieces:
+        _discard(store, kind, key)
+    for path in bad:
+        if os.path.lexists(path):
+            unlink_damaged(path)
 
 
 def _discard(store: Store, kind: str, key: str) -> None:

@@ -3,36 +3,40 @@
     step-00000200/
         model.safetensors        weights, float32, names of the model
         optimizer.safetensors    optimizer state: <parameter>.exp_avg, .exp_avg_sq, .step (AdamW)
-        state.json               step, samples, parameters, dataset_key, versions, sha256 of both
-                                 files, validation loss if it was measured
+        state.json               step, samples, parameters, dataset_key, versions, validation loss
+                                 if it was measured; sha256 of both files, and of itself
 
 A checkpoint is written under a temporary name, synced to disk, and renamed: after a crash it is
-complete or not there. It holds no state of random generators: the data order is a function of the
-samples seen, and GPT-2 is trained without dropout.
+complete or not there. A changed byte is found when it is loaded. It holds no state of random
+generators: the data order is a function of the samples seen, and GPT-2 is trained without dropout.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import shutil
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from model.files import save_tensors
+from pipeline.runtime.errors import printable
 from pipeline.store import atomic
+from pipeline.store.store import make_writable
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 FILES = (MODEL, OPTIMIZER, STATE)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+UNSEALED_VERSION = 1  # of earlier code: state.json without a hash of itself
+
+_NAME = re.compile(r"step-[0-9]{8,}")
 
 
 class BrokenCheckpoint(Exception):
@@ -73,8 +77,9 @@ def step_of(folder: Path) -> int:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Checkpoints in a run's folder, oldest first; not verified."""
-    return sorted(run.glob("step-*"))
+    """Checkpoints in a run's folder, oldest first; not verified. Other names are ignored."""
+    found = [path for path in run.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
 
 
 def save(
@@ -99,21 +104,18 @@ def save(
     """
     final = run / folder_name(state["step"])
     part = run / f".{final.name}.tmp"
-    for path in run.glob(".step-*"):  # left by a run that was killed while it wrote or removed
-        shutil.rmtree(path)
+    remove_leftovers(run)
     part.mkdir(parents=True)
-    save_file(dict(model), part / MODEL)
-    save_file(dict(optimizer), part / OPTIMIZER)
+    save_tensors(part / MODEL, dict(model))
+    save_tensors(part / OPTIMIZER, dict(optimizer))
     hashes = {name: atomic.sha256_file(part / name) for name in (MODEL, OPTIMIZER)}
-    for name in hashes:
-        atomic.fsync_file(part / name)
-    atomic.write_json(part / STATE, {**state, "schema_version": SCHEMA_VERSION, "sha256": hashes})
-    if final.exists():  # saved again, now with its validation loss
+    state = {**state, "schema_version": SCHEMA_VERSION, "sha256": hashes}
+    atomic.write_json(part / STATE, atomic.sealed(state))
+    if os.path.lexists(final):  # saved again, now with its validation loss
         os.rename(final, _removed(final))
     os.rename(part, final)
     atomic.fsync_folder(run)
-    if _removed(final).exists():
-        shutil.rmtree(_removed(final))
+    atomic.remove(_removed(final))
     found = {step_of(path): path for path in checkpoints(run)}
     losses = {step_of(path): loss for path, loss in _losses(run).items() if path <= final}
     for step in found.keys() - keep.select(losses):
@@ -121,10 +123,16 @@ def save(
     return final
 
 
+def remove_leftovers(run: Path) -> None:
+    """Remove what a process left that was killed while it wrote or removed a checkpoint."""
+    for path in run.glob(".step-*"):
+        atomic.remove(path)
+
+
 def remove(folder: Path) -> None:
     """Remove a checkpoint; it is renamed first, so that a half-removed one is never used."""
     os.rename(folder, _removed(folder))
-    shutil.rmtree(_removed(folder))
+    atomic.remove(_removed(folder))
 
 
 def _removed(folder: Path) -> Path:
@@ -132,8 +140,12 @@ def _removed(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """Check a checkpoint's bytes against its hashes.
+def verify(folder: Path, samples: Callable[[int], int] | None = None) -> dict[str, Any]:
+    """Check a checkpoint's bytes against its hashes, and its step against the folder's name.
+
+    Args:
+        folder: A checkpoint of a run, or a copy under any name.
+        samples: Gives the samples seen after a number of steps, to compare with; None: unknown.
 
     Returns:
         The content of `state.json`.
@@ -142,43 +154,68 @@ def verify(folder: Path) -> dict[str, Any]:
         BrokenCheckpoint: A file is missing, unreadable, or not what was written.
     """
     try:
-        state: dict[str, Any] = json.loads((folder / STATE).read_bytes())
+        state = read_state(folder)
         hashes = state["sha256"]
         for name in (MODEL, OPTIMIZER):
             if atomic.sha256_file(folder / name) != hashes[name]:
-                _make_writable(folder / name)
+                make_writable(folder / name)
                 raise BrokenCheckpoint(f"{folder / name}: does not match its sha256 in {STATE}")
             with safe_open(folder / name, "pt"):  # refuses any other format, such as a pickle
                 pass
+        step = state["step"]
+        if _NAME.fullmatch(folder.name) and step != step_of(folder):
+            raise BrokenCheckpoint(f"{folder / STATE}: step {step} is not that of its folder")
+        if samples is not None and state["samples"] != (expected := samples(step)):
+            raise BrokenCheckpoint(
+                f"{folder / STATE}: {state['samples']} samples, but this run has seen {expected} "
+                f"after step {step}"
+            )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise BrokenCheckpoint(f"{folder}: {error!r}") from error
-    if state.get("schema_version") != SCHEMA_VERSION:
-        raise BrokenCheckpoint(f"{folder}: schema_version {state.get('schema_version')} is unknown")
     return state
 
 
-def _make_writable(damaged: Path) -> None:
-    """Make a damaged file writable, so that DVC replaces it.
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read and check `state.json`.
 
-    Its inode may be an object in DVC's cache, which DVC trusts as long as it is read-only.
+    Raises:
+        BrokenCheckpoint: It is not what was written.
+        OSError: It cannot be read.
     """
-    with contextlib.suppress(OSError):
-        damaged.chmod(0o644)
+    path = folder / STATE
+    try:
+        state = atomic.parse_json(path.read_bytes())
+        version = state.get("schema_version") if isinstance(state, dict) else None
+        if version != UNSEALED_VERSION:
+            state = atomic.unsealed(state)
+    except ValueError as error:
+        make_writable(path)
+        raise BrokenCheckpoint(f"{path}: {error}") from None
+    if version not in (SCHEMA_VERSION, UNSEALED_VERSION):
+        raise BrokenCheckpoint(f"{path}: schema_version {version} is unknown")
+    return dict(state)
 
 
-def latest(run: Path) -> tuple[Path, dict[str, Any]] | None:
+def latest(
+    run: Path, samples: Callable[[int], int] | None = None
+) -> tuple[Path, dict[str, Any]] | None:
     """Find the newest intact checkpoint of a run.
 
     A broken one is reported on stderr and skipped; the next save removes it.
+
+    Args:
+        run: The run's folder.
+        samples: See `verify`.
 
     Returns:
         The checkpoint and its state; None if there is none.
     """
     for folder in reversed(checkpoints(run)):
         try:
-            return folder, verify(folder)
+            return folder, verify(folder, samples)
         except BrokenCheckpoint as error:
-            print(f"warning: {error}; skipping this checkpoint", file=sys.stderr, flush=True)
+            line = printable(f"warning: {error}; skipping this checkpoint")
+            print(line, file=sys.stderr, flush=True)
     return None
 
 
@@ -197,9 +234,11 @@ def _losses(run: Path) -> dict[Path, float | None]:
     found: dict[Path, tuple[float | None, int | None]] = {}
     for path in checkpoints(run):
         try:
-            state = json.loads((path / STATE).read_bytes())
-            found[path] = state["val_loss"], state.get("train", {}).get("val_tokens")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            state = read_state(path)
+            loss = state["val_loss"]
+            loss = float(loss) if loss is not None else None
+            found[path] = loss, state.get("train", {}).get("val_tokens")
+        except (OSError, LookupError, TypeError, ValueError, AttributeError, BrokenCheckpoint):
             found[path] = None, None
     measured = [tokens for loss, tokens in found.values() if loss is not None]
     newest = measured[-1] if measured else None

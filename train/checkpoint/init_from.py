@@ -11,13 +11,13 @@ of the folder is part of the run's key.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from torch import Tensor
 
 from model import GPT, GPTConfig
 from model.errors import FormatError
+from model.files import read_json
 from pipeline.runtime.errors import UserError
 from pipeline.store import atomic
 from train.checkpoint import directory
@@ -40,18 +40,13 @@ def content_key(start: Start) -> str:
         paths = sorted(start.folder.glob("*.safetensors"))
     try:
         hashes: list[str | int] = [atomic.sha256_file(path) for path in paths]
-        if start.with_optimizer:
-            hashes.append(first_step(start))
     except OSError as error:
         raise UserError(
             f"params.yaml: train.init: {error.filename}: {error.strerror}; name a folder that "
             "exists and keep it: each start of the run reads it"
         ) from None
-    except (ValueError, LookupError, TypeError):
-        raise UserError(
-            f"params.yaml: train.init: {start.folder / directory.STATE} is damaged; use another "
-            "checkpoint"
-        ) from None
+    if start.with_optimizer:
+        hashes.append(first_step(start))
     if not hashes:
         raise UserError(
             f"params.yaml: train.init: {start.folder} holds no *.safetensors; name one that does"
@@ -60,9 +55,12 @@ def content_key(start: Start) -> str:
 
 
 def first_step(start: Start) -> int:
-    """Number of complete steps that the run starts after; 0 if only weights are taken."""
-    state = start.folder / directory.STATE
-    return int(json.loads(state.read_bytes())["step"]) if start.with_optimizer else 0
+    """Number of complete steps that the run starts after; 0 if only weights are taken.
+
+    Raises:
+        UserError: The state of the checkpoint is missing or damaged.
+    """
+    return _number(start, _read_state(start), "step") if start.with_optimizer else 0
 
 
 def load(start: Start, config: GPTConfig) -> tuple[dict[str, Tensor], dict[str, Tensor], int, int]:
@@ -73,7 +71,7 @@ def load(start: Start, config: GPTConfig) -> tuple[dict[str, Tensor], dict[str, 
         three are empty or 0 if only weights are taken.
 
     Raises:
-        UserError: The folder is damaged, or its model has another size.
+        UserError: The folder is damaged, its model has another size, or a number is not finite.
     """
     try:
         state = _verified(start)
@@ -90,14 +88,37 @@ def load(start: Start, config: GPTConfig) -> tuple[dict[str, Tensor], dict[str, 
     if not start.with_optimizer:
         return gpt.state_dict(), {}, 0, 0
     _, moments = directory.load_tensors(start.folder)
-    return gpt.state_dict(), moments, int(state["step"]), int(state["samples"])
+    for name, tensor in moments.items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"params.yaml: train.init: {start.folder / directory.OPTIMIZER}: {name} has "
+                "non-finite values (NaN or Inf); use another checkpoint, or init_with: weights"
+            )
+    step, samples = (_number(start, state, key) for key in ("step", "samples"))
+    return gpt.state_dict(), moments, step, samples
 
 
 def _verified(start: Start) -> dict[str, Any]:
     """Verify a checkpoint and return its state; imported weights have no hashes to verify."""
-    path = start.folder / directory.STATE
-    if start.kind == "hf" or not path.exists():
+    if start.kind == "hf":
         return {}
-    if not start.with_optimizer and "sha256" not in json.loads(path.read_bytes()):
+    if not start.with_optimizer and "sha256" not in _read_state(start):
         return {}
     return directory.verify(start.folder)
+
+
+def _read_state(start: Start) -> dict[str, Any]:
+    try:
+        return read_json(start.folder / directory.STATE, "name the folder of a checkpoint")
+    except FormatError as error:
+        raise UserError(f"params.yaml: train.init: {error}") from None
+
+
+def _number(start: Start, state: dict[str, Any], key: str) -> int:
+    value = state.get(key)
+    if not isinstance(value, int) or value < 0:
+        raise UserError(
+            f"params.yaml: train.init: {start.folder / directory.STATE}: {key} is damaged; use "
+            "another checkpoint"
+        )
+    return value

@@ -27,7 +27,7 @@ from train.checkpoint import directory
 from train.checkpoint.directory import Keep
 
 
-def _lower_priority() -> None:
+def lower_priority() -> None:
     """Lower the priority of this thread (on Linux, where threads have one)."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
@@ -39,7 +39,7 @@ class Writer:
     def __init__(self, run: Path, keep: Keep) -> None:
         self._run, self._keep = run, keep
         self._host: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
-        self._pool = ThreadPoolExecutor(1, "checkpoint", initializer=_lower_priority)
+        self._pool = ThreadPoolExecutor(1, "checkpoint", initializer=lower_priority)
         self._writing: Future[Path] | None = None
 
     def __enter__(self) -> Writer:

@@ -1,13 +1,18 @@
 """Log of a run: one JSON record per line, and the curves that DVC draws from it.
 
 `log.jsonl` in the run's folder is the original. DVC deletes the curves before it runs a stage, so
-each start writes them again from the log.
+each start writes them again from the log. Each line ends with a checksum of its record; a damaged
+line is named and skipped, and costs its points of the curves.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+import sys
+import zlib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,15 +31,23 @@ CURVES = (
     "memory_gb",
 )
 
+CHECKSUM = "crc32"
+
 Record = dict[str, Any]
 
 
 class History:
-    """Log (`log.jsonl`) and curves (a folder of DVCLive) of one run; only rank 0 writes them."""
+    """Log (`log.jsonl`) and curves (a folder of DVCLive) of one run; only rank 0 writes them.
 
-    def __init__(self, path: Path, curves: Path) -> None:
-        self.path = path
-        self.records = _read(path)
+    Args:
+        path: The log.
+        curves: The folder of the curves.
+        every: Steps per logged step.
+    """
+
+    def __init__(self, path: Path, curves: Path, every: int = 1) -> None:
+        self.path, self._every = path, every
+        self.records = parse(path.read_bytes(), str(path)) if path.exists() else []
         self._curves = curves
         self._file: TextIO | None = None
         self._live: Any = None
@@ -51,15 +64,32 @@ class History:
         A resumed run logs again what a killed one logged after its last checkpoint.
         """
         self.records = [record for record in self.records if record["step"] <= step]
-        lines = "".join(_line(record) for record in self.records)
-        atomic.write_bytes(self.path, lines.encode())
+        self._warn_if_cut(step)
+        atomic.write_bytes(self.path, self.content())
         self._open_curves()
         self._file = open(self.path, "a", encoding="utf-8")
 
-    def draw(self) -> None:
-        """Write the curves of a finished run."""
+    def draw(self, step: int) -> None:
+        """Write the curves of a finished run of so many steps."""
+        self._warn_if_cut(step)
         self._open_curves()
         self.end()
+
+    def content(self) -> bytes:
+        """Return the content of a log of these records."""
+        return "".join(_line(record) for record in self.records).encode()
+
+    def _warn_if_cut(self, step: int) -> None:
+        """Report a log that ends long before the step that its run has reached."""
+        steps = [record["step"] for record in self.records] or [0]
+        gap = max([self._every, *(b - a for a, b in pairwise(steps))])
+        if self.path.exists() and steps[-1] + gap < step:
+            print(
+                f"warning: {self.path}: ends at step {steps[-1]}, but the run has reached step "
+                f"{step}; the curves lack the points between",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def add(self, record: Record) -> None:
         """Log a record: "step", the number of complete steps, and measurements."""
@@ -98,6 +128,8 @@ class History:
     def _open_curves(self) -> None:
         from dvclive.live import Live  # here: an import of half a second, on rank 0 only
 
+        if self._curves.exists():  # DVCLive would append to what it cannot remove
+            shutil.rmtree(self._curves)
         self._live = Live(dir=str(self._curves), save_dvc_exp=False, dvcyaml=None)
         for record in self.records:
             self._draw(record)
@@ -110,18 +142,49 @@ class History:
                 self._live.log_metric(name, record[name])
 
 
+def parse(data: bytes, name: str) -> list[Record]:
+    """Read the records of a log, oldest first.
+
+    Damaged lines are reported on stderr and skipped. A crash may have cut the last one. Logs of
+    earlier versions have no checksums.
+
+    Args:
+        data: The content of the log.
+        name: Its name, for the warning.
+    """
+    lines = {number: _record(line) for number, line in enumerate(data.splitlines(), 1)}
+    if damaged := [number for number, record in lines.items() if record is None]:
+        shown = ", ".join(map(str, damaged[:10])) + ", ..." * (len(damaged) > 10)
+        print(
+            f"warning: {name}: damaged and skipped: line {shown}; the curves lack their points",
+            file=sys.stderr,
+            flush=True,
+        )
+    return [record for record in lines.values() if record is not None]
+
+
+def _record(line: bytes) -> Record | None:
+    """Return the record of a line; None if the line is damaged."""
+    try:
+        record = atomic.parse_json(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    found = record.pop(CHECKSUM, None)
+    is_intact = found in (None, _checksum(record)) and all(map(_is_value, record.values()))
+    return record if is_intact else None
+
+
+def _is_value(value: object) -> bool:
+    """Return whether a log has such values: a number, or the tokens of a sample."""
+    values = value if isinstance(value, list) else [value]
+    return all(type(number) in (int, float) for number in values)
+
+
+def _checksum(record: Record) -> str:
+    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
+
+
 def _line(record: Record) -> str:
-    return json.dumps(record, sort_keys=True) + "\n"
-
-
-def _read(path: Path) -> list[Record]:
-    """Read the complete lines of a log; a crash may have cut the last one."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+    return json.dumps({**record, CHECKSUM: _checksum(record)}, sort_keys=True) + "\n"

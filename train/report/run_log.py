@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.format import tokenizer
+from train.monitor import history
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,9 @@ class Log:
     records: list[dict[str, Any]]
 
     @classmethod
-    def parse(cls, text: str) -> Log:
-        """Parse the text of a log file."""
-        return cls([json.loads(line) for line in text.splitlines()])
+    def parse(cls, data: bytes, name: str) -> Log:
+        """Parse a log file; for the arguments and damaged lines see `history.parse`."""
+        return cls(history.parse(data, name))
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Return steps and values of a curve, such as "train/loss"; empty if it was not logged."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import mmap
+import os
 import resource
 import tempfile
 import time
@@ -20,6 +22,7 @@ from pipeline.format import shards
 from pipeline.format.manifest import NAME, SPLITS, Part
 from pipeline.format.shards import ShardError, ShardWriter, docs_path, open_shard, read_docs
 from pipeline.store import atomic
+from tests.support.damage import FEW, damaged
 from tests.support.training import shard_entry, shard_header, write_manifest, write_tokens
 from train import DataOrder
 
@@ -174,6 +177,35 @@ def test_a_damaged_document_index_is_read_or_raises_shard_error(
             else:
                 assert docs.ndim == 2
                 assert docs.shape[1] == 2
+
+
+@FEW
+@given(data=st.data())
+def test_any_bytes_are_a_shard_or_a_shard_error(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("shard") / "x.bin"
+    write_shard(path, [[50256, 2, 3], [50256]])
+    path.write_bytes(data.draw(damaged(path.read_bytes())))
+    with contextlib.suppress(ShardError):
+        assert len(open_shard(path)) == (path.stat().st_size - 1024) // 2
+    index = docs_path(path)
+    index.write_bytes(data.draw(damaged(index.read_bytes())))
+    with contextlib.suppress(ShardError):
+        assert read_docs(path).shape[1] == 2
+
+
+def test_folder_link_loop_or_pipe_in_place_of_a_shard_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    for file, read in ((path, open_shard), (docs_path(path), read_docs)):
+        for make in (Path.mkdir, lambda path: path.symlink_to(path)):
+            make(file)
+            with pytest.raises(ShardError, match=file.name):
+                read(path)
+            file.unlink() if file.is_symlink() else file.rmdir()
+    os.mkfifo(path)  # it would block
+    with pytest.raises(ShardError, match=path.name):
+        open_shard(path)
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,18 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         atomic.write_bytes(path, b"two")
     assert path.read_bytes() == b"one"
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_write_removes_what_a_killed_process_left(tmp_path: Path) -> None:
+    path, node = tmp_path / "x.json", platform.node()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = [f".x.json.{node}.{pid}.tmp" for pid in (dead.pid, "?", os.getppid())]
+    names.append(f".x.json.other-{node}.{dead.pid}.tmp")  # its process may live there
+    for name in names:
+        (tmp_path / name).write_text("half")
+    atomic.write_bytes(path, b"one")
+    assert {p.name for p in tmp_path.iterdir()} == {"x.json", *names[2:]}
 
 
 def test_json_has_one_encoding_and_no_nan() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
 import json
 import os
 import re
@@ -13,12 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.params import TokenizeParams
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
+from pipeline.store import atomic
 from pipeline.store.__main__ import main
 from pipeline.store.store import INDEX, Store, publish, require_space, unlink_damaged
+from tests.support.damage import FEW, damaged
 from tests.support.repo import REPO
 from tests.support.small_data import flip, tokenize_here
 
@@ -47,10 +53,12 @@ def test_intact_piece_is_found_and_a_new_mtime_recorded(store: Store) -> None:
 
 
 def test_file_with_recorded_size_and_mtime_is_not_hashed(store: Store) -> None:
-    """By design: `verify` is the stage that hashes every byte."""
-    folder = make(store)
+    """By design: `verify` is the stage that hashes every byte. Small files are always hashed."""
+    folder = make(store, bytes(10_000))
     flip(folder / "a.bin", 3, keep_mtime=True)
     assert store.find("chunks", "abc") == folder
+    flip(folder / "b.bin", 0, keep_mtime=True)
+    assert store.find("chunks", "abc") is None
 
 
 def flip_a(folder: Path) -> None:
@@ -68,10 +76,27 @@ def remove_b(folder: Path) -> None:
     (folder / "b.bin").unlink()
 
 
-INDICES = ("", "[", "[]", '{"a.bin": {}}', '{"a.bin": 3}')
+def flip_recorded_hash(folder: Path) -> None:
+    index = (folder / INDEX).read_bytes()
+    (folder / INDEX).write_bytes(index.replace(b'"sha256": "', b'"sha256": "0', 1))
 
 
-@pytest.mark.parametrize("damage", [flip_a, truncate_a, remove_b, *INDICES])
+def folder_for_a(folder: Path) -> None:
+    (folder / "a.bin").unlink()
+    (folder / "a.bin").mkdir()
+    (folder / "a.bin" / "foreign").touch()
+
+
+def loop_for_index(folder: Path) -> None:
+    (folder / INDEX).unlink()
+    (folder / INDEX).symlink_to(INDEX)
+
+
+OTHER = (flip_recorded_hash, folder_for_a, loop_for_index)
+INDICES = ("", "[", "[]", "{}", '{"a.bin": {}}', '{"a.bin": 3}', 50_000 * "[")
+
+
+@pytest.mark.parametrize("damage", [flip_a, truncate_a, remove_b, *OTHER, *INDICES])
 def test_damaged_piece_is_not_found_and_can_be_rebuilt(
     store: Store, damage: str | Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,6 +109,88 @@ def test_damaged_piece_is_not_found_and_can_be_rebuilt(
     assert "chunks/abc/" in capsys.readouterr().out
     make(store)
     assert store.find("chunks", "abc") == folder
+
+
+def test_index_of_earlier_code_is_checked_and_written_again(store: Store) -> None:
+    folder = make(store, bytes(10_000))
+    sealed = (folder / INDEX).read_bytes()
+    atomic.write_json(folder / INDEX, atomic.read_sealed(folder / INDEX))
+    assert store.find("chunks", "abc") == folder
+    assert (folder / INDEX).read_bytes() == sealed
+    atomic.write_json(folder / INDEX, atomic.read_sealed(folder / INDEX))
+    flip(folder / "a.bin", 3, keep_mtime=True)
+    assert store.find("chunks", "abc") is None
+
+
+@FEW
+@given(data=st.data())
+def test_any_bytes_are_an_index_or_damage(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    store = Store(tmp_path_factory.mktemp("work"))
+    index = make(store) / INDEX
+    index.write_bytes(data.draw(damaged(index.read_bytes())))
+    if (folder := store.find("chunks", "abc")) is not None:
+        assert (
+            store.sha256("chunks", "abc").items()
+            <= {
+                "a.bin": atomic.sha256_file(folder / "a.bin"),
+                "b.bin": atomic.sha256_file(folder / "b.bin"),
+            }.items()
+        )
+    store.discard("chunks", "abc")
+    assert store.find("chunks", "abc") is None
+
+
+def test_removing_follows_no_link(store: Store, tmp_path: Path) -> None:
+    """A private file beside the pieces keeps its mode and its content."""
+    private, outside = tmp_path / "private", tmp_path / "outside"
+    private.write_text("key")
+    private.chmod(0o400)
+    outside.mkdir()
+    (outside / "file").touch()
+    folder = make(store)
+    (folder / "link").symlink_to(private)
+    (folder / "folder").symlink_to(outside)
+    store.discard("chunks", "abc")
+    (store.root / "chunks" / "abc").symlink_to(outside)  # the piece itself
+    (store.root / "tmp" / "chunks-abc").symlink_to(outside)
+    make(store)
+    out = tmp_path / "out"
+    out.with_name(".out.new").symlink_to(outside)
+    publish({"manifest.json": b"{}"}, out)
+    assert [path.name for path in outside.iterdir()] == ["file"]
+    assert private.stat().st_mode & 0o777 == 0o400
+    cached = tmp_path / "files/md5/0a" / (30 * "b")  # linked by DVC, where it can make no hard link
+    cached.parent.mkdir(parents=True)
+    cached.touch(0o444)
+    (tmp_path / "shard.bin").symlink_to(cached)
+    unlink_damaged(tmp_path / "shard.bin")
+    assert cached.stat().st_mode & 0o777 == 0o644
+
+
+def test_store_that_cannot_be_written_is_named_and_can_be_read(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(store)
+    old_index = atomic.read_sealed(folder / INDEX)
+    atomic.write_json(folder / INDEX, old_index)  # `find` would seal it
+
+    def refuse(path: object, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    for module, name in ((os, "utime"), (os, "replace"), (os, "mkdir"), (builtins, "open")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, refuse)
+            if name != "open":
+                assert store.find("chunks", "abc") == folder
+            if name in ("mkdir", "open"):
+                with pytest.raises(UserError, match="work_dir"), store.lock("chunks", "abc"):
+                    pass
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(UserError, match="work_dir"), store.make("chunks", "new"):
+        pass
+    assert (folder / "a.bin").exists()
 
 
 def test_failed_make_leaves_nothing_and_keeps_the_existing_piece(store: Store) -> None:

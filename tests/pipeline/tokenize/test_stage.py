@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -209,17 +211,17 @@ def test_failed_chunks_are_named_and_only_they_are_built_next(
     chunks = plan_chunks(small_raw, RawManifest.load(small_raw).files, "text", 2000)
     keys = [chunk_key(chunk, "text", PARAMS, CODE) for chunk in chunks]
     store = Store.open(machine)
-    (store.root / "tmp").mkdir()
-    obstacles = [store.root / "tmp" / f"chunks-{keys[i]}" for i in (0, 3)]
-    for path in obstacles:  # a file in place of the piece's temporary folder
-        path.touch()
+    (store.root / "locks").mkdir()
+    obstacles = [store.root / "locks" / f"chunks-{keys[i]}" for i in (0, 3)]
+    for path in obstacles:  # a socket in place of the piece's lock
+        os.mknod(path, stat.S_IFSOCK | 0o600)
     with pytest.raises(TasksFailed) as caught:
         tokenize(small_raw, tmp_path / "out", PARAMS, machine, CODE)
     first, *failures = str(caught.value).splitlines()
     assert f"2 of {len(keys)}" in first
     for line, index in zip(failures[:2], (0, 3), strict=True):
         assert line.startswith(f"  {chunks[index].label}, ")
-        assert "FileExistsError: " in line
+        assert "OSError: " in line
     assert not (tmp_path / "out").exists()
     before = piece_times(store.root)
     assert before.keys() == set(keys) - {keys[0], keys[3]}

@@ -18,6 +18,7 @@ from pipeline.format.parquet import FINEWEB_SCHEMA
 from pipeline.params import TokenizeParams
 from pipeline.runtime.machine import Machine
 from pipeline.store import atomic
+from pipeline.store.store import Store
 from pipeline.tokenize.encode_chunk import split_of
 from pipeline.verify import data_report
 from pipeline.verify import stage as verify
@@ -106,7 +107,8 @@ def test_metrics_and_tables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
             "checked": 1,
             "differences": [7] * number,
         }
-        atomic.write_json(Path(".work/chunks") / chunk.chunk_key / "engine.json", made)
+        with Store(Path(".work")).make("chunks", chunk.chunk_key) as piece:
+            atomic.write_json(piece / "engine.json", made)
     metrics = report()
     assert metrics["gigatoken_share"] == round(1800 / 1900, 6)
     assert metrics["tiktoken_share"] == round(100 / 1900, 6)

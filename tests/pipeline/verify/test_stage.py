@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.format.manifest import NAME, Manifest
+from pipeline.format.manifest import NAME, Manifest, RawManifest
 from pipeline.format.shards import read_docs
 from pipeline.format.tokenizer import EOT
 from pipeline.params import TokenizeParams, VerifyParams
@@ -156,6 +156,17 @@ def record_of_another_run(path: Path) -> None:
     edit_manifest(lambda value: value["chunks"][1].update(sha256=atomic.sha256_file(path)))
 
 
+def folder_in_its_place(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+    (path / "file").touch()
+
+
+def link_loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
 SHARD, INDEX, RECORD = "train-00001.bin", "train-00001.docs.npy", "chunks/00001.json"
 # Damage to a file, after which tokenize rebuilds one chunk; below, damage after which it does not.
 DAMAGES: dict[str, tuple[str, Damage]] = {
@@ -167,6 +178,7 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "cut in the header": (SHARD, truncate(1021)),
     "empty": (SHARD, truncate(0)),
     "missing": (SHARD, Path.unlink),
+    "link loop": (SHARD, link_loop),
     "token outside the vocabulary": (SHARD, lambda path: set_token(path, 7, 50257)),
     "no EOT": (SHARD, remove_eot),
     "extra EOT": (SHARD, lambda path: set_token(path, 7, EOT)),
@@ -178,12 +190,14 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "index": (INDEX, flip_byte(128 + 8)),
     "index header": (INDEX, flip_byte(40)),
     "empty index": (INDEX, truncate(0)),
+    "index that is a folder": (INDEX, folder_in_its_place),
     "short index": (INDEX, edit_index(lambda docs: docs[:-1])),
     "rows beyond the file": (INDEX, edit_index(lambda docs: np.add(docs, [0, 10**12]))),
     "record": (RECORD, flip_byte(0)),
     "edited record": (RECORD, edited_record),
     "record of another run": (RECORD, record_of_another_run),
     "missing record": (RECORD, Path.unlink),
+    "record that is a folder": (RECORD, folder_in_its_place),
 }
 WITHOUT_REBUILD: dict[str, tuple[str, Damage]] = {
     "validation": ("val-00000.bin", flip_byte(1024 + 33)),
@@ -194,6 +208,7 @@ WITHOUT_REBUILD: dict[str, tuple[str, Damage]] = {
         NAME,
         lambda _: edit_manifest(lambda m: m["shards"][1]["parts"][0].update(path="no.parquet")),
     ),
+    "skipped": (NAME, lambda _: edit_manifest(lambda m: m["skipped"].update(empty=3))),
     "other raw manifest": (
         NAME,
         lambda _: edit_manifest(lambda m: m["source"]["source"].update(revision="2")),
@@ -216,7 +231,7 @@ def test_damaged_file_is_named_removed_and_rebuilt(
     assert faults
     assert all(str(TOKENS / name.split(".")[0]) in line for line in faults), faults
     assert any(f"{TOKENS / name}: " in line for line in faults), faults
-    assert not (TOKENS / name).exists()
+    assert not os.path.lexists(TOKENS / name)
     assert not verify.VERIFIED.exists()
     assert not verify.STATISTICS.exists()
 
@@ -279,6 +294,41 @@ def test_damaged_source_file_is_named_and_removed(folder: Path, damage: Damage) 
         verify.verify(RAW, TOKENS, VerifyParams(), Machine())
     assert not path.exists()
     assert not piece.exists()
+
+
+def test_source_file_damaged_before_it_was_tokenized_leaves_no_shard(folder: Path) -> None:
+    """Its shards agree with their manifest: only the source shows that their text is another."""
+    path = RAW / "part-1.parquet"
+    texts = some_texts(25, "second")
+    pq.write_table(pa.table({"text": texts}), path, compression="none", use_dictionary=False)
+    write_manifest(RAW, [*RawManifest.load(RAW).files[:1], describe(path, len(texts))])
+    good = path.read_bytes()
+    tokenize_here(RAW, TOKENS, SIZES, Machine())
+    expected = hashes(TOKENS)
+    shutil.rmtree(TOKENS)
+    shutil.rmtree(".work")
+    flip(path, good.index(b"Document 3 "), keep_mtime=True)
+    tokenize_here(RAW, TOKENS, SIZES, Machine())
+    assert hashes(TOKENS) != expected
+    with pytest.raises(verify.DataFault, match=f"{path}: sha256"):
+        verify.verify(RAW, TOKENS, VerifyParams(retokenize=0), Machine())
+    path.write_bytes(good)
+    tokenize_here(RAW, TOKENS, SIZES, Machine())
+    assert hashes(TOKENS) == expected
+
+
+def test_foreign_link_is_removed_and_its_target_untouched(folder: Path) -> None:
+    private = folder / "private"
+    private.write_text("key")
+    private.chmod(0o400)
+    for link, target in ((TOKENS / "note", private), (TOKENS / "folder", folder)):
+        link.symlink_to(target)
+    with pytest.raises(verify.DataFault, match=r"folder: .*\n.*note: "):
+        verify.verify(RAW, TOKENS, VerifyParams(retokenize=0), Machine())
+    assert private.stat().st_mode & 0o777 == 0o400
+    assert not os.path.lexists(TOKENS / "note")
+    assert not os.path.lexists(TOKENS / "folder")
+    assert (folder / ".work").is_dir()
 
 
 def test_documents_of_a_bytes_column_are_encoded_again(tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 """Tests for train.checkpoint.directory: atomic, verified checkpoints, and no pickle."""
 
-import json
+import contextlib
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.store import atomic
+from tests.support.damage import FEW, JSON_VALUES, damaged
 from train.checkpoint import directory
 from train.checkpoint.directory import Keep
 
@@ -30,6 +33,7 @@ def test_a_saved_checkpoint_can_be_loaded(tmp_path: Path) -> None:
     folder = save(tmp_path, 200)
     assert folder == tmp_path / "step-00000200"
     assert sorted(p.name for p in folder.iterdir()) == sorted(directory.FILES)
+    assert len({p.stat().st_mode for p in folder.iterdir()}) == 1  # that of the umask
     found = directory.latest(tmp_path)
     assert found is not None
     assert found[0] == folder
@@ -104,7 +108,7 @@ def test_a_run_killed_while_it_replaces_a_checkpoint_has_the_new_one(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("train.checkpoint.directory.shutil.rmtree", killed)
+        patch.setattr(atomic, "remove", killed)
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 1)
     directory.verify(folder)
@@ -132,7 +136,7 @@ def test_a_broken_checkpoint_is_reported_and_the_one_before_used(
     assert found is not None
     assert found[0] == good
     assert "step-00000002" in capsys.readouterr().err
-    if damage == "flip" and name != directory.STATE:  # so that DVC replaces it
+    if damage == "flip":  # so that DVC replaces it
         assert path.stat().st_mode & 0o777 == 0o644
 
 
@@ -146,15 +150,83 @@ def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     for content in (pickle.dumps(Bomb()), b""):
         (folder / directory.MODEL).write_bytes(content)
-        state = json.loads((folder / directory.STATE).read_text())
+        state = atomic.read_sealed(folder / directory.STATE)
         state["sha256"][directory.MODEL] = atomic.sha256_file(folder / directory.MODEL)
-        atomic.write_json(folder / directory.STATE, state)
+        atomic.write_json(folder / directory.STATE, atomic.sealed(state))
         assert directory.latest(tmp_path) is None
 
 
-def test_an_unknown_schema_version_is_refused(tmp_path: Path) -> None:
+def rewrite_state(folder: Path, *, seal: bool = True, **changes: object) -> None:
+    state = {**atomic.read_sealed(folder / directory.STATE), **changes}
+    atomic.write_json(folder / directory.STATE, atomic.sealed(state) if seal else state)
+
+
+def test_a_checkpoint_of_earlier_code_is_loaded_and_an_unknown_version_refused(
+    tmp_path: Path,
+) -> None:
     folder = save(tmp_path, 1)
-    state = json.loads((folder / directory.STATE).read_text())
-    atomic.write_json(folder / directory.STATE, {**state, "schema_version": 2})
+    rewrite_state(folder, seal=False, schema_version=1)
+    assert directory.verify(folder)["step"] == 1
+    rewrite_state(folder, seal=False, schema_version=2)  # without its hash
+    with pytest.raises(directory.BrokenCheckpoint, match="json_sha256"):
+        directory.verify(folder)
+    rewrite_state(folder, schema_version=3)
     with pytest.raises(directory.BrokenCheckpoint, match="schema_version"):
         directory.verify(folder)
+
+
+def test_step_must_agree_with_the_folder_and_with_the_samples_of_the_run(tmp_path: Path) -> None:
+    folder = save(tmp_path, 5)
+    rewrite_state(folder, samples=40)
+    assert directory.verify(folder, lambda step: 8 * step)["samples"] == 40
+    for broken in (lambda step: 9 * step, lambda step: -1):
+        assert directory.latest(tmp_path, broken) is None
+    copy = tmp_path / "copy"
+    folder.rename(copy)  # as published: the name has no step
+    assert directory.verify(copy)["step"] == 5
+    copy.rename(tmp_path / "step-00000007")
+    with pytest.raises(directory.BrokenCheckpoint, match="step 5 "):
+        directory.verify(tmp_path / "step-00000007")
+
+
+def test_folders_of_other_names_are_no_checkpoints_and_stay(tmp_path: Path) -> None:
+    for name in ("step-old", "step-00000009.bak", "step-"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000003").write_text("a file")
+    (tmp_path / ".step-00000004.tmp").symlink_to(tmp_path / "step-old")
+    folder = save(tmp_path, 2, keep=1)
+    assert directory.checkpoints(tmp_path) == [folder]
+    assert (tmp_path / "step-old").is_dir()
+    assert directory.best(tmp_path) is None
+
+
+def test_any_flipped_bit_of_a_checkpoint_is_found(tmp_path: Path) -> None:
+    folder = save(tmp_path, 5)
+    for name in directory.FILES:
+        good = (folder / name).read_bytes()
+        for at in range(len(good)):
+            bad = good[:at] + bytes([good[at] ^ (1 << at % 8)]) + good[at + 1 :]
+            (folder / name).write_bytes(bad)
+            with pytest.raises(directory.BrokenCheckpoint, match=str(folder)):
+                directory.verify(folder)
+        (folder / name).write_bytes(good)
+    assert directory.verify(folder)["x"] == 1
+
+
+@FEW
+@given(data=st.data())
+def test_any_bytes_are_a_state_or_a_broken_checkpoint(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Also with a matching hash, or as a checkpoint of earlier code, which has none."""
+    folder = save(tmp_path_factory.mktemp("run"), 5)
+    path = folder / directory.STATE
+    key = st.sampled_from(["step", "samples", "sha256", "val_loss", "train", "schema_version"])
+    if changes := data.draw(st.dictionaries(key, JSON_VALUES, max_size=2)):
+        seal = data.draw(st.booleans())
+        with contextlib.suppress(ValueError):  # NaN
+            rewrite_state(folder, seal=seal, **({} if seal else {"schema_version": 1}) | changes)
+    else:
+        path.write_bytes(data.draw(damaged(path.read_bytes())))
+    directory.latest(folder.parent, lambda step: 8 * step)
+    directory.best(folder.parent)

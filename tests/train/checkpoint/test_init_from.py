@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model import GPT
+from model import GPT, GPTConfig, hf
 from model import checkpoint as model_format
 from pipeline.runtime.errors import UserError
 from tests.support.training import Project, records, train_here
+from train.checkpoint import directory, init_from
 from train.launch import stage
+from train.params import Start
 from train.run import Run
 
 CONSTANT: dict[str, Any] = {"schedule": "constant", "val_every": 6, "checkpoint_every": 6}
@@ -121,3 +123,35 @@ def test_a_source_that_does_not_fit_the_run_is_refused(project: Project, source:
     project.write(train={**extended, "steps": 6})
     with pytest.raises(UserError, match=r"train\.steps: 6\b.*source.*step 6"):
         train_here()
+
+
+def test_non_finite_weights_and_moments_and_a_damaged_state_are_named(tmp_path: Path) -> None:
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16, vocab_size=60)
+    good = GPT(config).state_dict()
+
+    def refused(kind: str, named: str, with_optimizer: bool = False) -> None:
+        with pytest.raises(UserError, match=rf"train\.init: .*{named}") as caught:
+            init_from.load(Start(kind, tmp_path / "source", with_optimizer), config)
+        assert "\n" not in str(caught.value)
+
+    for bad in (float("nan"), float("inf")):
+        state = {**good, "ln_f.bias": torch.full((8,), bad)}
+        model_format.write(tmp_path / "source", config, state, {})
+        refused("checkpoint", r"ln_f\.bias")
+        hf.write(tmp_path / "source", config, state)
+        refused("hf", r"transformer\.ln_f\.bias")
+    moments = {"ln_f.bias.exp_avg": torch.full((8,), float("nan"))}
+    state = {"step": 3, "samples": 12, "model": config.to_dict()}
+    saved = directory.save(
+        tmp_path, model=good, optimizer=moments, state=state, keep=directory.Keep(last=1)
+    )
+    saved.rename(tmp_path / "source 2")
+    (tmp_path / "source").rename(tmp_path / "source 1")
+    (tmp_path / "source 2").rename(tmp_path / "source")
+    refused("checkpoint", r"optimizer\.safetensors: ln_f\.bias\.exp_avg", with_optimizer=True)
+    for text in ("{", "[" * 100_000, "[]", "3", ""):
+        (tmp_path / "source/state.json").write_text(text)
+        for with_optimizer in (False, True):
+            refused("checkpoint", "state", with_optimizer)
+        with pytest.raises(UserError, match=r"train\.init: .*state\.json"):
+            init_from.content_key(Start("checkpoint", tmp_path / "source", True))
