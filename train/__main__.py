@@ -6,19 +6,31 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pipeline.runtime import command
 from pipeline.runtime.errors import UserError
-from train.distributed.devices import check_gpu
-from train.distributed.rendezvous import process_group
-from train.distributed.world import World, process_name
-from train.loop import train
-from train.run import Run
+
+if TYPE_CHECKING:
+    from train.distributed.world import World
+    from train.run import Run
 
 
 def main(argv: Sequence[str] = ()) -> None:
     """Join the process group and train the run of `params.yaml`; publish it if it is finished."""
     command.Parser(prog="python -m train", description=main.__doc__).parse_args(argv)
+    # torch takes seconds to import, in which this process must notice that its parent has died.
+    from train.distributed.devices import check_compiler, check_gpu
+    from train.distributed.group import under_torchrun
+    from train.distributed.rendezvous import process_group
+    from train.loop import train
+    from train.run import Run
+
+    if not under_torchrun() and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            f"WORLD_SIZE: {os.environ['WORLD_SIZE']}, but torchrun did not start this process; run "
+            "python -m train.launch or torchrun, or unset it"
+        )
     run = Run.open()
     if run.params.deterministic:  # NCCL then sums in one order; read when the group is made
         os.environ.setdefault("NCCL_ALGO", "Ring")
@@ -27,8 +39,11 @@ def main(argv: Sequence[str] = ()) -> None:
         _check_same_run(run, world)
         fresh = run.machine.fresh and not world.restarted
         if not world.broadcast(world.first and not fresh and run.publish_finished()):
+            compiles = run.compiles(world.device.type)
             if world.device.type == "cuda":
-                check_gpu(run.params.dtype, run.compiles("cuda"))
+                check_gpu(run.params.dtype, compiles)
+            if compiles:
+                check_compiler(world.device.type)
             train(run, world, fresh=fresh)
     if world.first:
         print(run.result(), flush=True)
@@ -56,6 +71,8 @@ def _check_same_run(run: Run, world: World) -> None:
         return
     if not differs:
         sys.exit(command.USER_ERROR)
+    from train.distributed.world import process_name
+
     raise UserError(
         f"{process_name(world.rank)}: {', '.join(differs)}: not as on rank 0; "
         "give all nodes the same project folder, and the same micro_batch (machine.yaml, "
@@ -64,4 +81,4 @@ def _check_same_run(run: Run, world: World) -> None:
 
 
 if __name__ == "__main__":
-    command.run(lambda: main(sys.argv[1:]))
+    command.run_and_leave(lambda: main(sys.argv[1:]))

@@ -2,7 +2,7 @@
 
 The server is reachable from this machine only. Other web sites could still send requests to it
 through the user's browser, or rebind a DNS name of their own to 127.0.0.1, so requests with another
-host name or origin are refused.
+host name or origin are refused. A malformed request gets a status of 4xx, and no line in the log.
 """
 
 from __future__ import annotations
@@ -10,27 +10,30 @@ from __future__ import annotations
 import asyncio
 import codecs
 import json
+import logging
+import re
 import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from aiohttp import web
-from pydantic import Field
+from aiohttp import http_exceptions, web
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from model import GPT
+from model.config import check_temperature
 from model.errors import FormatError
 from model.generate import load
 from model.generation import stream
 from model.size import parameter_count
 from pipeline.format import tokenizer
 from pipeline.runtime import command
-from pipeline.runtime.errors import UserError
+from pipeline.runtime.errors import UserError, printable
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.params_file import Section, validate
 from train.distributed.devices import device_type
@@ -38,11 +41,12 @@ from train.report import html
 from train.report.model_probe import token_text, top_tokens
 
 HOST = "127.0.0.1"
-HOST_NAMES = (HOST, "localhost")
+HOST_HEADER = re.compile(r"(127\.0\.0\.1|localhost)(:[0-9]{1,5})?", re.IGNORECASE)
 
 MAX_CHARACTERS = 8000  # per prompt
 MAX_TOKENS = 1000  # per generation
 MAX_WAITING = 4  # generations in the queue
+BODY_SECONDS = 10.0  # for a request's body to arrive
 LIKELIEST = 8  # most likely tokens shown for each position
 
 
@@ -55,7 +59,7 @@ class GenerateRequest(Section):
     tokens: int = Field(default=200, ge=1, le=MAX_TOKENS)
     """Largest number of new tokens."""
 
-    temperature: float = Field(default=0.8, ge=0, le=5)
+    temperature: Annotated[float, AfterValidator(check_temperature)] = Field(default=0.8, le=5)
     """0: always the most likely token; 1: the model's distribution; above 1: flatter."""
 
     top_k: int | None = Field(default=None, ge=1)
@@ -127,17 +131,7 @@ class Playground:
         return web.Response(text=text, content_type="text/html")
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
-        if request.content_type != "application/json":
-            raise web.HTTPUnsupportedMediaType(text="send application/json")
-        try:
-            body = await request.json()
-            if not isinstance(body, dict):
-                raise UserError("request: send a JSON object")
-            settings = validate(GenerateRequest, body, "request")
-        except UserError as error:
-            raise web.HTTPBadRequest(text=str(error)) from None
-        except ValueError:
-            raise web.HTTPBadRequest(text="request: not JSON") from None
+        settings = await _read_settings(request)
         if self._pending > MAX_WAITING:
             raise web.HTTPServiceUnavailable(
                 text="too many generations are waiting; try again later"
@@ -151,6 +145,8 @@ class Playground:
                 await _send(response, {"waiting": self._pending - 1})
             async with self._lock:
                 await self._run(settings, response)
+        except ConnectionError:  # the page has closed
+            pass
         finally:
             self._pending -= 1
         return response
@@ -172,6 +168,27 @@ class Playground:
             self.log(f"{count} tokens in {time.perf_counter() - begin:.1f} s: {end}")
 
 
+async def _read_settings(request: web.Request) -> GenerateRequest:
+    """Read a request for a generation.
+
+    Raises:
+        HTTPClientError: It is malformed.
+    """
+    if request.content_type != "application/json" or "Content-Encoding" in request.headers:
+        raise web.HTTPUnsupportedMediaType(text="send application/json, not compressed")
+    try:
+        body = json.loads(await asyncio.wait_for(request.read(), BODY_SECONDS))
+        if not isinstance(body, dict):
+            raise UserError("request: send a JSON object")
+        return validate(GenerateRequest, body, "request")
+    except UserError as error:
+        raise web.HTTPBadRequest(text=printable(str(error))) from None
+    except asyncio.TimeoutError:
+        raise web.HTTPRequestTimeout(text="request: the body is incomplete") from None
+    except (ValueError, RecursionError, web.RequestPayloadError):
+        raise web.HTTPBadRequest(text="request: not JSON") from None
+
+
 async def _send(response: web.StreamResponse, event: dict[str, Any]) -> None:
     await response.write(json.dumps(event).encode() + b"\n")
 
@@ -181,11 +198,12 @@ async def _only_this_machine(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     """Refuse other host names and other origins."""
-    if request.url.host not in HOST_NAMES:
-        raise web.HTTPForbidden(text=f"host {request.host} is refused; use {HOST}")
+    hosts = request.headers.getall("Host", [])
+    if len(hosts) != 1 or not HOST_HEADER.fullmatch(hosts[0]):
+        raise web.HTTPForbidden(text=f"host {printable(', '.join(hosts))} is refused; use {HOST}")
     origin = request.headers.get("Origin")
-    if origin is not None and origin != f"http://{request.host}":
-        raise web.HTTPForbidden(text=f"origin {origin} is refused")
+    if origin is not None and origin != f"http://{hosts[0]}":
+        raise web.HTTPForbidden(text=f"origin {printable(origin)} is refused")
     return await handler(request)
 
 
@@ -201,6 +219,13 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
     )
 
 
+def _is_fault(record: logging.LogRecord) -> bool:
+    """Whether a record of aiohttp's is about this server, and not about a malformed request."""
+    malformed = (http_exceptions.HttpProcessingError, web.RequestPayloadError)
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, (*malformed, ConnectionError))
+
+
 @asynccontextmanager
 async def serve(playground: Playground, port: int) -> AsyncIterator[str]:
     """Serve a playground and yield its address.
@@ -210,7 +235,11 @@ async def serve(playground: Playground, port: int) -> AsyncIterator[str]:
     """
     app = playground.app()
     app.on_response_prepare.append(_add_headers)
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1)
+    logger = logging.getLogger("train.play")
+    logger.addFilter(_is_fault)
+    runner = web.AppRunner(
+        app, handler_cancellation=True, access_log=None, shutdown_timeout=1, logger=logger
+    )
     await runner.setup()
     try:
         try:

@@ -1,6 +1,7 @@
 """Start a local Ray, or join a running cluster and check its nodes."""
 
 import contextlib
+import ipaddress
 import logging
 import os
 import secrets
@@ -30,6 +31,15 @@ _RAY_VARIABLES = {
     # Of tasks cancelled at the end.
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",
 }
+LOCAL_VARIABLES = {
+    # False on Linux as well makes Ray listen on the loopback interface only (services.py,
+    # get_node_ip_address); it has no other setting for that.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # A random token, which only processes of this user can read; Ray reads it once per process.
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+}
+"""Of a local Ray, whatever the user has set for a cluster. Ray reads some of them when imported."""
 NODE_VARIABLES = {
     "RAY_grpc_client_keepalive_time_ms": "5000",
     "RAY_grpc_client_keepalive_timeout_ms": "5000",
@@ -60,6 +70,8 @@ def cluster(machine: Machine, files: Sequence[Path] = (), *, ships: bool = False
     variables = _RAY_VARIABLES if address == "local" else _RAY_VARIABLES | NODE_VARIABLES
     for name, value in variables.items():
         os.environ.setdefault(name, value)
+    if address == "local":
+        os.environ.update(LOCAL_VARIABLES)
     handler = signal.getsignal(signal.SIGTERM)
     with contextlib.ExitStack() as stack:
         if address == "local":
@@ -85,7 +97,7 @@ def _start(machine: Machine) -> None:
     # Workers must import the code of this folder, even if another copy is installed.
     path = [str(Path.cwd()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path))
-    _use_writable_folders()
+    _use_short_tmpdir()
     import ray  # takes a second, so only if there is work
 
     try:
@@ -97,6 +109,9 @@ def _start(machine: Machine) -> None:
             _memory=_MEMORY_BYTES,
             logging_level=logging.ERROR,
         )
+        host = ray.util.get_node_ip_address()
+        if not ipaddress.ip_address(host).is_loopback:
+            raise RuntimeError(f"it would listen at {host}, for the network")
     except Exception as error:  # Ray has no exception class for this
         reason = " ".join(str(error).split())
         slow = " (Ray gives up after 30 s: is the machine overloaded?)" * ("timed out" in reason)
@@ -106,23 +121,11 @@ def _start(machine: Machine) -> None:
         ) from error
 
 
-def _use_writable_folders() -> None:
-    """Keep a local Ray out of a temporary or home folder that it cannot use.
-
-    Ray puts sockets below TMPDIR, whose paths may have 107 bytes, and a token in the home folder.
-    """
+def _use_short_tmpdir() -> None:
+    """Keep a local Ray out of a TMPDIR that it cannot use: the path of a socket has 107 bytes."""
     folder = os.environ.get("TMPDIR", "/tmp")
     if len(os.fsencode(folder)) > _MAX_TMPDIR_BYTES or not os.access(folder, os.W_OK | os.X_OK):
         os.environ.setdefault("RAY_TMPDIR", "/tmp")
-    try:
-        home = Path("~/.ray").expanduser()
-        while not home.exists():
-            home = home.parent
-        usable = home.is_dir() and os.access(home, os.W_OK | os.X_OK)
-    except (OSError, RuntimeError):  # a HOME of another user; no HOME, and no such user
-        usable = False
-    if not usable:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def _join(address: str, node_probe: probe.Probe) -> None:

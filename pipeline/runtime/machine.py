@@ -17,7 +17,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from pipeline.runtime.errors import UserError
+from pipeline.runtime.errors import UserError, printable
 from pipeline.runtime.params_file import first_error, nearest, read_yaml
 
 PREFIX = "GPT2_"
@@ -136,7 +136,8 @@ class Machine(BaseSettings):
             key = variable.removeprefix(PREFIX).lower()
             if variable.startswith(PREFIX) and key not in cls.model_fields:
                 known = [PREFIX + name.upper() for name in cls.model_fields]
-                raise UserError(f"{variable}: unknown variable; {nearest(variable, known)}")
+                shown = printable(variable)[:100]
+                raise UserError(f"{shown}: unknown variable; {nearest(variable, known)}")
         try:
             return cls()
         except ValidationError as error:

@@ -11,11 +11,14 @@ from typing import Any
 import aiohttp
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model import GPT, GPTConfig
 from pipeline.format import tokenizer
 from pipeline.runtime.errors import UserError
 from tests.support.browser import CHROMIUM, Page, browser
+from train import play as play_module
 from train.play import (
     MAX_TOKENS,
     MAX_WAITING,
@@ -182,6 +185,95 @@ def test_foreign_and_invalid_requests_are_refused(gpt: GPT) -> None:
         assert log == []
 
     play(gpt, scenario)
+
+
+POST = b"POST /generate HTTP/1.1"
+JSON = b"Content-Type: application/json"
+MALFORMED = [  # first line, headers, body
+    (POST, [JSON, b"Content-Length: -2"], b"{}"),
+    (POST, [JSON, b"Content-Length: " + b"9" * 30], b"{}"),
+    (POST, [JSON, b"Content-Length: 20"], b"{}"),
+    (POST, [JSON, b"Content-Length: 2", b"Transfer-Encoding: chunked"], b"{}"),
+    (POST, [JSON, b"Transfer-Encoding: chunked"], b"zz\r\n{}\r\n0\r\n\r\n"),
+    (POST, [JSON, b"Content-Encoding: gzip", b"Content-Length: 2"], b"{}"),
+    (POST, [JSON, b"Content-Length: 60000"], b"[" * 60000),
+    (POST, [JSON, b"Content-Length: 18"], b'{"prompt": "\xff\xfe"}'),
+    (POST, [JSON, b"Content-Length: 19"], b'{"prompt":"\\ud800"}'),
+    (POST, [JSON, b"Content-Length: 20"], b'{"temperature": NaN}'),
+    (POST, [JSON, b"Content-Length: 6000"], b'{"seed": ' + b"9" * 5990 + b"}"),
+    (b"FETCH /generate HTTP/1.1", [], b""),
+    (b"PUT / HTTP/1.1", [], b""),
+    (b"GET /../%ff%00 HTTP/1.1", [], b""),
+    (b"GET / HTTP/9.9", [], b""),
+    (b"GET / HTTP/1.1", [b"broken"], b""),
+    (b"GET / HTTP/1.1", [b"X: " + b"a" * 9000], b""),
+]
+HOSTS = [
+    b"127.0.0.1",
+    b"localhost:1",
+    b"[::",
+    b"\xff\xfe",
+    b"xn--",
+    b"a@127.0.0.1",
+    b"127.0.0.1:x",
+    b"",
+]
+
+
+def ask(
+    gpt: GPT, line: bytes, headers: list[bytes], body: bytes, host: bytes = b"127.0.0.1"
+) -> int:
+    """Send a request to a playground, and return the status of the answer."""
+    head = b"\r\n".join([line, b"Host: " + host, *headers, b"", b""])
+
+    async def exchange() -> bytes:
+        async with serve(Playground(gpt, "", lambda _: None), 0) as address:
+            port = int(address.rstrip("/").rpartition(":")[2])
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(head + body)
+            answer = await asyncio.wait_for(reader.readline(), 10)
+            writer.close()
+            return answer
+
+    return int(asyncio.run(exchange()).split()[1])
+
+
+def test_malformed_requests_get_a_status_of_4xx_and_no_traceback(
+    gpt: GPT, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(play_module, "BODY_SECONDS", 0.05)
+    monkeypatch.setattr(play_module, "generate", lambda *_: iter(()))
+    for line, headers, body in MALFORMED:
+        assert 400 <= ask(gpt, line, headers, body) < 500, (line, headers, body[:99])
+    for host in HOSTS[2:]:
+        assert 400 <= ask(gpt, POST, [JSON, b"Content-Length: 2"], b"{}", host) < 500, host
+
+    values = st.recursive(
+        st.none() | st.floats() | st.integers() | st.text(), st.lists, max_leaves=4
+    )
+    fields = st.sampled_from([*GenerateRequest.model_fields, "else"])
+    bodies = st.binary(max_size=99) | st.dictionaries(fields, values).map(
+        lambda value: json.dumps(value).encode()
+    )
+    lines = [line for line, _, _ in MALFORMED]
+    headers = [header for _, headers, _ in MALFORMED for header in headers]
+    noise = st.binary(max_size=20).map(lambda value: b"X: " + value.replace(b"\n", b""))
+
+    @settings(max_examples=30)
+    @given(
+        st.sampled_from(lines),
+        st.lists(st.sampled_from(headers) | noise, max_size=3),
+        bodies,
+        st.sampled_from(HOSTS),
+        st.booleans(),
+    )
+    def check(line: bytes, more: list[bytes], body: bytes, host: bytes, complete: bool) -> None:
+        length = [b"Content-Length: %d" % len(body)] * complete
+        status = ask(gpt, line, [JSON, *length, *more], body, host)
+        assert status == 200 or 400 <= status < 500
+
+    check()
+    assert caplog.records == []
 
 
 def test_one_generation_at_a_time_and_a_short_queue(gpt: GPT) -> None:

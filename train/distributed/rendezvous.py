@@ -1,7 +1,6 @@
 """How the processes of a run form a group, and how the group is torn down.
 
-torchrun (or a test) describes the group in the environment: RANK, WORLD_SIZE, MASTER_ADDR, ... The
-ranks meet in its key-value store, under a prefix that only this start of the group uses.
+The ranks meet in the group's key-value store, under a prefix that only this start uses.
 """
 
 from __future__ import annotations
@@ -12,20 +11,20 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from pipeline.runtime import command
 from pipeline.runtime.errors import StageFailed, UserError
 from pipeline.runtime.machine import usable_cores
 from train.distributed.devices import device_type
+from train.distributed.group import Group, open_store, read_group, stay_on_this_machine
 from train.distributed.world import HOW_TO_RESUME, World, process_name, sign_in
 
 
@@ -33,47 +32,57 @@ from train.distributed.world import HOW_TO_RESUME, World, process_name, sign_in
 def process_group(
     device: Literal["auto", "cpu", "cuda"], timeout: float = 900.0
 ) -> Iterator[World]:
-    """Join the group that torchrun describes in the environment; a group of one without torchrun.
+    """Join the group that the environment describes; a group of one without torchrun.
 
     The backend is NCCL on GPUs and gloo on CPUs. On a CPU the processes of a node share its cores:
     results are the same bits only for the same number of threads.
 
     Raises:
-        UserError: This node has fewer GPUs than processes.
+        UserError: This node has fewer GPUs than processes; the environment does not describe a
+            group, or nothing answers where it says.
         StageFailed: Other ranks did not join in ``timeout`` seconds.
         SystemExit: A rank died or did not respond in time (see ``World.roll_call``).
     """
     kind = device_type(device)
-    rank = int(os.environ.get("RANK", 0))
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    group = read_group()
+    if group.one_node:
+        stay_on_this_machine()
+        if group.hosted and group.rank == 0 and command.PARENT not in os.environ:
+            print(
+                "warning: torchrun listens on all interfaces, and runs what others send it; on one "
+                "node, python -m train.launch does not",
+                file=sys.stderr,
+                flush=True,
+            )
+    cores = max(1, usable_cores() // group.local_size)
+    # torch.compile would start up to 32 processes per rank.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, cores)))
     if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
+        if group.local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"processes (machine.yaml, GPT2_PROCESSES): {local_size}, but this node has "
+                f"processes (machine.yaml, GPT2_PROCESSES): {group.local_size}, but this node has "
                 f"{torch.cuda.device_count()} GPUs; use as many, or device: cpu"
             )
-        own_device = torch.device("cuda", local_rank)
+        own_device = torch.device("cuda", group.local_rank)
         torch.cuda.set_device(own_device)  # before the group: NCCL binds to the current device
     else:
         own_device = torch.device("cpu")
-        torch.set_num_threads(max(1, usable_cores() // local_size))
+        torch.set_num_threads(cores)
     wait = timedelta(seconds=timeout)
-    store, restarted = _join_store(rank, size, wait)
+    store, restarted = _join_store(group, wait)
     # NCCL ends a process without naming the rank it waited for: the control group times out first.
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo",
         store=store,
-        rank=rank,
-        world_size=size,
+        rank=group.rank,
+        world_size=group.size,
         timeout=2 * wait if kind == "cuda" else wait,
         device_id=own_device if kind == "cuda" else None,
     )
     try:
         world = World(
-            rank=rank,
-            size=size,
+            rank=group.rank,
+            size=group.size,
             device=own_device,
             control=dist.new_group(backend="gloo", timeout=wait),
             store=store,
@@ -107,7 +116,7 @@ def _tear_down(error: BaseException) -> None:
         dist.group.WORLD.abort()
 
 
-def _join_store(rank: int, size: int, timeout: timedelta) -> tuple[Store, bool]:
+def _join_store(group: Group, timeout: timedelta) -> tuple[Store, bool]:
     """Open the group's store and sign in.
 
     Returns:
@@ -115,14 +124,14 @@ def _join_store(rank: int, size: int, timeout: timedelta) -> tuple[Store, bool]:
         node whose own workers were healthy does not count a restart that another node asked for,
         but rank 0 finds the keys of the earlier start in the store.
     """
-    if "RANK" not in os.environ:
+    if group.size == 1 and not group.hosted:
         return dist.HashStore(), False  # type: ignore[attr-defined]
-    store: Store = next(rendezvous("env://"))[0]
+    store: Store = open_store(group, timeout)
     store.set_timeout(timeout)
-    counted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    restarted = counted or (rank == 0 and store.check(["start"]))
-    store = PrefixStore(_agree_on_prefix(store, rank, size, timeout), store)
-    sign_in(store, rank)
+    counted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+    restarted = counted or (group.rank == 0 and store.check(["start"]))
+    store = PrefixStore(_agree_on_prefix(store, group.rank, group.size, timeout), store)
+    sign_in(store, group.rank)
     return store, restarted
 
 
@@ -134,36 +143,44 @@ def _agree_on_prefix(store: Store, rank: int, size: int, timeout: timedelta) -> 
     nonce, rank 0 answers with all nonces it sees and its own as the prefix, and a rank that finds
     its nonce in the answer knows that the answer is not an old one.
 
+    The store is asked again and again: a read that waits for a key would take no signal.
+
     Raises:
-        StageFailed: Other ranks did not join in time. Reads do not time out where an earlier start
-            has left its keys.
+        StageFailed: Other ranks did not join in time.
     """
     nonce = uuid.uuid4().hex
-    others = range(1, size)
     end = time.monotonic() + timeout.total_seconds()
 
-    def wait_for(missing: str) -> None:
-        if time.monotonic() > end:
-            raise StageFailed(
-                f"{process_name(rank)} has waited {timeout.total_seconds():g} s for {missing}; "
-                f"{HOW_TO_RESUME}"
-            )
-        time.sleep(0.05)
+    def read(key: str) -> str | None:
+        return store.get(key).decode() if store.check([key]) else None
+
+    def wait(missing: Callable[[], list[int]]) -> None:
+        while ranks := missing():
+            if time.monotonic() > end:
+                names = ", ".join(map(str, ranks))
+                raise StageFailed(
+                    f"{process_name(rank)} has waited {timeout.total_seconds():g} s for rank "
+                    f"{names}; {HOW_TO_RESUME}"
+                )
+            time.sleep(0.05)
 
     if rank > 0:
         store.set(f"here-{rank}", nonce)
-        while (answer := json.loads(store.get("start")))["here"].get(str(rank)) != nonce:
-            wait_for("rank 0")
-        store.set(f"seen-{rank}", answer["name"])
-        return str(answer["name"])
-    while True:
-        here = {other: store.get(f"here-{other}").decode() for other in others}
+        wait(lambda: [] if nonce == _answer(read("start"))["here"].get(str(rank)) else [0])
+        name = str(_answer(read("start"))["name"])
+        store.set(f"seen-{rank}", name)
+        return name
+
+    def unseen() -> list[int]:
+        here = {other: read(f"here-{other}") for other in range(1, size)}
         store.set("start", json.dumps({"name": nonce, "here": here}))
-        missing = [
-            other
-            for other in others
-            if not store.check([key := f"seen-{other}"]) or store.get(key).decode() != nonce
-        ]
-        if not missing:
-            return nonce
-        wait_for("rank " + ", ".join(map(str, missing)))
+        return [other for other in here if read(f"seen-{other}") != nonce]
+
+    wait(unseen)
+    return nonce
+
+
+def _answer(text: str | None) -> dict[str, Any]:
+    """Rank 0's answer, or one to nobody."""
+    answer: dict[str, Any] = json.loads(text or '{"here": {}}')
+    return answer

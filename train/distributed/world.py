@@ -81,6 +81,12 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, by rank (pickled between our own processes only)."""
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         dist.barrier(group=self.control)

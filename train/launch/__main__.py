@@ -1,4 +1,4 @@
-"""`python -m train.launch [--adopt RUN]`: the training stage as DVC runs it."""
+"""`python -m train.launch [--adopt RUN] [--retry]`: the training stage as DVC runs it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ def main(argv: Sequence[str] = ()) -> None:
         metavar="RUN",
         help="resume from an unfinished run (its key, or the first characters) of other code",
     )
+    parser.add_argument(
+        "--retry",
+        action="store_true",
+        help="after a non-finite loss or gradient: repeat the steps after the last checkpoint",
+    )
     args = parser.parse_args(argv)
     from train.launch.stage import launch  # torch: --help need not wait for it
 
-    launch(args.adopt)
+    launch(args.adopt, retry=args.retry)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ its checkpoints are hard-linked into the new one; `run.json` and `state.json` re
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -43,17 +42,17 @@ def adopt(run: Run, name: str) -> str:
     with run.lock(), run.store.lock("runs", key, wait=False):
         record = _record(other)
         if record is None:
-            raise UserError(f"--adopt {name}: {other / RECORD} is missing: the run never began")
+            raise UserError(f"--adopt {name}: {other / RECORD} is missing or damaged")
         if (other / FINAL).exists():
             raise UserError(f"--adopt {name}: that run is finished")
         if differs := _differences(run, record):
             raise UserError(
                 f"--adopt {name}: that run differs in more than code: {', '.join(differs)}"
             )
-        found = directory.latest(other)
+        found = directory.latest(other, run.samples)
         if found is None:
             raise UserError(f"--adopt {name}: that run has no checkpoint")
-        step, own = directory.step_of(found[0]), directory.latest(run.folder)
+        step, own = directory.step_of(found[0]), directory.latest(run.folder, run.samples)
         if own is not None and directory.step_of(own[0]) >= step:
             raise UserError(
                 f"--adopt {name}: that run is at step {step}, this one is already at step "
@@ -88,10 +87,11 @@ def _find(run: Run, name: str) -> Path:
 
 def _record(folder: Path) -> dict[str, Any] | None:
     try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_bytes())
+        record = atomic.read_sealed(folder / RECORD)
     except (OSError, ValueError):
         return None
-    return record
+    is_complete = record.keys() >= {*SECTIONS, "dataset_key", "starts_from", "code_key", "adopted"}
+    return record if is_complete else None
 
 
 def _differences(run: Run, record: dict[str, Any]) -> list[str]:
@@ -112,13 +112,13 @@ def _differences(run: Run, record: dict[str, Any]) -> list[str]:
 def _link_checkpoints(run: Run, other: Path, adopted: list[dict[str, Any]]) -> None:
     """Link the checkpoints of a run into another's folder, which appears complete or not at all."""
     part = run.folder.with_name(f".{run.key}.adopting")
-    shutil.rmtree(part, ignore_errors=True)
+    atomic.remove(part)
     part.mkdir()
     for folder in directory.checkpoints(other):
         shutil.copytree(folder, part / folder.name, copy_function=os.link)
     for path in other.glob("*.jsonl"):  # these grow: no links
         shutil.copy2(path, part / path.name)
-    atomic.write_json(part / RECORD, {**run.identity, "adopted": adopted})
+    atomic.write_json(part / RECORD, atomic.sealed({**run.identity, "adopted": adopted}))
     shutil.rmtree(run.folder)
     os.rename(part, run.folder)
     atomic.fsync_folder(run.folder.parent)

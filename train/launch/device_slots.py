@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import getpass
 import os
 import random
 import re
@@ -80,7 +79,7 @@ def claim(
     Returns:
         Holder of the locks, and the names of the locked devices, in order.
     """
-    folder = folder or Path(tempfile.gettempdir()) / f"gpt2-{getpass.getuser()}"
+    folder = folder or Path(tempfile.gettempdir()) / f"gpt2-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     announced = False
     while True:

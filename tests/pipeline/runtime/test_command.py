@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
@@ -9,9 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from pipeline.runtime import command
 from tests.support.repo import REPO
 from tests.support.small_data import Project
 from tests.support.waiting import wait_for
@@ -57,6 +60,12 @@ def wait_ready(process: subprocess.Popen[str]) -> None:
         ("raise UserError('x.yaml: key: do this')", 2, "error: x.yaml: key: do this\n"),
         ("raise UserError('a\\x1b[2J\\r\\nc\\udcff')", 2, r"error: a\\x1b\[2J\nerror: c\\udcff\n"),
         ("raise StageFailed('2 tasks failed')", 1, "error: 2 tasks failed\n"),
+        ("raise OSError(28, 'No space left', 'a\\nb')", 1, r"error: a\\nb: No space left; .*\n"),
+        (
+            "raise OSError(5, 'Input/output error')",
+            1,
+            r"error: .*work_dir: Input/output error; .*\n",
+        ),
         ("raise ZeroDivisionError('so')", 1, r"Traceback(.|\n)*ZeroDivisionError: so\n"),
     ],
 )
@@ -93,6 +102,28 @@ def test_stopped_message_names_gpt2_fresh_because_it_prevents_resuming(
     assert process.returncode == 3
 
 
+@pytest.mark.parametrize(
+    ("later", "status"),
+    [("verify: {retokenize: 2}", 1), ("verify: {retokenize: 1}\nevaluate: {seed: 2}", 0)],
+)
+def test_a_stage_whose_section_is_changed_under_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: str, status: int
+) -> None:
+    """DVC would record the new values as those of the result."""
+    monkeypatch.setenv("DVC_STAGE", "verify")
+    process = start(f"""
+    from pathlib import Path
+    from pipeline.params import VerifyParams
+    from pipeline.runtime.params_file import load_section
+    path = Path({str(tmp_path / "params.yaml")!r})
+    path.write_text("verify: {{retokenize: 1}}")
+    load_section("verify", VerifyParams, path)
+    path.write_text({later!r})""")
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == status, error
+    assert ("params.yaml: verify: " in error) == bool(status)
+
+
 PARENT = """\
 import os, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE, text=True)
@@ -101,6 +132,29 @@ child.stdout.readline()  # in try
 print(child.pid, flush=True)
 time.sleep(60)
 """
+
+
+def test_an_orphan_is_recognised_after_its_parent_has_died(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(command.PARENT, raising=False)
+    monkeypatch.setattr(os, "getppid", lambda: 7)
+    sessions = {0: 5, 7: 5}
+    monkeypatch.setattr(os, "getsid", sessions.__getitem__)
+    assert not command._is_orphan()  # DVC's: in its session
+    sessions[7] = 1
+    assert command._is_orphan()  # adopted by an init process
+    sessions[0] = os.getpid()
+    assert not command._is_orphan()  # started in a session of its own
+    monkeypatch.setenv(command.PARENT, "7")
+    assert not command._is_orphan()  # train.launch's
+    monkeypatch.setenv(command.PARENT, "8")
+    assert command._is_orphan()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(prctl=lambda *_: 0))
+    with pytest.raises(SystemExit) as ended:
+        command.run(lambda: pytest.fail("ran"))
+    assert ended.value.code == command.STOPPED
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="uses PR_SET_PDEATHSIG of Linux")

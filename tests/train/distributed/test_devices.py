@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,20 @@ def test_compiling_without_a_c_compiler_is_refused(
     devices.check_gpu("bfloat16", compiled=False)
     with pytest.raises(UserError, match=r"GPT2_COMPILE.*C compiler.*compile: false"):
         devices.check_gpu("bfloat16", compiled=True)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("CXX", "/dev/null/g++"), ("CXX", "false"), ("TORCHINDUCTOR_CACHE_DIR", "/dev/null")],
+)
+def test_compiling_on_a_cpu_needs_a_compiler_and_a_cache(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    if shutil.which("g++"):
+        devices.check_compiler("cpu")
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=r"^compile \(machine.yaml, GPT2_COMPILE\)"):
+        devices.check_compiler("cpu")
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
