@@ -10,9 +10,9 @@ Reading order:
     init.py        initial weights
     generation.py  sampling
 
-The other modules are formats (`checkpoint.py`, `hf.py`, `tokenizer_files.py`), parameter and FLOP
-counts (`size.py`) and commands (`generate.py`, `export.py`, `import_hf.py`). Measurements are in
-`docs/model.md`.
+The other modules are formats (`checkpoint.py`, `hf.py`, `llmc.py`, `tokenizer_files.py`), how they
+are read and written (`files.py`, `output.py`), parameter and FLOP counts (`size.py`) and commands
+(`generate.py`, `export.py`, `import_hf.py`). Measurements are in `docs/model.md`.
 
 A first reading takes about 20 minutes if you skip `config.py`, `generation.py`, `attention.py` from
 "documents" on and `gpt.py` from "text" on.

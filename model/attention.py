@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from model.config import GPTConfig
+from model.config import EOT, GPTConfig
 from model.layers import Implementation, Linear, upcast
 
 Mask = Tensor | BlockMask | None
@@ -104,6 +104,18 @@ class CausalSelfAttention(Module):
 
 
 # -- documents -------------------------------------------------------------------------------------
+
+
+def document_ids(tokens: Tensor) -> Tensor:
+    """Number the documents of each row: every `<|endoftext|>` begins one.
+
+    Args:
+        tokens: (B, T) int64.
+
+    Returns:
+        (B, T) int64, not decreasing; 0 is the document that began before the row.
+    """
+    return (tokens == EOT).cumsum(dim=1)
 
 
 def document_mask(documents: Tensor, implementation: Implementation = "fused") -> Mask:

@@ -7,104 +7,75 @@ is no pickle, so loading a checkpoint runs no code.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.config import GPTConfig
 from model.errors import ConfigError, FormatError
+from model.files import (
+    check_shapes,
+    list_tensors,
+    load_tensors,
+    read_json,
+    save_tensors,
+    write_json,
+)
+from model.size import parameter_shapes
 
 WEIGHTS = "model.safetensors"
 STATE = "state.json"
+FILES = (WEIGHTS, STATE)
+"""In the order in which they are written: an unfinished folder is not taken for a checkpoint."""
+
+SEAL = "json_sha256"  # as in pipeline.store.atomic
 
 
 def read(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Read the config and the parameters of a checkpoint, on the CPU.
+    """Read the config and the parameters of a checkpoint, in float32, on the CPU.
 
     Raises:
-        FormatError: A file is missing or unreadable, or the config is invalid.
+        FormatError: A file is missing or unreadable, the config is invalid, or a tensor is missing,
+            unknown, of another shape or not finite; or a file differs from the hash that training
+            has recorded.
     """
     state = read_json(folder / STATE, "give the folder of a checkpoint")
+    _check_hashes(folder, state)
     if not isinstance(state.get("model"), dict):
         raise FormatError(f"{folder / STATE} has no key 'model': give the folder of a checkpoint")
     try:
         config = GPTConfig.from_dict(state["model"])
     except ConfigError as error:
         raise FormatError(f"{folder / STATE}: {error}") from error
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise FormatError(f"{path} does not exist: give the folder of a complete checkpoint")
-    try:
-        return config, load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path} cannot be read: {error}") from error
+    found = {stored.name: stored for stored in list_tensors(folder / WEIGHTS)}
+    check_shapes(folder, found, parameter_shapes(config))
+    return config, dict(load_tensors(found))
+
+
+def _check_hashes(folder: Path, state: dict[str, Any]) -> None:
+    """Compare the files with the hashes in a checkpoint of training; others have none."""
+    rest = {key: value for key, value in state.items() if key != SEAL}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    if state.get(SEAL) not in (None, hashlib.sha256(text.encode()).hexdigest()):
+        raise FormatError(f"{folder / STATE} is damaged: it does not match its {SEAL}")
+    hashes = state.get("sha256")
+    if not isinstance(hashes, dict) or WEIGHTS not in hashes or not (folder / WEIGHTS).is_file():
+        return
+    digest = hashlib.sha256()
+    with open(folder / WEIGHTS, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != hashes[WEIGHTS]:
+        raise FormatError(f"{folder / WEIGHTS} is damaged: it does not match its sha256 in {STATE}")
 
 
 def write(
     folder: Path, config: GPTConfig, parameters: dict[str, Tensor], extra: dict[str, Any]
 ) -> None:
-    """Write a checkpoint; `extra` holds further keys of `state.json`.
-
-    `state.json` is written last, so an unfinished folder is not taken for a checkpoint.
-    """
+    """Write a checkpoint; `extra` holds further keys of `state.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / WEIGHTS, parameters)
     write_json(folder / STATE, {"model": config.to_dict(), **extra})
-
-
-def read_json(path: Path, hint: str) -> dict[str, Any]:
-    """Read a JSON object; if there is none, raise a `FormatError` that ends with `hint`."""
-    if not path.is_file():
-        raise FormatError(f"{path} does not exist: {hint}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise FormatError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise FormatError(f"{path} is not a JSON object: {hint}")
-    return value
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write indented JSON with sorted keys."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, line endings unchanged."""
-    _write_atomically(path, lambda part: part.write_bytes(text.encode()))
-
-
-def save_tensors(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """Write a safetensors file."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    _write_atomically(path, lambda part: save_file(contiguous, part, metadata))
-
-
-def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write to a temporary name, then rename.
-
-    The file is complete or absent, even after a power failure. A file hard-linked to DVC's cache is
-    replaced, never modified.
-    """
-    part = path.with_name(f".{path.name}.part")
-    write(part)
-    _sync(part)
-    part.replace(path)
-    _sync(path.parent)  # makes the rename durable
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

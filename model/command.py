@@ -10,6 +10,15 @@ from typing import NoReturn
 
 from model.errors import ModelError
 
+# other errors of the file system are faults, such as a full disk
+_USER_ERRORS = (
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that reports a wrong flag in one line, `error: ...`, and exits with status 2."""
@@ -38,21 +47,25 @@ def positive(text: str) -> float:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a command. Exit status: 0 done, 2 user error, reported in one line, 3 interrupted."""
+    """Run a command.
+
+    Exit status: 0 done, 1 a fault, 2 user error, 3 interrupted. A user error, and an error of the
+    file system such as a full disk, is reported in one line.
+    """
     try:
         main()
         sys.stdout.flush()
-    except (
-        ModelError,
-        FileNotFoundError,
-        FileExistsError,
-        PermissionError,
-        NotADirectoryError,
-    ) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(3)
     except BrokenPipeError:  # the reader of the output has closed it, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
+    except (ModelError, OSError) as error:
+        print(f"error: {_printable(str(error))}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, (ModelError, *_USER_ERRORS)) else 1)
+    except KeyboardInterrupt:
+        sys.exit(3)
     sys.exit(0)
+
+
+def _printable(text: str) -> str:
+    """Return the text on one line, with the control characters of file names escaped."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

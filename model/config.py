@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,12 @@ EOT = 50256
 
 PAD_MULTIPLE = 128
 """The table of tokens is padded to a multiple of this for fast kernels (50257 -> 50304)."""
+
+LARGEST = 2**31 - 1
+"""Of each size: larger ones are mistakes, and overflow in products and other programs."""
+
+COLDEST, HOTTEST = 2.0**-126, 2.0**127
+"""Temperatures that float32 can divide by."""
 
 _SIZES = {
     # Radford et al. 2019, table 2: n_layer, n_head, n_embd
@@ -62,7 +69,9 @@ class GPTConfig:
             _require_count("loss_chunk", self.loss_chunk, alternative=", or null to choose")
         for name in ("document_positions", "checkpoint_activations"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
+                raise ConfigError(
+                    f"{name} must be true or false, not {reprlib.repr(getattr(self, name))}"
+                )
         if self.n_embd % self.n_head:
             raise ConfigError(
                 f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}): "
@@ -108,7 +117,7 @@ class GPTConfig:
                     if near
                     else f": the keys are {', '.join(fields)}"
                 )
-                raise ConfigError(f"unknown model key {key!r}{hint}")
+                raise ConfigError(f"unknown model key {reprlib.repr(key)}{hint}")
         for name, field in fields.items():
             if field.default is dataclasses.MISSING and name not in values:
                 raise ConfigError(f"model key {name!r} is missing")
@@ -117,5 +126,21 @@ class GPTConfig:
 
 def _require_count(name: str, value: object, alternative: str = "") -> None:
     # bool is a subclass of int, but n_layer=True is a mistake
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be an integer of at least 1{alternative}, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
+        raise ConfigError(
+            f"{name} must be an integer of at least 1 and at most {LARGEST:,}{alternative}, "
+            f"not {reprlib.repr(value)}"
+        )
+
+
+def check_temperature(value: float) -> float:
+    """Return a sampling temperature.
+
+    Raises:
+        ConfigError: It is neither 0 nor a number that float32 can divide by.
+    """
+    if value != 0 and not COLDEST <= value <= HOTTEST:
+        raise ConfigError(
+            f"temperature must be 0 (greedy) or from {COLDEST:.3g} to {HOTTEST:.3g}, not {value}"
+        )
+    return value

@@ -18,6 +18,7 @@ from model.config import EOT
 from model.errors import ConfigError, FormatError
 from model.generation import stream
 from model.gpt import GPT
+from model.tokenizer_files import END_OF_TEXT
 
 
 def load(folder: Path) -> GPT:
@@ -61,6 +62,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--top-p", type=float, metavar="P")
     parser.add_argument("--seed", type=int, help="makes the text reproducible")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if available)")
+    parser.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help=f"{END_OF_TEXT} in the prompt starts a new document; default: it is ordinary text",
+    )
     args = parser.parse_args(argv)
 
     from pipeline.format import tokenizer  # only commands know text
@@ -73,7 +79,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{EOT + 1}: use GPT.generate from Python"
         )
     gpt.to(device)
-    prompt = [EOT, *tokenizer.encode(args.prompt)]  # as documents start in training
+    documents = [args.prompt]
+    if args.special_tokens:
+        documents = args.prompt.removeprefix(END_OF_TEXT).split(END_OF_TEXT)
+    # as documents start in training
+    prompt = [token for text in documents for token in (EOT, *tokenizer.encode(text))]
     steps = stream(
         gpt, [prompt], args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed
     )
@@ -91,8 +101,8 @@ def _device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=device).item()  # on "meta" there are no values
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"--device {name} is not available: {reason}") from error
     return device

@@ -1,9 +1,9 @@
 """Sampling with a KV cache: from the logits of the next token to continued text.
 
-A row's window holds at most `block_size` tokens. When it overflows, the last `block_size // 2`
-tokens are kept and their keys and values computed again: positions are learned and absolute, so the
-cache cannot slide. Every row of a batch has its own window, cache length and random numbers, and so
-does not depend on the other rows.
+A row's window holds at most `block_size` tokens: of a longer prompt the last ones. When it
+overflows, the last `block_size // 2` tokens are kept and their keys and values computed again:
+positions are learned and absolute, so the cache cannot slide. Every row of a batch has its own
+window, cache length and random numbers, and so does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from model.attention import KVCache
-from model.config import EOT, GPTConfig
-from model.errors import ConfigError
+from model.config import EOT, GPTConfig, check_temperature
+from model.errors import ConfigError, FormatError
 from model.init import stable_seed
 
 Prompts = TypeVar("Prompts", Tensor, list[list[int]])
@@ -83,6 +83,7 @@ def stream(
 
     Raises:
         ConfigError: An argument out of range, an empty prompt, or a token outside the vocabulary.
+        FormatError: The logits are not finite; raised by the iterator.
     """
     _check_arguments(model, prompts, max_new_tokens, temperature, top_k, top_p)
 
@@ -120,7 +121,7 @@ class Windows:
     def __init__(self, model: LanguageModel, prompts: Sequence[Sequence[int]]) -> None:
         self.model = model
         self.device = next(iter(model.parameters())).device
-        self.rows = [_truncate(list(prompt), model.config.block_size) for prompt in prompts]
+        self.rows = [list(prompt[-model.config.block_size :]) for prompt in prompts]
         self.cache = KVCache(model.config, len(prompts), self.device)
         self.logits = self._run(self.cache, self.rows)
 
@@ -137,7 +138,7 @@ class Windows:
         others = [i for i in range(len(self.rows)) if i not in full]
         logits = torch.empty_like(self.logits)
         for i in full:
-            self.rows[i] = _truncate(self.rows[i], block_size)
+            self.rows[i] = self.rows[i][-max(1, block_size // 2) :]
         fresh = KVCache(self.model.config, len(full), self.device)
         logits[full] = self._run(fresh, [self.rows[i] for i in full])
         if others:
@@ -155,7 +156,12 @@ class Windows:
         hidden = self.model.hidden(torch.tensor(padded, device=self.device), cache=cache)
         cache.lengths = [a + b for a, b in zip(cache.lengths, counts, strict=True)]
         last = hidden[torch.arange(len(rows)), torch.tensor(counts) - 1]  # (B, T, C) -> (B, C)
-        return self.model.head(last).float().cpu()  # (B, V)
+        logits = self.model.head(last).float().cpu()  # (B, V)
+        if not logits.isfinite().all():
+            raise FormatError(
+                "the logits are non-finite (NaN or Inf): the weights are too large, use others"
+            )
+        return logits
 
 
 def sample(
@@ -187,7 +193,9 @@ def sample(
     probabilities = scaled.softmax(0)
     if top_p is not None:
         before = probabilities.cumsum(0) - probabilities  # total of all more likely tokens
-        probabilities = probabilities * (before < top_p)
+        kept = before < top_p
+        kept[0] = True  # also if float32 rounds p to 0
+        probabilities = probabilities * kept
     return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
 
 
@@ -198,10 +206,6 @@ def _as_rows(tokens: Tensor | list[list[int]]) -> list[list[int]]:
         raise ConfigError(f"tokens must be (B, T), not {tuple(tokens.shape)}")
     rows: list[list[int]] = tokens.tolist()
     return rows
-
-
-def _truncate(window: list[int], block_size: int) -> list[int]:
-    return window if len(window) <= block_size else window[-max(1, block_size // 2) :]
 
 
 def _generator(seed: int | None, row: int) -> torch.Generator:
@@ -223,8 +227,7 @@ def _check_arguments(
 ) -> None:
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature must be 0 (greedy) or positive, not {temperature}")
+    check_temperature(temperature)
     if top_k is not None and top_k < 1:
         raise ConfigError(f"top_k must be at least 1, not {top_k}")
     if top_p is not None and not 0 < top_p <= 1:

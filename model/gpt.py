@@ -36,11 +36,12 @@ from model.attention import (
     CausalSelfAttention,
     KVCache,
     Mask,
+    document_ids,
     document_mask,
     document_positions,
 )
 from model.config import EOT, GPTConfig
-from model.errors import ConfigError, FormatError
+from model.errors import ConfigError
 from model.init import initialise
 from model.layers import GELU, Embedding, Implementation, LayerNorm, Linear, explicit_linear
 from model.loss import Reduction, cross_entropy, linear_cross_entropy
@@ -100,6 +101,8 @@ class GPT(Module):
     Attributes:
         checkpoint_activations: As in the config; may be changed at any time.
         loss_chunk: Likewise.
+        document_masking: Whether a loss without `documents` finds them in the tokens, by their
+            `<|endoftext|>`. False at first; may be changed at any time.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class GPT(Module):
         self.implementation: Implementation = implementation
         self.checkpoint_activations = config.checkpoint_activations
         self.loss_chunk = config.loss_chunk
+        self.document_masking = False
         self.wte = Embedding(config.padded_vocab_size, config.n_embd, implementation)
         self.wpe = Embedding(config.block_size, config.n_embd, implementation)
         self.h = ModuleList(Block(config, implementation) for _ in range(config.n_layer))
@@ -137,7 +141,8 @@ class GPT(Module):
             targets: (B, T) int64, the token after each; -100 is ignored.
             reduction: "mean" over targets that are not ignored (0 if all are), "sum", or "none".
             documents: (B, T) int64 document ids. If given, attention stays within a document, and
-                positions restart at each (unless `config.document_positions` is false).
+                positions restart at each (unless `config.document_positions` is false). If not, see
+                `document_masking`.
 
         Returns:
             Without targets: logits (B, T, V) in the dtype of `Linear`, without the padding.
@@ -148,6 +153,8 @@ class GPT(Module):
             ConfigError: A sequence longer than `block_size`, mismatched shapes, or an unknown
                 reduction.
         """
+        if self.document_masking and targets is not None and documents is None:
+            documents = document_ids(tokens)
         x = self.hidden(tokens, documents)  # (B, T, C)
         if targets is None:
             return self.head(x)
@@ -262,20 +269,21 @@ class GPT(Module):
         """Load a training checkpoint (`model.safetensors`, `state.json`) onto the CPU.
 
         Raises:
-            FormatError: A file is missing or does not hold this model.
+            FormatError: A file is missing, or does not hold this model in finite numbers.
         """
         config, state = checkpoint_format.read(Path(folder))
-        return cls._unallocated(config, implementation)._assign(state, Path(folder))
+        return cls._unallocated(config, implementation)._assign(state)
 
     @classmethod
     def from_hf(cls, folder: str | Path, *, implementation: Implementation = "fused") -> GPT:
         """Load a folder in the Hugging Face GPT-2 layout (safetensors only) onto the CPU.
 
         Raises:
-            FormatError: A file or tensor is missing, unknown, or of another architecture.
+            FormatError: A file or tensor is missing, unknown, not finite, or of another
+                architecture.
         """
         config, state = hf.read(Path(folder))
-        return cls._unallocated(config, implementation)._assign(state, Path(folder))
+        return cls._unallocated(config, implementation)._assign(state)
 
     def to_hf(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and generation_config.json for `transformers`."""
@@ -286,18 +294,7 @@ class GPT(Module):
         with torch.device("meta"):
             return cls(config, implementation=implementation)
 
-    def _assign(self, state: dict[str, Tensor], source: Path) -> GPT:
-        """Check names and shapes of `state`, then use its tensors as parameters, uncopied."""
-        expected = self.state_dict()
-        for name in sorted(expected.keys() | state.keys()):
-            if name not in state:
-                raise FormatError(f"{source}: tensor {name!r} is missing")
-            if name not in expected:
-                raise FormatError(f"{source}: unknown tensor {name!r}: not part of GPT-2")
-            if state[name].shape != expected[name].shape:
-                raise FormatError(
-                    f"{source}: tensor {name!r} is {tuple(state[name].shape)}, "
-                    f"but must be {tuple(expected[name].shape)} by its config"
-                )
-        self.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
+    def _assign(self, state: dict[str, Tensor]) -> GPT:
+        """Use the tensors of `state` as parameters, uncopied; their shapes have been checked."""
+        self.load_state_dict(state, assign=True)
         return self

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from model import checkpoint
+from model import checkpoint, output
 from model.command import Parser, run
 from model.errors import FormatError
 from model.gpt import GPT
@@ -24,14 +24,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Import a model in the Hugging Face GPT-2 layout as a checkpoint.",
     )
     parser.add_argument("source", metavar="DIR", help="a folder, or a name on the Hub")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     args = parser.parse_args(argv)
 
-    if (args.out / checkpoint.STATE).exists():
-        raise FormatError(f"--out {args.out} is already a checkpoint: give another folder")
-    folder = Path(args.source)
-    gpt = GPT.from_hf(folder if folder.is_dir() else _fetch(args.source))
-    checkpoint.write(args.out, gpt.config, gpt.state_dict(), {"imported_from": args.source})
+    folder = Path(args.source) if Path(args.source).is_dir() else None
+    output.check(args.out, folder, checkpoint.FILES)
+    gpt = GPT.from_hf(folder or _fetch(args.source))
+    with output.new_files(args.out, checkpoint.FILES) as part:
+        checkpoint.write(part, gpt.config, gpt.state_dict(), {"imported_from": args.source})
     print(f"wrote {args.out}: sample from it with python -m model.generate --checkpoint {args.out}")
 
 

@@ -51,9 +51,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: Reduction = "mean"
     counted = targets != IGNORE_INDEX
     z = upcast(logits)
     top = z.amax(-1, keepdim=True).detach()  # exp(z) may overflow, exp(z - max) cannot
-    log_sum = (z - top).exp().sum(-1).log() + top[..., 0]
-    z_target = z.gather(-1, _target_index(targets)[..., None])[..., 0]
-    losses = (log_sum - z_target).where(counted, 0.0)
+    z_target = z.gather(-1, _target_index(targets)[..., None])
+    # not (log + top) - z_target, which rounds a small loss to the spacing of large logits
+    losses = ((z - top).exp().sum(-1).log() + (top - z_target)[..., 0]).where(counted, 0.0)
     if reduction == "none":
         return losses
     return losses.sum() * _sum_factor(counted, reduction)
@@ -150,7 +150,7 @@ def _chunk_losses(x: Tensor, w: Tensor, y: Tensor, chunks: Chunks) -> tuple[Tens
     # in place, because the logits are no longer needed: no second (R, P) tensor
     exps = z.sub_(top).exp_()
     total = exps.sum(1, keepdim=True)
-    losses = (total.log() + top - z_target)[:, 0]
+    losses = (total.log() + (top - z_target))[:, 0]
     return losses.where(y != IGNORE_INDEX, 0.0), exps, total
 
 

@@ -1,8 +1,45 @@
-"""Number of parameters of a model, and FLOPs per token."""
+"""Names, shapes and number of the parameters of a model, and FLOPs per token."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from model.config import GPTConfig
+
+
+def block_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a block's parameters by name, in the order of `GPT.state_dict()`."""
+    C = config.n_embd
+    return {
+        "ln_1.weight": (C,),
+        "ln_1.bias": (C,),
+        "attn.c_attn.weight": (3 * C, C),
+        "attn.c_attn.bias": (3 * C,),
+        "attn.c_proj.weight": (C, C),
+        "attn.c_proj.bias": (C,),
+        "ln_2.weight": (C,),
+        "ln_2.bias": (C,),
+        "mlp.c_fc.weight": (4 * C, C),
+        "mlp.c_fc.bias": (4 * C,),
+        "mlp.c_proj.weight": (C, 4 * C),
+        "mlp.c_proj.bias": (C,),
+    }
+
+
+def parameter_shapes(config: GPTConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield names and shapes of all parameters, in the order of `GPT.state_dict()`.
+
+    Nothing is allocated, so a config with a billion layers costs no more than what is read.
+    """
+    C = config.n_embd
+    yield "wte.weight", (config.padded_vocab_size, C)
+    yield "wpe.weight", (config.block_size, C)
+    block = block_shapes(config)
+    for layer in range(config.n_layer):
+        for name, shape in block.items():
+            yield f"h.{layer}.{name}", shape
+    yield "ln_f.weight", (C,)
+    yield "ln_f.bias", (C,)
 
 
 def parameter_count(config: GPTConfig, embeddings: bool = True) -> int:

@@ -12,10 +12,13 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
-from model.checkpoint import write_json, write_text
 from model.config import EOT
+from model.files import write_json, write_text
 
 END_OF_TEXT = "<|endoftext|>"
+VOCABULARY, MERGES, TOKENIZER = "vocab.json", "merges.txt", "tokenizer.json"
+SPECIAL_TOKENS, SETTINGS = "special_tokens_map.json", "tokenizer_config.json"
+FILES = (VOCABULARY, MERGES, TOKENIZER, SPECIAL_TOKENS, SETTINGS)
 
 
 def write_tokenizer(folder: Path, ranks: Mapping[bytes, int], block_size: int) -> None:
@@ -34,20 +37,20 @@ def write_tokenizer(folder: Path, ranks: Mapping[bytes, int], block_size: int) -
 
     vocabulary = {spell(token): rank for token, rank in sorted(ranks.items(), key=lambda x: x[1])}
     vocabulary[END_OF_TEXT] = EOT
-    write_text(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
+    write_text(folder / VOCABULARY, json.dumps(vocabulary, ensure_ascii=False))
     merges = [(spell(left), spell(right)) for left, right in recover_merges(ranks)]
     lines = [f"{left} {right}\n" for left, right in merges]
-    write_text(folder / "merges.txt", "".join(["#version: 0.2\n", *lines]))
+    write_text(folder / MERGES, "".join(["#version: 0.2\n", *lines]))
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False, special=True)])
-    write_text(folder / "tokenizer.json", tokenizer.to_str())
+    write_text(folder / TOKENIZER, tokenizer.to_str())
     special = {f"{role}_token": END_OF_TEXT for role in ("bos", "eos", "unk")}
-    write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / SPECIAL_TOKENS, special)
     write_json(
-        folder / "tokenizer_config.json",
+        folder / SETTINGS,
         {
             **special,
             "add_prefix_space": False,

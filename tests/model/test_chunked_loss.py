@@ -58,6 +58,32 @@ def test_chunked_loss_equals_plain_loss(seed, rows, reduction, chunk_size, scale
     torch.testing.assert_close(evaluated, loss, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_small_loss_of_large_logits_keeps_its_digits(reduction, chunked, bfloat16):
+    """At logits of 100 and 86 it is 8.3e-7, far below the spacing of float32 at 100."""
+    logits = torch.full((1, V), -100.0)
+    logits[0, :2] = torch.tensor([100.0, 86.0])
+    z = logits.double().requires_grad_()
+    expected = F.cross_entropy(z, torch.tensor([0]))
+    (dz,) = torch.autograd.grad(expected, z)
+    assert expected.item() == pytest.approx(8.315e-7, rel=1e-3)
+
+    hidden, targets = torch.eye(1, C), torch.tensor([0])
+    weight = F.pad(logits.T, (0, C - 1, 0, P - V)).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        if chunked:
+            loss = linear_cross_entropy(hidden, weight, targets, V, reduction)
+        else:
+            loss = cross_entropy(F.linear(hidden, weight[:V]), targets, reduction)
+        (dw,) = torch.autograd.grad(loss.sum(), weight)
+    # 1 + 8.3e-7, the sum of exp(z - max), is rounded to a multiple of 1.2e-7; bfloat16 has 8 bits
+    assert loss.item() == pytest.approx(expected.item(), abs=6e-8)
+    for got, right in zip(dw[:2, 0].tolist(), dz[0, :2].tolist(), strict=True):
+        assert got == pytest.approx(right, abs=6e-8, rel=1e-2)
+
+
 def test_loss_of_ignored_targets_is_zero():
     hidden, weight, targets = inputs(4, ignored=1)
     loss = linear_cross_entropy(hidden, weight, targets, V)

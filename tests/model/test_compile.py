@@ -26,7 +26,7 @@ def graph_count():
     return counters["stats"]["unique_graphs"]
 
 
-def train_and_evaluate(gpt, steps, autocast, documents=None):
+def train_and_evaluate(gpt, steps, autocast):
     """Return the losses of SGD steps, each followed by an evaluation on the same batch."""
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.SGD(gpt.parameters(), lr=0.1)
@@ -34,10 +34,10 @@ def train_and_evaluate(gpt, steps, autocast, documents=None):
     for _ in range(steps):
         tokens, targets = torch.randint(300, (2, 2, 32), generator=generator).unbind()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = gpt(tokens, targets, "sum", documents) / 64
+            loss = gpt(tokens, targets, "sum") / 64
             loss.backward()
             with torch.no_grad():
-                evaluated = gpt(tokens, targets, "sum", documents) / 64
+                evaluated = gpt(tokens, targets, "sum") / 64
         assert abs(loss - evaluated) < 1e-4
         losses.append(loss.item())
         optimizer.step()
@@ -46,7 +46,7 @@ def train_and_evaluate(gpt, steps, autocast, documents=None):
 
 
 @pytest.mark.parametrize(
-    ("steps", "autocast", "documents", "checkpointed"),
+    ("steps", "autocast", "masking", "checkpointed"),
     [
         (3, False, False, False),
         (3, False, True, True),
@@ -54,14 +54,18 @@ def train_and_evaluate(gpt, steps, autocast, documents=None):
         pytest.param(3, False, True, False, marks=pytest.mark.soak),
     ],
 )
-def test_training_and_evaluation_compile_to_two_graphs(steps, autocast, documents, checkpointed):
+def test_training_and_evaluation_compile_to_two_graphs(
+    steps, autocast, masking, checkpointed, monkeypatch
+):
     """The number of graphs depends on tracing only, so a backend without code generation does."""
     config = dataclasses.replace(CONFIG, checkpoint_activations=checkpointed)
-    ids = torch.arange(32).expand(2, 32) // 10 if documents else None
-    compiled = torch.compile(GPT(config), fullgraph=True, backend="aot_eager")
-    losses = train_and_evaluate(compiled, steps, autocast, ids)
+    monkeypatch.setattr("model.attention.EOT", 119)  # in each of three batches
+    model, eager = GPT(config), GPT(config)
+    model.document_masking = eager.document_masking = masking
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    losses = train_and_evaluate(compiled, steps, autocast)
     assert graph_count() == 2
-    expected = train_and_evaluate(GPT(config), steps, autocast, ids)
+    expected = train_and_evaluate(eager, steps, autocast)
     torch.testing.assert_close(losses, expected, atol=1e-4, rtol=0)
 
 
@@ -101,18 +105,19 @@ def test_compiled_under_ddp(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-def test_flex_attention_equals_the_boolean_mask(autocast, checkpointed):
+def test_flex_attention_equals_the_boolean_mask(autocast, checkpointed, monkeypatch):
+    monkeypatch.setattr("model.attention.EOT", 7)
     config = GPTConfig(n_layer=2, n_head=2, n_embd=128, block_size=256, vocab_size=300)
     gpt = GPT.initialised(config, device="cuda")
-    gpt.checkpoint_activations = checkpointed
+    gpt.checkpoint_activations, gpt.document_masking = checkpointed, True
     # 200 tokens: the last block of 128 is partly filled
     tokens, targets = torch.randint(300, (2, 2, 200), device="cuda").unbind()
-    documents = torch.arange(200, device="cuda").expand(2, 200) // 90
+    tokens[:, ::90] = 7
     losses: list[float] = []
     gradients: list[dict[str, Any]] = []
     for run in (gpt, torch.compile(gpt, fullgraph=True)):
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            loss = run(tokens, targets, documents=documents)
+            loss = run(tokens, targets)
         loss.backward()
         losses.append(loss.item())
         gradients.append({n: p.grad for n, p in gpt.named_parameters()})

@@ -31,6 +31,26 @@ def test_document_in_a_packed_window_equals_the_document_alone(implementation):
     assert (packed - gpt(tokens))[:, 20:].abs().max() > 1e-2  # differs without documents
 
 
+@pytest.mark.parametrize("implementation", ["fused", "explicit"])
+def test_document_masking_finds_the_documents_in_the_tokens(implementation, monkeypatch):
+    monkeypatch.setattr("model.attention.EOT", 7)
+    gpt = GPT(CONFIG, implementation=implementation)
+    tokens, targets = torch.randint(8, 300, (2, 3, 60)).unbind()
+    tokens[0, [0, 17, 18]] = 7  # the third row is within one document
+    tokens[1, 59] = 7
+    logits, packed = gpt(tokens), gpt(tokens, targets, "none")
+    gpt.document_masking = True
+    masked = gpt(tokens, targets, "none")
+    assert torch.equal(gpt(tokens), logits)  # generation is not masked
+    spans = [[(0, 17), (17, 18), (18, 60)], [(0, 59), (59, 60)], [(0, 60)]]
+    for row, documents in enumerate(spans):
+        for a, b in documents:
+            alone = gpt(tokens[row : row + 1, a:b], targets[row : row + 1, a:b], "none")
+            torch.testing.assert_close(masked[row, a:b], alone[0], atol=1e-5, rtol=0)
+    differs = (masked - packed).abs() > 1e-4
+    assert differs.any(1).tolist() == [True, True, False]
+
+
 def test_document_positions_false_does_not_restart_positions():
     gpt = GPT(dataclasses.replace(CONFIG, document_positions=False))
     tokens = torch.randint(300, (1, 20))

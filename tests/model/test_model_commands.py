@@ -4,12 +4,15 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from model import GPT, GPTConfig, checkpoint, command, export, generate, import_hf
+from model.config import EOT
 from model.generate import decode_stream
+from pipeline.format.tokenizer import encode
 from tests.support.hub import Hub
 from tests.support.repo import REPO
 
@@ -71,6 +74,23 @@ def test_document_generated_with_a_seed_is_reproducible_beyond_the_block_size(sa
     assert call(generate, *greedy) == call(generate, *greedy)
 
 
+def test_endoftext_in_a_prompt_starts_a_document_only_on_request(
+    saved, call, monkeypatch: pytest.MonkeyPatch
+):
+    prompts: list[list[int]] = []
+
+    def stream(_: object, rows: list[list[int]], *__: object) -> Iterator[list[int]]:
+        prompts.extend(rows)
+        return iter(())
+
+    monkeypatch.setattr(generate, "stream", stream)
+    text = "<|endoftext|>a<|endoftext|>b"
+    for flags in ([], ["--special-tokens"]):
+        assert call(generate, "--checkpoint", saved, "--prompt", text, *flags)[0] == 0
+    a, b, marker = map(encode, ("a", "b", "<|endoftext|>"))
+    assert prompts == [[EOT, *marker, *a, *marker, *b], [EOT, *a, EOT, *b]]
+
+
 def test_export_then_import_gives_the_same_model(saved, call, tmp_path):
     status, out, _ = call(export, "--checkpoint", saved, "--out", tmp_path / "hf")
     assert status == 0
@@ -94,7 +114,10 @@ def test_generate_names_wrong_flags_and_folders(saved, call, tmp_path):
     flags = ["--checkpoint", saved]
     assert fails(call(generate, *flags, "--top-k", "many"), "--top-k")
     assert fails(call(generate, *flags, "--device", "gpu"), "--device gpu")
-    assert fails(call(generate, *flags, "--temperature", -1), "temperature")
+    for temperature in (-1, "1e-320", "1e308", "inf", "nan"):
+        assert fails(call(generate, *flags, "--temperature", temperature), "temperature")
+    for device in ("meta", "hpu", ""):  # no values, no such module, no name
+        assert fails(call(generate, *flags, "--device", device), f"--device {device}")
     assert fails(call(generate, *flags, "--hot"), "--hot")
     if not torch.cuda.is_available():
         assert fails(call(generate, *flags, "--device", "cuda"), "--device cuda")

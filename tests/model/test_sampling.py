@@ -1,5 +1,6 @@
 """Tests for `model.generation`: KV cache, context window, sampling options."""
 
+import math
 import time
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 
 from model import GPT, GPTConfig
 from model.attention import KVCache
-from model.errors import ConfigError
+from model.config import COLDEST, HOTTEST
+from model.errors import ConfigError, FormatError
 from model.generation import sample, stream
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=300)
@@ -25,7 +27,7 @@ def gpt():
 
 def uncached(gpt, prompt, n):
     """Generate greedily without a cache: the full window again for every token."""
-    row, window = list(prompt), list(prompt)
+    row, window = list(prompt), list(prompt[-gpt.config.block_size :])
     for _ in range(n):
         if len(window) > gpt.config.block_size:
             window = window[-(gpt.config.block_size // 2) :]
@@ -47,7 +49,7 @@ def test_cached_logits_equal_uncached(gpt):
     torch.testing.assert_close(torch.cat(pieces, 1), gpt(tokens), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("length", [4, 45])
+@pytest.mark.parametrize("length", [4, 32, 45])
 def test_greedy_tokens_equal_uncached_beyond_the_block_size(gpt, length):
     prompt = torch.randint(300, (length,)).tolist()
     assert gpt.generate([prompt], 100, temperature=0) == [uncached(gpt, prompt, 100)]
@@ -132,7 +134,9 @@ def test_sample_follows_the_probabilities():
     assert close(frequencies(top_p=0.1), [1, 0, 0, 0])
     assert close(frequencies(top_k=3, top_p=0.5), [1, 0, 0, 0])
     assert close(frequencies(temperature=0.5), [0.685, 0.247, 0.0616, 0.007])
-    assert frequencies(temperature=1e-30)[0] == 1
+    assert frequencies(top_p=1e-320)[0] == 1
+    assert frequencies(temperature=COLDEST)[0] == 1
+    assert close(frequencies(temperature=HOTTEST), [0.25] * 4)
     assert frequencies(temperature=0)[0] == 1
 
 
@@ -140,7 +144,7 @@ def test_sample_follows_the_probabilities():
     ("options", "named"),
     [
         ({"temperature": -1.0}, "temperature"),
-        ({"temperature": float("nan")}, "temperature"),
+        *(({"temperature": t}, "temperature") for t in (math.nan, math.inf, 1e-320, 1e308)),
         ({"top_k": 0}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
@@ -156,6 +160,15 @@ def test_invalid_options_are_named(gpt, options, named):
 def test_invalid_prompts_are_refused(gpt, prompts):
     with pytest.raises(ConfigError):
         gpt.generate(prompts, 3)
+
+
+def test_logits_that_overflow_are_refused():
+    gpt = GPT(CONFIG)
+    with torch.no_grad():
+        gpt.wte.weight.fill_(3e38)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(FormatError, match="weights"):
+            gpt.generate([[1]], 3, temperature=temperature)
 
 
 def test_generation_keeps_the_grad_mode_and_runs_under_autocast(gpt):

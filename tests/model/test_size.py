@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT, GPTConfig
 from model.loss import linear_cross_entropy
-from model.size import flops_per_token, parameter_count
+from model.size import flops_per_token, parameter_count, parameter_shapes
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,8 @@ def test_parameter_counts_are_the_published_ones(name, count):
         gpt = GPT(config)
     padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd
     assert sum(p.numel() for p in gpt.parameters()) == count + padding
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in gpt.state_dict().items()]
+    assert list(parameter_shapes(config)) == shapes
     tables = (config.vocab_size + config.block_size) * config.n_embd
     assert parameter_count(config, embeddings=False) == count - tables
 

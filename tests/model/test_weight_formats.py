@@ -1,4 +1,7 @@
-"""Tests for checkpoints, the Hugging Face layout, and the tokenizer files."""
+"""Tests for checkpoints, the Hugging Face layout, the files of llm.c, and the tokenizer files.
+
+Weights that others wrote are in test_foreign_weights.py.
+"""
 
 import json
 
@@ -122,96 +125,9 @@ def test_exported_weights_have_the_shapes_of_the_layout(exported):
     assert "lm_head.weight" not in tensors
 
 
-def test_reads_names_without_prefix_old_masks_and_a_stored_head(exported):
-    """The published files have no prefix and hold masks; others store the tied head as well."""
-
-    def change(tensors):
-        for name in list(tensors):
-            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
-        tensors["h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
-        tensors["h.1.attn.masked_bias"] = torch.tensor(-1e4)
-        tensors["lm_head.weight"] = tensors["wte.weight"].clone()
-
-    edit(exported, change)
-    gpt = GPT.from_hf(exported)
-    for p, q in zip(gpt.parameters(), GPT(CONFIG, seed=2).parameters(), strict=True):
-        assert torch.equal(p, q)
-
-
-def test_reads_weights_from_several_files(exported):
-    tensors = load_file(exported / "model.safetensors")
-    (exported / "model.safetensors").unlink()
-    names = sorted(tensors)
-    index = {}
-    for i, part in enumerate((names[:9], names[9:])):
-        file = f"model-{i + 1:05}-of-00002.safetensors"
-        save_file({name: tensors[name] for name in part}, exported / file)
-        index.update(dict.fromkeys(part, file))
-    path = exported / "model.safetensors.index.json"
-    path.write_text(json.dumps({"weight_map": index}))
-    state = GPT.from_hf(exported).state_dict()
-    for name, tensor in GPT(CONFIG, seed=2).state_dict().items():
-        assert torch.equal(state[name], tensor)
-
-
-@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "a/x.safetensors", 7, None])
-def test_an_index_must_name_files_in_its_folder(exported, name):
-    (exported / "model.safetensors").unlink()
-    path = exported / "model.safetensors.index.json"
-    path.write_text(json.dumps({"weight_map": {"wte.weight": name}} if name else {}))
-    with pytest.raises(FormatError, match=r"index\.json"):
-        GPT.from_hf(exported)
-
-
 def test_float16_weights_become_float32(exported):
     edit(exported, lambda t: t.update({k: v.half() for k, v in t.items()}))
     assert {p.dtype for p in GPT.from_hf(exported).parameters()} == {torch.float32}
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (lambda t: t.pop("transformer.ln_f.bias"), "ln_f.bias"),
-        (lambda t: t.update({"score.weight": torch.zeros(2)}), "score.weight"),
-        (
-            lambda t: t.update({"lm_head.weight": torch.zeros(300, 16)}),
-            r"lm_head\.weight.*wte\.weight",
-        ),
-        (lambda t: t.update({"transformer.wte.weight": torch.zeros(9, 16)}), "wte.weight"),
-    ],
-)
-def test_wrong_tensors_of_the_layout_are_named(exported, change, named):
-    edit(exported, change)
-    with pytest.raises(FormatError, match=named) as caught:
-        GPT.from_hf(exported)
-    assert one_line(caught)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("model_type", "llama"),
-        ("activation_function", "gelu"),
-        ("layer_norm_epsilon", 1e-6),
-        ("scale_attn_by_inverse_layer_idx", True),
-        ("tie_word_embeddings", False),
-        ("n_inner", 17),
-        ("n_head", 5),
-    ],
-)
-def test_other_architectures_are_named_by_key(exported, key, value):
-    path = exported / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    with pytest.raises(FormatError, match=key):
-        GPT.from_hf(exported)
-
-
-def test_missing_files_of_the_layout_are_named(exported, tmp_path):
-    with pytest.raises(FormatError, match=r"config\.json"):
-        GPT.from_hf(tmp_path / "nowhere")
-    (exported / "model.safetensors").rename(exported / "pytorch_model.bin")
-    with pytest.raises(FormatError, match=r"model\.safetensors"):
-        GPT.from_hf(exported)
 
 
 # -- tokenizer files -----------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Likelihood of a continuation given its context: all benchmarks here are computed from it.
 
 As in EleutherAI's lm-evaluation-harness, a request that is too long for the model loses its first
-tokens, and no token is put before the context.
+tokens, and no token is put before the context. If its continuation alone is too long, the harness
+refuses it; here its last tokens are scored, and a warning says how many requests are concerned.
 
 Batches hold requests of equal length: without padding, a score does not depend on the rest of its
 batch. Batch size and number of processes change only the last bits of a float32 product.
@@ -9,6 +10,7 @@ batch. Batch size and number of processes change only the last bits of a float32
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -100,6 +102,8 @@ def score_requests(
     # (request, 3): log-likelihood, tokens, greedy; zero for requests of other ranks
     table = torch.zeros((len(requests), 3), dtype=torch.float64, device=device)
     rank, ranks = (world.rank, world.size) if world else (0, 1)
+    if rank == 0:
+        _warn_of_cut_continuations(requests, gpt.config.block_size)
     plan = list(batches([len(tokens) - 1 for tokens, _ in windows], batch_size))
     for first in range(0, len(plan), ranks):
         check()
@@ -112,6 +116,18 @@ def score_requests(
     if world is not None:
         world.sum(table)
     return [Score(total, int(n), bool(greedy)) for total, n, greedy in table.tolist()]
+
+
+def _warn_of_cut_continuations(requests: Sequence[Request], block_size: int) -> None:
+    cut = sum(len(request.continuation) > block_size for request in requests)
+    if cut:
+        print(
+            f"warning: {cut} of {len(requests)} continuations are longer than the model's context "
+            f"of {block_size} tokens: only their last tokens are scored, so the results cannot be "
+            "compared with those of other models",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _score_batch(gpt: GPT, tokens: Tensor, counts: Tensor) -> Tensor:

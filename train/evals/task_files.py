@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import project_root
+from pipeline.store import atomic
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ def _read_file(key: str, source: str) -> Iterator[Row]:
     try:
         with open(find_file(source), encoding="utf-8") as file:
             for line in file:
-                row = json.loads(line)
+                row = atomic.parse_json(line)
                 if not isinstance(row, dict):
                     raise ValueError(line[:40])
                 yield row

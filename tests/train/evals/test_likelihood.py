@@ -54,6 +54,15 @@ def test_a_score_equals_that_of_the_request_alone(gpt: GPT, batch_size: int | No
         assert score.log_likelihood == pytest.approx(total, abs=1e-4)
 
 
+def test_a_continuation_longer_than_the_context_is_reported(
+    gpt: GPT, capsys: pytest.CaptureFixture[str]
+) -> None:
+    score_requests(gpt, REQUESTS)
+    assert capsys.readouterr().err.startswith(f"warning: 1 of {len(REQUESTS)} ")
+    score_requests(gpt, [r for r in REQUESTS if len(r.continuation) <= BLOCK])
+    assert capsys.readouterr().err == ""
+
+
 def test_greedy_means_every_token_is_the_most_likely(gpt: GPT) -> None:
     first = score_alone(gpt, Request((5, 7), (0,)))[2][0]
     second = score_alone(gpt, Request((5, 7, first), (0,)))[2][0]
