@@ -37,12 +37,13 @@ from pipeline.runtime.errors import Stopped, UserError
 from pipeline.runtime.machine import Machine
 from train.data.loader import Batches, MicroBatch
 from train.data.split import share_batch
-from train.distributed.devices import check_gpu, device_type, processes_here
+from train.distributed.devices import check_compiler, check_gpu, device_type, processes_here
+from train.distributed.group import read_group, under_torchrun
 from train.distributed.interrupt import Interrupt, Interrupted
 from train.distributed.rendezvous import process_group
 from train.distributed.torchrun import run_torchrun
 from train.distributed.world import World
-from train.numerics import device_name, peak_memory, summed_loss
+from train.numerics import clip_gradients, device_name, peak_memory, summed_loss
 from train.plan.bench_report import GpuMonitor, Kernel, Measurement, constant_batch, report
 from train.preset import load
 from train.run import TOKENS, Run
@@ -182,8 +183,7 @@ def _parts(trainer: Trainer, batch: MicroBatch, clock: Clock) -> dict[str, float
             summed_loss(trainer.ddp, batch.inputs, batch.targets, run.params.dtype).backward()
 
     def clip() -> None:
-        limit = run.params.grad_clip or float("inf")
-        torch.nn.utils.clip_grad_norm_(trainer.named.values(), limit)
+        clip_gradients(trainer.named.values(), run.params.grad_clip)
 
     def seconds(part: Callable[[], Any]) -> float:
         times = []
@@ -235,7 +235,7 @@ def main(argv: Sequence[str] = ()) -> None:
     timed = constant_batch(params, args.batch_tokens or params.train.batch_tokens)
     micro_batch = None
     if not args.batch_tokens:  # the micro-batch of training, which divides its smallest batch
-        world_size = int(os.environ.get("WORLD_SIZE", processes))
+        world_size = read_group().size if under_torchrun() else processes
         split = share_batch(params.model, params.train, world_size, machine.micro_batch, kind)
         micro_batch = split.micro_batch
     shards = (TOKENS / "manifest.json").exists()
@@ -251,7 +251,9 @@ def main(argv: Sequence[str] = ()) -> None:
     run.split(processes, kind)
     if kind == "cuda":
         check_gpu(run.params.dtype, run.compiles(kind))
-    if "RANK" not in os.environ and processes > 1:
+    if run.compiles(kind):
+        check_compiler(kind)
+    if not under_torchrun() and processes > 1:
         run_torchrun(processes, module="train.bench", arguments=argv)
         return
     with process_group(machine.device, machine.timeout) as world:
@@ -277,4 +279,4 @@ def _parser() -> command.Parser:
 
 
 if __name__ == "__main__":
-    command.run(lambda: main(sys.argv[1:]))
+    command.run_and_leave(lambda: main(sys.argv[1:]))

@@ -7,8 +7,8 @@ are rounded to digits that are certain.
 
 from __future__ import annotations
 
+import hashlib
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from model import GPT
-from model.checkpoint import STATE, read_json
+from model.checkpoint import STATE
 from model.errors import FormatError
+from model.files import read_json
 from pipeline import TokenStream
 from pipeline.format import tokenizer
 from pipeline.format.shards import ShardError, open_shard
@@ -33,7 +34,9 @@ from pipeline.runtime.params_file import load_section
 from pipeline.store import atomic
 from train import numerics
 from train.data.loader import Tokens
+from train.data.shard_check import ShardCheck
 from train.distributed.devices import device_type, processes_here
+from train.distributed.group import read_group, under_torchrun
 from train.distributed.rendezvous import process_group
 from train.distributed.torchrun import run_torchrun
 from train.distributed.world import World
@@ -42,7 +45,7 @@ from train.evals.likelihood import BATCH_TOKENS, Request
 from train.evals.task_files import find_file
 from train.params import EvaluateParams
 from train.run import CHECKPOINT, CURVES, TOKENS, compared
-from train.validation import check_val_tokens, mean_loss
+from train.validation import check_val_tokens, mean_loss, windows
 
 RESULTS = Path("artifacts/evaluation.json")
 METRICS = Path("metrics/eval.json")
@@ -93,37 +96,52 @@ def main(argv: Sequence[str] = ()) -> None:
         state = read_json(CHECKPOINT / STATE, "run python -m train.launch")
     except FormatError as error:
         raise UserError(str(error)) from None
-    rank = int(os.environ.get("RANK", 0))
-    tasks = Tasks.read(params) if rank == 0 else None
+    tasks = Tasks.read(params) if read_group().rank == 0 else None
     processes = _processes(machine)
-    if "RANK" not in os.environ and processes > 1:
+    if not under_torchrun() and processes > 1:
         run_torchrun(processes, module="train.evaluate")
         return
     streams: dict[str, Tokens] = {"val_loss": val_data}
     if external is not None:
         streams["val_shards_loss"] = external
-    with process_group(machine.device, machine.timeout) as world:
+    with (
+        process_group(machine.device, machine.timeout) as world,
+        ShardCheck(world, train_data) as shards,
+    ):
         tasks = world.broadcast(tasks)
         assert tasks is not None
         try:
             gpt = GPT.from_checkpoint(CHECKPOINT).to(world.device)
         except FormatError as error:
             raise UserError(f"{error}; run python -m train.launch") from None
-        dtype = state["train"]["dtype"]  # as in validation during training
-        metrics = measure(gpt, streams, params.val_tokens, dtype, tasks, world, machine.micro_batch)
+        trained = state["train"]  # the loss is measured as in validation during training
+        if masking := trained.get("document_masking", False):
+            streams["val_loss_unmasked"] = val_data
+        metrics = measure(
+            gpt,
+            streams,
+            params.val_tokens,
+            trained["dtype"],
+            tasks,
+            world,
+            machine.micro_batch,
+            document_masking=masking,
+        )
+        shards.complete()
         if not world.first:
             return
-    n_bytes = bytes_per_target(val_data, params.val_tokens)
+    n_bytes = bytes_per_target(val_data, params.val_tokens, gpt.config.block_size)
     metrics |= loss_metrics(metrics["val_loss"], n_bytes, unigram_entropy(train_data))
     metrics |= compare_with_reference(metrics, state, train_data)
     metrics = {
         name: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
         for name, value in metrics.items()
     }
-    atomic.write_json(RESULTS, metrics)
+    page = as_markdown(sample(gpt, params), metrics, params).encode()
+    atomic.write_bytes(SAMPLES, page)
+    hashed = {**metrics, "samples_sha256": hashlib.sha256(page).hexdigest()}
+    atomic.write_json(RESULTS, atomic.sealed(hashed))
     atomic.write_json(METRICS, compared(metrics, COMPARED))
-    page = as_markdown(sample(gpt, params), metrics, params)
-    atomic.write_bytes(SAMPLES, page.encode())
     print(summary(metrics))
 
 
@@ -149,7 +167,7 @@ def open_val_shards(params: EvaluateParams) -> Tokens:
             f"{name}: has {len(tokens)} tokens; set evaluate.val_tokens to at most "
             f"{max(0, len(tokens) - 1)}, or val_shards to null"
         )
-    return tokens
+    return tokens[: params.val_tokens + 1]  # published losses are over the first tokens
 
 
 def measure(
@@ -160,19 +178,24 @@ def measure(
     tasks: Tasks,
     world: World,
     batch_size: int | None = None,
+    *,
+    document_masking: bool = False,
 ) -> dict[str, Any]:
     """Compute the metrics that need the model; ranks share the work and return the same.
 
     Args:
         streams: Token streams to compute the loss on, by metric name.
-        n: Number of targets, the first of each stream.
+        n: Number of targets, spread over each stream.
         dtype: Of the matrix products in these losses.
         tasks: Benchmark tasks; scored in full float32, like published results.
         batch_size: Windows or requests per batch; None chooses.
+        document_masking: Whether `val_loss` is measured on each document alone; other losses and
+            the tasks are those of a model without masks, as published ones are.
     """
     numerics.configure(world.device, deterministic=False)
     metrics: dict[str, Any] = {"val_tokens": n}
     for name, stream in streams.items():
+        gpt.document_masking = document_masking and name == "val_loss"
         metrics[name] = mean_loss(
             partial(_summed_loss, gpt),
             stream,
@@ -183,6 +206,7 @@ def measure(
             device=world.device,
             world=world,
         )
+    gpt.document_masking = False
     torch.set_float32_matmul_precision("highest")
     if tasks.hellaswag is not None:
         metrics |= hellaswag.metrics(hellaswag.predict(gpt, tasks.hellaswag, world, batch_size))
@@ -218,7 +242,8 @@ def compare_with_reference(
     points = reference_curve.comparable_points(validations, exact)
     steps = sorted({*(s for s in reference_curve.CURVE if s <= step), step})
     atomic.write_bytes(PUBLISHED, reference_curve.as_csv(steps).encode())
-    result: dict[str, Any] = {"reference": reference_curve.verdict(points)}
+    other = reference_curve.other_recipe(state["train"])
+    result: dict[str, Any] = {"reference": reference_curve.verdict(points, other)}
     if points:
         result["above_reference"] = points[-1].difference
     return result
@@ -264,11 +289,11 @@ def loss_metrics(loss: float, n_bytes: float, entropy: float) -> dict[str, float
     }
 
 
-def bytes_per_target(stream: TokenStream, n_targets: int) -> float:
-    """Return the mean length in bytes of tokens 1 to n of a split; `<|endoftext|>` has none."""
-    lengths, stop = tokenizer.token_bytes(), n_targets + 1
-    blocks = (stream[first : min(first + BLOCK, stop)] for first in range(1, stop, BLOCK))
-    return sum(int(lengths[block].sum()) for block in blocks) / n_targets
+def bytes_per_target(stream: TokenStream, n_targets: int, block_size: int) -> float:
+    """Return the mean length in bytes of the measured targets; `<|endoftext|>` has none."""
+    lengths = tokenizer.token_bytes()
+    measured = windows(len(stream), n_targets, block_size)
+    return sum(int(lengths[stream[s + 1 : s + 1 + n]].sum()) for s, n in measured) / n_targets
 
 
 def unigram_entropy(stream: TokenStream) -> float:
@@ -324,4 +349,4 @@ def as_markdown(
 
 
 if __name__ == "__main__":
-    command.run(lambda: main(sys.argv[1:]))
+    command.run_and_leave(lambda: main(sys.argv[1:]))

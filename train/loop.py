@@ -9,14 +9,18 @@ from pipeline.runtime import command
 from pipeline.runtime.errors import Stopped
 from train.checkpoint import directory
 from train.data.loader import Batches
+from train.data.shard_check import ShardCheck
 from train.distributed.interrupt import Interrupt, Interrupted
 from train.distributed.world import World
 from train.evals import hellaswag
+from train.monitor.drift import Drift, check_same_weights
 from train.monitor.health import Health, NonFinite
 from train.monitor.meter import Meter
 from train.run import Run
 from train.run_summary import banner, start_record, summary
 from train.trainer import Trainer
+
+STOP_SECONDS = 10.0  # for hashing the last shards after a signal, of torchrun's 30 s
 
 
 def train(run: Run, world: World, *, fresh: bool = False) -> None:
@@ -29,8 +33,8 @@ def train(run: Run, world: World, *, fresh: bool = False) -> None:
 
     Raises:
         Stopped: A signal came; the last complete step is saved.
-        SystemExit: A loss or gradient is non-finite: one line on stderr, status 1, and the last
-            good checkpoint is kept.
+        SystemExit: A loss or gradient is non-finite, or the weights of the ranks differ: one line
+            on stderr, status 1, and the last good checkpoint is kept.
     """
     source = run.params.hellaswag
     read = hellaswag.read("train.hellaswag", source) if source and world.first else None
@@ -69,13 +73,21 @@ def train(run: Run, world: World, *, fresh: bool = False) -> None:
         spans=run.batches.spans(done, run.params.steps),
         device=world.device,
     )
-    with history, batches, trainer.writer, Interrupt(world) as interrupt, world.roll_call():
+    shards = ShardCheck(world, run.train_data)
+    with history, shards, batches, trainer.writer, Interrupt(world) as interrupt, world.roll_call():
         try:
-            train_steps(trainer, batches, meter, interrupt, done)
-        except NonFinite as error:  # on all ranks, which read the same reduced numbers
+            train_steps(trainer, batches, shards, meter, interrupt, done)
+        except (NonFinite, Drift) as error:  # on all ranks, which read the same numbers
             if world.first:
-                run.fail(str(error))
-                print(f"error: {error}; the last checkpoint is kept", file=sys.stderr, flush=True)
+                then = ""
+                if isinstance(error, NonFinite):
+                    run.fail(str(error))
+                    then = "; run the same command again to see the ways to continue"
+                print(
+                    f"error: {error}; the last checkpoint is kept{then}",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 trainer.writer.wait()
             world.barrier()  # torchrun stops the others as soon as one exits
             sys.exit(command.FAULT)
@@ -86,7 +98,12 @@ def train(run: Run, world: World, *, fresh: bool = False) -> None:
 
 
 def train_steps(
-    trainer: Trainer, batches: Batches, meter: Meter, interrupt: Interrupt, done: int
+    trainer: Trainer,
+    batches: Batches,
+    shards: ShardCheck,
+    meter: Meter,
+    interrupt: Interrupt,
+    done: int,
 ) -> None:
     """Train the steps after ``done`` complete ones, with validations and checkpoints."""
     params, saved = trainer.params, done
@@ -109,6 +126,9 @@ def train_steps(
         nonlocal saved
         meter.flush()  # raises where the last step is non-finite, which is never saved
         if saved < done:
+            while not shards.complete(seconds=1.0):
+                interrupt.check()
+            check_same_weights(trainer.named, trainer.world, done)
             trainer.save(done)
             saved = done
 
@@ -127,10 +147,13 @@ def train_steps(
             if due(params.checkpoint_every):
                 save()
             trainer.writer.check()
+            shards.check()
             meter.restart_clock()
     except Interrupted:
-        save()
+        if shards.complete(seconds=STOP_SECONDS):
+            save()
         trainer.writer.wait()
         trainer.world.barrier()  # torchrun stops the others as soon as one exits
-        meter.print_line(done, "stopped by a signal" + ("; this step is saved" if done else ""))
+        is_saved = done > 0 and saved == done
+        meter.print_line(done, "stopped by a signal" + "; this step is saved" * is_saved)
         raise Stopped from None

@@ -1,9 +1,11 @@
-"""Numerics and devices: autocast, deterministic algorithms, memory, and versions."""
+"""Numerics and devices: autocast, gradient norm, deterministic algorithms, memory, and versions."""
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor
 
 Dtype = Literal["float32", "bfloat16"]
+
+PIECE = 4096  # elements whose squares are added in float32, at most
 
 
 def summed_loss(forward: Any, inputs: Tensor, targets: Tensor, dtype: Dtype) -> Tensor:
@@ -29,6 +33,40 @@ def summed_loss(forward: Any, inputs: Tensor, targets: Tensor, dtype: Dtype) -> 
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         loss: Tensor = forward(inputs, targets, reduction="sum")
     return loss
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Compute the 2-norm of all gradients together.
+
+    On a CPU PyTorch adds the squares of a tensor in a few float32 accumulators, which is 1e-3 off
+    for the 38M elements of GPT-2's token table. Here float32 adds only pieces of a tensor, and
+    float64 the pieces: within 1e-7, as fast. On CUDA PyTorch adds in a tree, which is as exact.
+
+    Args:
+        gradients: Of any shape, on one device.
+
+    Returns:
+        Scalar float32 on that device.
+    """
+    if gradients[0].is_cuda:
+        return torch.nn.utils.get_total_norm(gradients)
+    pieces = [g.reshape(-1, math.gcd(g.numel(), PIECE)) for g in gradients]
+    norms = torch.cat([torch.linalg.vector_norm(piece, dim=1) for piece in pieces])
+    norm: Tensor = torch.linalg.vector_norm(norms, dtype=torch.float64).float()
+    return norm
+
+
+def clip_gradients(parameters: Iterable[Tensor], limit: float | None) -> Tensor:
+    """Scale the gradients so that their norm is at most ``limit``; None: leave them.
+
+    Returns:
+        The norm before, as in `gradient_norm`.
+    """
+    parameters = list(parameters)
+    norm = gradient_norm([p.grad for p in parameters if p.grad is not None])
+    if limit is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
 
 
 def configure(device: torch.device, *, deterministic: bool) -> None:

@@ -92,19 +92,21 @@ def summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
     """
     run, world, history = trainer.run, trainer.world, trainer.run.history
     losses = history.last("train/loss", n=10)
-    validations = history.validations(run.params.val_tokens)
+    val_loss = trainer.measured
+    assert val_loss is not None, "the last step is validated"
     start = run.params.start()
     inherited = run.tokens(first_step(start)) if start else 0  # tokens trained by another run
     tokens = run.tokens(run.params.steps)
-    hellaswag = history.last("val/hellaswag")
+    hellaswag, skipped = history.last("val/hellaswag"), history.last("skipped")
     waits, mfus = (history.last(name, n=10**9) for name in ("data_wait", "mfu"))
     return {
         "step": run.params.steps,
         "tokens": tokens,
         "loss": sum(losses) / len(losses) if losses else None,  # None: all steps were skipped
-        "val_loss": validations[-1],
-        "best_val_loss": min(validations),
+        "val_loss": val_loss,  # not that of the log, of which a line may be lost
+        "best_val_loss": min([val_loss, *history.validations(run.params.val_tokens)]),
         **({"hellaswag_acc_completion": hellaswag[-1]} if hellaswag else {}),
+        **({"skipped_steps": skipped[-1]} if skipped else {}),
         "parameters": parameter_count(trainer.gpt.config),
         "seconds": round(seconds, 1),
         "tokens_per_second": round((tokens - inherited) / seconds, 1),

@@ -22,7 +22,7 @@ from train.distributed.interrupt import Interrupt
 from train.distributed.world import World
 from train.evals import hellaswag
 from train.monitor import peak_flops
-from train.numerics import summed_loss
+from train.numerics import clip_gradients, summed_loss
 from train.optim.param_groups import (
     decay_groups,
     flat_state,
@@ -62,6 +62,7 @@ class Trainer:
         self.gpt = GPT.initialised(run.model.config(), seed=run.params.seed, device=world.device)
         self.gpt.checkpoint_activations = run.machine.checkpoint_activations
         self.gpt.loss_chunk = run.machine.loss_chunk
+        self.gpt.document_masking = run.params.document_masking
         self.named = dict(self.gpt.named_parameters())
         self.groups = decay_groups(self.named.items(), embeddings_decay=run.params.embeddings_decay)
         self.optimizer = make_optimizer(
@@ -92,7 +93,9 @@ class Trainer:
         Raises:
             UserError: The checkpoint belongs to other data or another model.
         """
-        found = directory.latest(self.run.folder) if self.world.first else None
+        found = None
+        if self.world.first:
+            found = directory.latest(self.run.folder, self.run.samples)
         folder, state = self.world.broadcast(found) or (None, None)
         if folder is None or state is None:
             return self._start()
@@ -246,9 +249,7 @@ class Trainer:
 
         # Optimize. Loss and norm are reduced, so that all ranks skip a step or none. Reading them
         # waits for the device, so it is done only where a step may be skipped.
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.named.values(), self.params.grad_clip or float("inf")
-        )
+        norm = clip_gradients(self.named.values(), self.params.grad_clip)
         numbers = torch.stack([self.world.sum(total) / self.world.size, norm])
         if self.params.non_finite == "stop" or torch.isfinite(numbers).all():
             self.optimizer.step()
@@ -326,6 +327,7 @@ class Trainer:
             "dataset_key": run.dataset_key,
             "code_key": run.code_key,
             "adopted": run.record()["adopted"],
+            "skipped": [r["step"] for r in run.history.records if "skipped" in r],
             "arithmetic": self.arithmetic(),
             "versions": numerics.versions(),
         }

@@ -1,9 +1,15 @@
 """Validation loss over a fixed part of a split, for any number of processes and any batch size.
 
-The loss is the mean over the first ``n`` targets of the split: tokens 1 ... n, each predicted from
-the tokens before it in its window. Windows are cut as in training. The last window and the last
-batch are padded with targets of -100, which the loss ignores, so that all batches have one shape
-(and the model one compiled graph).
+The loss is the mean over ``n`` targets in equally long spans, spread evenly from the first token of
+the split to its last: a split has its sources one after the other, and its beginning is only one of
+them. Each target is predicted from the tokens before it in its window:
+
+    split      |=====                =====                =====                =====|
+    span        [ window | window | ... ]      a multiple of block_size, about `SPAN` tokens
+
+A stream of n + 1 tokens is measured as a whole. The last window and the last batch are padded with
+targets of -100, which the loss ignores, so that all batches have one shape (and the model one
+compiled graph).
 """
 
 from __future__ import annotations
@@ -20,6 +26,9 @@ from pipeline.runtime.errors import UserError
 from train.data.loader import Tokens
 from train.distributed.world import World
 from train.numerics import Dtype, summed_loss
+
+SPAN = 1024  # targets per span: the same targets for each block_size that divides it
+FEWEST_SPANS = 16  # where few targets are measured, spans are shorter, down to one window
 
 
 def check_val_tokens(name: str, stream: Tokens, n_targets: int) -> None:
@@ -38,6 +47,24 @@ def check_val_tokens(name: str, stream: Tokens, n_targets: int) -> None:
         )
 
 
+def windows(n_tokens: int, n_targets: int, block_size: int) -> list[tuple[int, int]]:
+    """Choose the windows to measure (module docstring).
+
+    Args:
+        n_tokens: Tokens of the split, more than ``n_targets``.
+
+    Returns:
+        First token and number of targets of each window: block_size, but in the last maybe fewer.
+    """
+    span = -(-min(SPAN, n_targets // FEWEST_SPANS) // block_size) * block_size or block_size
+    gaps = -(-n_targets // span) - 1
+    unmeasured = n_tokens - 1 - n_targets
+    return [
+        (done + done // span * unmeasured // max(1, gaps), min(block_size, n_targets - done))
+        for done in range(0, n_targets, block_size)
+    ]
+
+
 def fixed_batches(
     stream: Tokens, n_targets: int, block_size: int, rows: int, *, rank: int = 0, world: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -46,14 +73,14 @@ def fixed_batches(
     Yields:
         Inputs and targets, each (rows, block_size) int64 on the CPU.
     """
-    span = rows * block_size
-    for first in range(rank * span, n_targets, world * span):
-        n = min(span, n_targets - first)
-        tokens = torch.from_numpy(stream[first : first + n + 1].astype("int64"))
-        inputs = torch.zeros(span, dtype=torch.int64)
-        targets = torch.full((span,), IGNORE_INDEX, dtype=torch.int64)
-        inputs[:n], targets[:n] = tokens[:-1], tokens[1:]
-        yield inputs.view(rows, block_size), targets.view(rows, block_size)
+    measured = windows(len(stream), n_targets, block_size)
+    for first in range(rank * rows, len(measured), world * rows):
+        inputs = torch.zeros(rows, block_size, dtype=torch.int64)
+        targets = torch.full((rows, block_size), IGNORE_INDEX, dtype=torch.int64)
+        for row, (start, n) in enumerate(measured[first : first + rows]):
+            tokens = torch.from_numpy(stream[start : start + n + 1].astype("int64"))
+            inputs[row, :n], targets[row, :n] = tokens[:-1], tokens[1:]
+        yield inputs, targets
 
 
 @torch.no_grad()
@@ -69,7 +96,7 @@ def mean_loss(
     world: World | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> float:
-    """Compute the mean loss over the first targets of a split, nats; the same on all ranks.
+    """Compute the mean loss over targets spread over a split, nats; the same on all ranks.
 
     Args:
         forward: A GPT, compiled or not, without DDP, whose hooks are for training.

@@ -4,9 +4,9 @@
 
 `ours` is `python -m train.launch` with two processes. `plain` is one process, one loop and
 `transformers.GPT2LMHeadModel`: no DDP, no loader, no module of train/ except the sampling order,
-because both need the same data. Schedule, decay groups, clipping and AdamW are written again from
-their papers. Both start from the same weights. If losses, gradient norms and learning rates agree,
-neither has a bug that the other has not.
+because both need the same data. Schedule, decay groups, gradient norm (in float64), clipping and
+AdamW are written again from their papers. Both start from the same weights. If losses, gradient
+norms and learning rates agree, neither has a bug that the other has not.
 
 Both runs can be resumed: with --minutes each call continues for that long, and exits with status 3
 if the runs are not finished. Numbers and `curves.png` cover the steps that both have done.
@@ -172,7 +172,8 @@ def plain(folder: Path, seconds: float) -> None:
             loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()) / 4
             loss.backward()
             total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, torch.tensor(norm))
         optimizer.step()
         optimizer.zero_grad()
         line = {"step": done + 1, "loss": total, "norm": norm, "lr": rate(done)}

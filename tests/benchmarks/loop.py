@@ -24,7 +24,7 @@ from model import GPT
 from tests.support.training import make_project
 from train.distributed.rendezvous import process_group
 from train.loop import train
-from train.numerics import summed_loss
+from train.numerics import clip_gradients, summed_loss
 from train.optim.param_groups import adamw, decay_groups
 from train.preset import read_preset
 from train.run import Run
@@ -42,7 +42,7 @@ def bare_step(run: Run) -> Callable[[], None]:
     def step() -> None:
         loss = summed_loss(gpt, inputs, targets, run.params.dtype) / run.params.batch_tokens
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+        clip_gradients(gpt.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 

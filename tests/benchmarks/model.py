@@ -46,6 +46,7 @@ from model.init import STD
 from model.size import flops_per_token
 from pipeline.runtime.params_file import read_yaml, validate
 from train.data.split import MICRO_BATCH_TOKENS
+from train.numerics import clip_gradients
 from train.optim.param_groups import adamw, decay_groups
 from train.params import ModelParams, TrainParams
 from train.preset import read_preset
@@ -179,7 +180,7 @@ def training_step(variant: str, job: Job) -> Callable[[], float]:
         with torch.autocast("cpu", torch.bfloat16, enabled=job.dtype == "bfloat16"):
             loss = forward(tokens, targets)
         loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        clip_gradients(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return float(loss.detach())

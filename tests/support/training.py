@@ -196,6 +196,7 @@ class Project:
             self.start(
                 module,
                 *flags,
+                TORCHELASTIC_RUN_ID="test",
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=port,
                 RANK=rank,

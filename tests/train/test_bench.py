@@ -173,7 +173,7 @@ def test_batch_tokens_changes_the_timed_batch_and_not_the_run(
     monkeypatch.setattr(bench, "measure", lambda *_: found)
     bench.main(["--preset", "fineweb-10b", "--batch-tokens", "65536"])
     out = capsys.readouterr().out
-    assert f" {9_999_745_024 / 65536 * found.step / 3600:.2f} h " in out
+    assert f" {10_255_073_280 / 65536 * found.step / 3600:.2f} h " in out
     plan = plan_for(found, load("speedrun"), Machine())
     assert plan
     assert (plan.micro_batch, plan.micro_steps) == (8, 1)
@@ -184,7 +184,8 @@ def test_cpu_plan_uses_the_peak_that_all_ranks_measured(project: Project) -> Non
     plan = plan_for(found, load("fineweb-10b"), Machine(loss_chunk=512))
     assert plan
     assert (plan.options.hardware, plan.options.loss_chunk, plan.peak) == ("cpu", 512, 4e11)
-    assert plan.step.compute == pytest.approx(524_288 * plan.flops_per_token / 4e11 / plan.mfu)
+    products = 524_288 * plan.flops_per_token / 4e11 / plan.mfu
+    assert plan.step.compute - plan.step.traffic == pytest.approx(products)
 
 
 def test_slow_all_reduce_is_named_with_its_bandwidth() -> None:
@@ -213,16 +214,19 @@ def test_slow_all_reduce_is_named_with_its_bandwidth() -> None:
 def test_plan_is_for_the_measured_hardware(
     project: Project, device: str, gib: float, name: str | None
 ) -> None:
-    measured = on_gpus(device=device, total=int(gib * 2**30), micro_batch=1, micro_steps=1)
-    plan = plan_for(measured, load(), Machine())
+    total = int(gib * 2**30)
+    measured = on_gpus(device=device, total=total, tokens=2**17, micro_batch=16, micro_steps=1)
+    plan = plan_for(measured, load("fineweb-10b"), Machine())
     assert (plan and plan.options.hardware) == name
     if plan:
         assert plan.world == 8
-        assert plan.peak == accelerator(str(name)).peak(load().train.dtype)
-        text = report(measured, load(), Machine())
+        assert plan.peak == accelerator(str(name)).peak("bfloat16")
+        text = report(measured, load("fineweb-10b"), Machine())
         assert f"--hardware {name}" in text
         assert f" {measured.step / plan.step.total:.2f} " in text
-        assert re.search(rf"--mfu +{0.5 * 0.350 / 0.33:.3f} ", text)
+        products = 0.33 - plan.step.traffic
+        found = re.search(r"--mfu +(\S+) ", text)
+        assert (found and float(found[1])) == pytest.approx(0.5 * 0.350 / products, abs=6e-4)
 
 
 def test_medians_skip_incomplete_lines_and_unknown_values() -> None:

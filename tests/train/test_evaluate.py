@@ -113,12 +113,10 @@ def stream(project: Project) -> TokenStream:
     return TokenStream(project.folder / "other", "val")
 
 
-def test_bytes_per_target(stream: TokenStream, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "BLOCK", 7)  # several blocks
+def test_bytes_per_target(stream: TokenStream) -> None:
     n = len(stream) - 1
-    assert evaluate.bytes_per_target(stream, n) * n == pytest.approx(
-        12 * len("Ünder the sky".encode())
-    )
+    text_bytes = 12 * len("Ünder the sky".encode())
+    assert evaluate.bytes_per_target(stream, n, 7) * n == pytest.approx(text_bytes)
 
 
 def test_unigram_entropy(stream: TokenStream, monkeypatch: pytest.MonkeyPatch) -> None:

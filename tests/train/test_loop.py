@@ -12,10 +12,13 @@ import torch
 from model import GPT
 from model.size import flops_per_token, parameter_count
 from pipeline.runtime.errors import UserError
+from pipeline.store import atomic
 from tests.support.training import Project, batches, records, stop_in, train_here
 from train.checkpoint import directory
 from train.distributed.interrupt import Interrupt
 from train.distributed.rendezvous import process_group
+from train.launch import __main__ as launch
+from train.monitor import history
 from train.run import Run
 from train.trainer import Trainer
 
@@ -41,8 +44,8 @@ def test_what_a_finished_run_publishes(
     assert list(samples) == [6, 12]
     prompt = run.val_data[:16].tolist()
     assert all(s[:16] == prompt and 16 < len(s) <= 16 + 48 for s in samples.values())
-    log = (project.folder / "artifacts/log.jsonl").read_text()
-    assert [json.loads(line) for line in log.splitlines()] == run.history.records
+    log = (project.folder / "artifacts/log.jsonl").read_bytes()
+    assert history.parse(log, "log") == run.history.records
 
     metrics = project.results()
     assert metrics["step"] == 12
@@ -224,20 +227,38 @@ def make_non_finite(monkeypatch: pytest.MonkeyPatch, step: int, name: str) -> No
     monkeypatch.setattr(Trainer, "step", faulty_step)
 
 
-def test_a_run_that_stopped_at_a_non_finite_step_resumes_when_it_may_skip(
-    project: Project, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("way", ["retry", "skip", "lower rate"])
+def test_the_ways_to_continue_after_a_non_finite_step_keep_its_checkpoints(
+    project: Project, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    make_non_finite(monkeypatch, 6, "loss")
-    with pytest.raises(SystemExit):
-        train_here()
-    with pytest.raises(UserError, match=r"step 6.*train\.non_finite"):
-        train_here()
-    project.write(train={"non_finite": "skip"})
-    run = train_here()
-    assert records(run, "skipped") == {6: 1}
-    assert run.finished() is not None
-    project.write()
-    train_here()  # finished: nothing to repeat
+    with monkeypatch.context() as faulty:
+        make_non_finite(faulty, 6, "loss")
+        with pytest.raises(SystemExit):
+            train_here()
+        saved = project.run_folder / "step-00000004"
+        with pytest.raises(UserError, match=rf"step 6.*--retry.*skip.*{saved}.*GPT2_FRESH"):
+            launch.main()
+        if way == "skip":
+            project.write(train={"non_finite": "skip"})
+            run = train_here()
+            assert records(run, "skipped") == {6: 1}
+    if way == "retry":
+        monkeypatch.setattr("train.launch.stage.run_torchrun", lambda *_: train_here())
+        launch.main(["--retry"])
+        run = Run.open()
+        assert list(records(run, "train/loss"))[-1] == 12
+        monkeypatch.setenv("GPT2_FRESH", "1")
+        with pytest.raises(UserError, match=r"--retry.*GPT2_FRESH"):
+            launch.main(["--retry"])
+    elif way == "lower rate":
+        start = {"init": f"checkpoint {saved}", "init_with": "all", "learning_rate": 1e-3}
+        project.write(train=start)
+        run = train_here()
+        assert 1e-4 <= min(records(run, "lr").values()) < max(records(run, "lr").values()) < 1e-3
+        assert list(records(run, "train/loss")) == [6, 8, 10, 12]
+    state = directory.verify(run.folder / "step-00000012")
+    assert state["skipped"] == ([6] if way == "skip" else [])
+    assert saved.exists() or run.folder == saved.parent  # another run prunes only its own
 
 
 def test_a_finished_run_whose_files_are_lost_trains_only_the_lost_steps(
@@ -287,8 +308,8 @@ def test_a_non_finite_number_stops_the_run_and_is_neither_saved_nor_repeated(
 def test_a_checkpoint_of_other_data_is_refused(project: Project) -> None:
     run = train_here()
     for folder in directory.checkpoints(run.folder):
-        state = json.loads((folder / "state.json").read_text())
-        (folder / "state.json").write_text(json.dumps({**state, "dataset_key": "x" * 64}))
+        state = atomic.read_sealed(folder / "state.json")
+        atomic.write_json(folder / "state.json", atomic.sealed({**state, "dataset_key": "x" * 64}))
     with pytest.raises(UserError, match=r"other data \(xxxxxxxxxxxx\)"):
         train_here()
 

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from tests.support.ports import listeners
 from tests.support.training import Project
 from tests.support.waiting import wait_for
 from train import __main__ as worker
@@ -163,6 +164,19 @@ def test_a_non_finite_step_is_reported_before_torchrun_ends_all_ranks(project: P
     assert (project.run_folder / "failed.json").exists()
 
 
+def test_a_rank_whose_weights_drift_stops_the_run_and_is_named(project: Project) -> None:
+    """Before the checkpoint of step 8, which is not written."""
+    ranks = project.start_ranks(2, module="tests.support.faulty_train", DRIFT="1,7")
+    (_, err), _ = [rank.communicate(timeout=60) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1], err
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: step 8: rank 1 (pid {ranks[1].pid} on ")
+    assert "ln_f.weight" in line
+    assert "Traceback" not in err
+    assert [p.name for p in directory.checkpoints(project.run_folder)] == ["step-00000004"]
+    project.train_ranks(2)  # resumes: a fault of the machine would not repeat itself
+
+
 def test_ranks_of_another_run_are_refused(project: Project) -> None:
     ranks = project.start_ranks(2, each=[{}, {"GPT2_MICRO_BATCH": 1}])
     errors = [rank.communicate(timeout=60)[1] for rank in ranks]
@@ -177,8 +191,9 @@ def test_a_restart_by_torchrun_does_not_start_a_fresh_run_again(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where another node asked for the restart, which this node has not counted."""
-    start = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "GPT2_FRESH": 1}
-    for name, value in {**start, "TORCHELASTIC_USE_AGENT_STORE": True}.items():
+    start = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "GPT2_FRESH": 1}
+    torchrun = {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": True}
+    for name, value in {**start, **torchrun, "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, str(value))
 
     def begin(store: TCPStore) -> int:
@@ -265,8 +280,18 @@ def test_process_counts_agree_for_twenty_steps(project: Project) -> None:
 
 
 def test_a_signal_saves_the_last_step_and_no_process_is_left(project: Project) -> None:
+    """Until then nothing listens outside the loopback interface."""
     project.write(train={**LONG, "checkpoint_every": 9, "steps": 500})
-    process = start(project)
+    process = project.start("train.launch", GPT2_PROCESSES=2)
+    ports: dict[str, bool] = {}
+
+    def saved() -> bool:
+        ports.update(listeners(process.pid))
+        return any(project.folder.glob(".work/runs/*/step-*9"))
+
+    wait_for(saved, 120)
+    assert len(ports) >= 3  # the store, and gloo of two ranks
+    assert [name for name, loopback in ports.items() if not loopback] == []
     before = time.monotonic()
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=40)
@@ -295,6 +320,32 @@ def alive(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+@pytest.mark.slow
+def test_overlap_splits_the_graph_and_changes_no_gradient(project: Project) -> None:
+    """2 ranks, 4 micro-steps, of which `no_sync` covers 3; several buckets, a graph for each."""
+    project.write(model={"n_layer": 4, "n_embd": 128}, train={"batch_tokens": 16 * 16})
+    gradients = {}
+    for overlap in (False, True):
+        project.train_ranks(
+            2,
+            module="tests.support.one_gradient",
+            GPT2_MICRO_BATCH=2,
+            GPT2_COMPILE=True,
+            GPT2_OVERLAP=overlap,
+            BUCKET_MB=1,
+            GRADIENTS=overlap,
+        )
+        files = (project.folder / f"{overlap}-{rank}.safetensors" for rank in (0, 1))
+        one, other = map(load_file, files)
+        assert all(torch.equal(gradient, other[name]) for name, gradient in one.items())
+        gradients[overlap] = one
+    whole, split = gradients[False], gradients[True]
+    assert whole.pop("graphs") == 1
+    assert split.pop("graphs") >= 3
+    for name, gradient in whole.items():  # and the validation loss
+        assert (split[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
 
 
 @pytest.mark.slow

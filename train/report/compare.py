@@ -65,14 +65,14 @@ def read(rev: str) -> Experiment:
     try:
         files = DVCFileSystem(rev=None if rev == WORKSPACE else rev)
 
-        def text(path: str) -> str:
-            return str(files.read_text(f"/{path}", encoding="utf-8"))
+        def content(path: str) -> bytes:
+            return bytes(files.read_bytes(f"/{path}"))
 
-        params = YAML(typ="safe", pure=True).load(text("params.yaml"))
+        params = YAML(typ="safe", pure=True).load(content("params.yaml"))
         training, evaluation = (
-            json.loads(text(f"artifacts/{name}.json")) for name in ("training", "evaluation")
+            json.loads(content(f"artifacts/{name}.json")) for name in ("training", "evaluation")
         )
-        log = Log.parse(text("artifacts/log.jsonl"))
+        log = Log.parse(content("artifacts/log.jsonl"), f"{rev}: artifacts/log.jsonl")
     except SCMError as error:
         raise UserError(f"--compare {rev}: {error}; `dvc exp list -A` lists experiments") from None
     except FileNotFoundError as error:

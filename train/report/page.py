@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,10 @@ from model.size import flops_per_token
 from pipeline import Manifest, TokenStream
 from pipeline.format import tokenizer
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.params_file import PARAMS, read_yaml
+from pipeline.runtime.params_file import PARAMS, load_section
+from pipeline.store import atomic
+from pipeline.store.store import make_writable
+from train.params import EvaluateParams
 from train.report import html, model_probe, run_charts
 from train.report.run_log import Log, sample_text
 
@@ -25,16 +28,25 @@ DATA = Path("data/statistics.json")
 TRAINING = Path("artifacts/training.json")
 EVALUATION = Path("artifacts/evaluation.json")
 CHECKPOINT = Path("artifacts/checkpoint")
+STATE = CHECKPOINT / "state.json"
 LOG = Path("artifacts/log.jsonl")
 SAMPLES = Path("artifacts/samples.md")
 TOKENS = Path("data/tokens")
+
+MADE_BY = {
+    DATA: "pipeline.verify",
+    TRAINING: "train.launch",
+    STATE: "train.launch",
+    EVALUATION: "train.evaluate",
+    SAMPLES: "train.evaluate",
+}
 
 ACTIVATION_TOKENS = 2048  # of the validation split, to measure activations
 PROMPTS = 2  # of evaluate.prompts, shown token by token
 SAMPLE_PROMPT = 16  # tokens of the prompt of a logged sample (train/trainer.py)
 
 EVALUATION_METRICS = {
-    "val_loss": ("validation loss", "nats per token, mean over the first {val_tokens} tokens"),
+    "val_loss": ("validation loss", "nats per token, mean over {val_tokens} tokens"),
     "val_shards_loss": ("loss on the published split", "nats per token, on evaluate.val_shards"),
     "perplexity": ("perplexity", "exp(validation loss)"),
     "bits_per_byte": ("bits per byte", "of text; independent of the tokenizer"),
@@ -78,19 +90,19 @@ def render() -> str:
         UserError: A file of the run is missing.
     """
     data, train, evaluation = map(_read_json, (DATA, TRAINING, EVALUATION))
-    state, log = _read_json(CHECKPOINT / "state.json"), Log.parse(_read(LOG))
-    manifest, params = Manifest.load(TOKENS), read_yaml(PARAMS)
+    state, log = _read_json(STATE), Log.parse(_read(LOG), str(LOG))
+    manifest, params = Manifest.load(TOKENS), load_section("evaluate", EvaluateParams)
     try:
         gpt = GPT.from_checkpoint(CHECKPOINT)
     except FormatError as error:
-        raise UserError(f"{error}; run `dvc repro`") from None
+        raise UserError(f"{error}; run `python -m train.launch`") from None
     text = probe_tokens(gpt.config.block_size)
     return html.render(
         "report.html",
         state=state,
         train=train,
         evaluation=evaluation,
-        evaluate=params["evaluate"],
+        evaluate=params.model_dump(),
         manifest=manifest,
         hardware=hardware(train),
         tiles=tiles(train, evaluation),
@@ -100,12 +112,12 @@ def render() -> str:
         incidents=log.incidents(),
         evaluation_rows=evaluation_rows(evaluation),
         training_samples=training_samples(log),
-        samples=parse_samples(_read(SAMPLES)),
+        samples=parse_samples(samples(evaluation)),
         data_rows=data_rows(data),
         data_charts=run_charts.data_charts(),
         layer_charts=run_charts.layer_charts(gpt, text),
         activation_tokens=text.size,
-        predictions=predictions(gpt, params["evaluate"]["prompts"]),
+        predictions=predictions(gpt, params.prompts),
         time_rows=time_rows(train, state),
         compute_rows=compute_rows(train, state, gpt.config),
         identity=[
@@ -121,7 +133,7 @@ def render() -> str:
             ("dtype of matrix products", train["dtype"]),
         ],
         versions=sorted(state["versions"].items()),
-        params=_read(PARAMS),
+        params=_text(PARAMS),
     )
 
 
@@ -216,6 +228,14 @@ def training_samples(log: Log) -> list[tuple[int, str, str]]:
     ]
 
 
+def samples(evaluation: Mapping[str, Any]) -> str:
+    """Return the text of `artifacts/samples.md`, whose hash is among the results of evaluation."""
+    data = _read(SAMPLES)
+    if evaluation.get("samples_sha256") not in (None, hashlib.sha256(data).hexdigest()):
+        raise _damaged(SAMPLES, f"its sha256 is not that in {EVALUATION}")
+    return data.decode()
+
+
 def parse_samples(text: str) -> list[tuple[str, str]]:
     """Return (prompt, continuation) of the samples in a file written by train.evaluate."""
     quoted: list[list[str]] = []
@@ -238,7 +258,7 @@ def probe_tokens(block_size: int) -> np.ndarray:
     return tokens[: rows * block_size].reshape(rows, -1)
 
 
-def predictions(gpt: GPT, prompts: list[str]) -> list[tuple[list[dict[str, Any]], Any]]:
+def predictions(gpt: GPT, prompts: Sequence[str]) -> list[tuple[list[dict[str, Any]], Any]]:
     """Return the tokens of the first prompts, and the most likely tokens after each prompt."""
     if gpt.config.vocab_size != tokenizer.N_VOCAB:
         return []  # not GPT-2's tokens
@@ -252,13 +272,29 @@ def predictions(gpt: GPT, prompts: list[str]) -> list[tuple[list[dict[str, Any]]
     return found
 
 
-def _read(path: Path) -> str:
+def _read(path: Path) -> bytes:
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run `dvc repro`") from None
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; run `dvc repro`") from None
+
+
+def _text(path: Path) -> str:
+    return _read(path).decode(errors="backslashreplace")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(_read(path))
-    return value
+    """Read a JSON object; one that has its own hash is checked."""
+    try:
+        return atomic.read_sealed(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; run `dvc repro`") from None
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    make_writable(path)
+    return UserError(
+        f"{path}: damaged ({reason}); run `python -m {MADE_BY[path]}` to write it again"
+    )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.runtime.errors import UserError
 from tests.support.repo import REPO
@@ -37,10 +40,10 @@ def test_fineweb_10b_on_eight_a100() -> None:
     found = plan()
     assert found.fits
     assert found.warnings == ()
-    assert (found.parameters, found.steps, found.tokens) == (124_439_808, 19_073, 9_999_745_024)
+    assert (found.parameters, found.steps, found.tokens) == (124_439_808, 19_560, 10_255_073_280)
     assert found.seconds < 2 * 3600
-    assert plan(mfu=0.25).seconds < 4 * 3600
-    assert found.epochs == pytest.approx(0.973, abs=0.01)
+    assert plan(mfu=0.26).seconds < 4 * 3600
+    assert found.epochs == pytest.approx(0.998, abs=0.01)
     assert found.corpus is not None
     assert found.corpus.files == 15
     assert 515 <= found.corpus.shards <= 520
@@ -54,10 +57,28 @@ def test_time_and_price_scale_with_gpus_and_mfu() -> None:
     assert 7.5 < one.seconds / eight.seconds < 8
     assert one.dollars == pytest.approx(2.0 * one.seconds / 3600)
     assert eight.dollars == pytest.approx(2.0 * 8 * eight.seconds / 3600)
-    assert plan().dollars is None
+    typical = plan()
+    assert typical.rate is not None
+    assert typical.rate == accelerator("a100-80").price
+    assert typical.dollars == pytest.approx(8 * typical.rate * typical.seconds / 3600)
+    assert plan(hardware="cpu", gpus=2).dollars is None
     half = plan(mfu=0.26)
-    assert half.step.compute == pytest.approx(2 * plan().step.compute)
+    assert half.step.compute == pytest.approx(2 * typical.step.compute)
     assert half.step_mfu == pytest.approx(0.26 * half.step.compute / half.step.total)
+
+
+def test_micro_batch_and_loss_chunk_change_the_time_of_a_step() -> None:
+    usual = plan()
+    assert usual.step.traffic == 0
+    assert (usual.loss_chunks, usual.loss_chunk) == (11, 1490)
+    assert plan(micro_batch=16, loss_chunk=1490).step == usual.step
+    saving = (plan(micro_batch=64), plan(loss_chunk=8192))
+    costing = (plan(micro_batch=1), plan(loss_chunk=512))
+    assert all(found.step.traffic < 0 for found in saving)
+    assert all(found.step.traffic > 0 for found in costing)
+    assert plan(loss_chunk=8192).loss_chunks == 2
+    for found in (*saving, *costing):
+        assert found.step.compute == pytest.approx(usual.step.compute + found.step.traffic)
 
 
 def test_growing_batch_takes_fewer_tokens_in_as_many_steps() -> None:
@@ -125,7 +146,12 @@ def test_table_shows_the_plan_of_every_hardware(
         f"{found.disk_bytes / 1e9:,.2f} GB",
     ):
         assert f" {figure}" in shown, figure
-    assert accelerator(hardware).mfu_source.startswith(("assumed", "a guess"))
+    assert f" {found.loss_chunks} " in shown
+    device = accelerator(hardware)
+    assert device.mfu_source.startswith(("assumed", "a guess"))
+    if device.price is not None:
+        assert f" ${device.price:.2f} per hour; {device.price_source}" in shown
+        assert re.search(r"\b202\d\b", device.price_source)
 
 
 @pytest.mark.parametrize("preset", preset_files())
@@ -148,7 +174,7 @@ def test_larger_loss_chunk_takes_more_memory() -> None:
 
 
 def test_json_has_all_figures_and_their_sums(capsys: pytest.CaptureFixture[str]) -> None:
-    plan_command.main(["--preset", "fineweb-10b", "--json"])
+    plan_command.main(["--preset", "mini", "--hardware", "cpu", "--gpus", "4", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] is True
     assert found["memory"]["total"] == sum(
@@ -157,7 +183,37 @@ def test_json_has_all_figures_and_their_sums(capsys: pytest.CaptureFixture[str])
     assert found["seconds"] == pytest.approx(
         found["training_seconds"] + found["evaluation_seconds"]
     )
-    assert found["options"]["hardware"] == "a100-80"
+    assert found["options"]["hardware"] == "cpu"
+    assert found["options"]["gpus"] == 4
+    assert found["dollars"] is None
+
+
+def test_default_is_this_machine_as_train_launch_would_use_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def options(*flags: str) -> dict[str, Any]:
+        plan_command.main([*flags, "--json"])
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)["options"]
+        return found
+
+    for name, value in {"DEVICE": "cpu", "PROCESSES": 4, "MICRO_BATCH": 2}.items():
+        monkeypatch.setenv(f"GPT2_{name}", str(value))
+    found = options()
+    assert (found["hardware"], found["gpus"], found["micro_batch"]) == ("cpu", 4, 2)
+    assert options("--gpus", "2", "--micro-batch", "1")["gpus"] == 2
+    other = options("--hardware", "h100")  # the settings are those of this machine only
+    assert (other["gpus"], other["micro_batch"]) == (8, None)
+
+    properties = SimpleNamespace(name="NVIDIA H200", total_memory=int(139.8 * 2**30))
+    monkeypatch.setattr(plan_command, "device_type", lambda wanted: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 6)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: properties)
+    monkeypatch.setenv("GPT2_PROCESSES", "")
+    found = options("--preset", "fineweb-10b", "--gpus", "4")
+    assert (found["hardware"], found["gpus"]) == ("h200", 4)
+    properties.name = "NVIDIA V100"
+    with pytest.raises(UserError, match=r"--hardware.*V100.*h200.*--mfu"):
+        options()
 
 
 @pytest.mark.parametrize(

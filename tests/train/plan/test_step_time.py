@@ -11,20 +11,36 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import GPT, GPTConfig
 from tests.benchmarks.plan import PUBLISHED, Published
 from train.optim.param_groups import decay_groups, make_optimizer
-from train.plan.accelerators import accelerator
-from train.plan.step_time import Cluster, all_reduce_bytes, muon_flops, step_time
+from train.plan.accelerators import LARGE, SMALL, accelerator
+from train.plan.step_time import Cluster, all_reduce_bytes, muon_flops, step_time, traffic
 
 GPT2 = GPTConfig.named("gpt2")
 
 
-@pytest.mark.parametrize("run", PUBLISHED, ids=lambda run: f"{run.name} {run.size}")
-def test_published_run_at_its_stated_mfu(run: Published) -> None:
-    assert run.plan(run.mfu).step.total == pytest.approx(run.seconds, rel=0.2)
-
-
-@pytest.mark.parametrize("run", PUBLISHED[:3], ids=lambda run: run.name)
+@pytest.mark.parametrize("run", PUBLISHED, ids=lambda r: f"{r.name} {r.hardware} {r.sizes}")
 def test_published_run_at_the_assumed_mfu(run: Published) -> None:
-    assert run.plan(None).step.total == pytest.approx(run.seconds, rel=0.2)
+    assert run.plan().step.total == pytest.approx(run.seconds, rel=0.2)
+
+
+def test_mfu_grows_from_the_smallest_to_the_largest_size_and_stays_there() -> None:
+    h100 = accelerator("h100")
+    sizes = (1e7, SMALL, 4e8, LARGE, 1e12)
+    tiny, small, middle, large, huge = (h100.assumed_mfu(int(size)) for size in sizes)
+    assert (tiny, huge) == (small, large) == h100.mfu
+    assert small < middle < large
+
+
+def test_traffic_grows_with_micro_steps_and_loss_chunks() -> None:
+    chunk = 12 * 50304 * 768  # bytes: the table's gradient in bfloat16 and its sum in float32
+    assert traffic(GPT2, 16, "bfloat16") == 24 * 124_475_904 + 11 * chunk
+    assert traffic(GPT2, 64, "bfloat16") == 24 * 124_475_904 + 43 * chunk
+    large = dataclasses.replace(GPT2, loss_chunk=8192)
+    assert traffic(GPT2, 16, "bfloat16") - traffic(large, 16, "bfloat16") == 9 * chunk
+    assert traffic(GPT2, 1, "float32") == 12 * 124_475_904 + 16 * 50304 * 768
+    usual, more = (step_time(GPT2, cluster(), 524288, 4, extra_bytes=n) for n in (0, 10**9))
+    assert usual.traffic == 0
+    assert more.traffic == pytest.approx(1e9 / (0.8 * 2039e9))
+    assert more.compute == pytest.approx(usual.compute + more.traffic)
 
 
 def test_muon_flops_match_pytorch_count() -> None:

@@ -1,0 +1,44 @@
+"""Tests for train.numerics: the gradient norm and clipping."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from train.numerics import clip_gradients, gradient_norm
+
+# (rows, columns) of GPT-2 124M's token table. "frequent": frequent tokens come first, as they do.
+TABLE = (50304, 768)
+
+
+def table(kind: str) -> torch.Tensor:
+    values = torch.randn(TABLE, generator=torch.Generator().manual_seed(0))
+    return values / torch.arange(1, 50305)[:, None] if kind == "frequent" else values
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "frequent"])
+def test_the_norm_of_a_large_table_is_that_of_float64(kind: str) -> None:
+    gradients = [table(kind), torch.randn(3072, 768), torch.randn(768)]
+    exact = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+    assert gradient_norm(gradients).item() == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("limit", "norm_after"), [(2.0, 2.0), (100.0, math.sqrt(55)), (None, math.sqrt(55))]
+)
+def test_gradients_are_scaled_down_to_the_limit(limit: float | None, norm_after: float) -> None:
+    vector, matrix = torch.zeros(3), torch.zeros(2, 1)
+    vector.grad, matrix.grad = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[4.0], [-5.0]])
+    norm = clip_gradients([vector, matrix], limit)
+    assert (norm.dtype, norm.shape) == (torch.float32, ())
+    assert norm.item() == pytest.approx(math.sqrt(55))
+    after = gradient_norm([vector.grad, matrix.grad])
+    assert after.item() == pytest.approx(norm_after, rel=1e-5)
+    assert torch.allclose(matrix.grad / vector.grad[0], torch.tensor([[4.0], [-5.0]]))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_the_norm_of_a_non_finite_gradient_is_non_finite(bad: float) -> None:
+    assert not gradient_norm([torch.ones(2, 2), torch.tensor([1.0, bad])]).isfinite()
