@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from model.config import GPTConfig
+from model.config import GPTConfig, check_temperature
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.params_file import Section
 from train.optim.schedule import BatchSchedule, Schedule
@@ -107,7 +107,7 @@ class ObservingParams(Section):
     """Steps between validations (at least 1); the last step is always validated."""
 
     val_tokens: int = Field(ge=1)
-    """Tokens per validation, the first ones of the validation split (published: 10485760)."""
+    """Tokens per validation, spread evenly over the validation split (published: 10485760)."""
 
     hellaswag: str | None = Field(default=None, min_length=1)
     """HellaSwag tasks to score during training: `hub`, the path of a .jsonl file, or null."""
@@ -224,6 +224,10 @@ class TrainParams(ObservingParams):
     order: Literal["shuffled", "sequential"] = "shuffled"
     """Sampling order: a new permutation of the windows per epoch, or their order on disk."""
 
+    document_masking: bool = False
+    """Whether attention and positions stay within a document: a window's documents are independent
+    of each other, in training and in validation (docs/documents.md)."""
+
     deterministic: bool = False
     """On CUDA: only algorithms whose results repeat bit for bit, slower. A CPU always repeats."""
 
@@ -308,7 +312,7 @@ class EvaluateParams(Section):
     """`evaluate`: how the trained model is measured and sampled."""
 
     val_tokens: int = Field(ge=1)
-    """Tokens to measure the loss on, the first ones of the validation split."""
+    """Tokens to measure the loss on, spread evenly over the validation split."""
 
     val_shards: str | None = Field(default=None, min_length=1)
     """A token file in llm.c's format, such as the FineWeb validation tokens of published runs: the
@@ -329,7 +333,7 @@ class EvaluateParams(Section):
     sample_tokens: int = Field(default=128, ge=1)
     """New tokens per sample (at least 1)."""
 
-    temperature: float = Field(default=0.8, ge=0)
+    temperature: Annotated[float, AfterValidator(check_temperature)] = 0.8
     """0: always the likeliest token; 1: the model's own distribution; above: flatter."""
 
     top_k: int | None = Field(default=50, ge=1)

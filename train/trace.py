@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from model.checkpoint import STATE, read_json
+from model.checkpoint import STATE
 from model.errors import FormatError
+from model.files import read_json
 from pipeline import TokenStream
 from pipeline.provenance import FIELDS, Documents, DocumentSpan, RawRows, decoded
 from pipeline.runtime import command

@@ -4,8 +4,8 @@
 
 Saved tensors are measured on the CPU, through the hooks of `torch.autograd.graph`: each storage
 once, parameters excluded. The peak of a step is that of all storages of a step over fake tensors,
-which have shapes but no memory. For time, the plan uses the model, batch and hardware
-of a published run, at the MFU that it states and at the MFU that the plan assumes.
+which have shapes but no memory. For time, the plan uses the model, batch, micro-batch and hardware
+of a published run, at the MFU that the plan assumes.
 """
 
 from __future__ import annotations
@@ -148,49 +148,91 @@ class Published:
     """Run published by another project."""
 
     name: str  # name of the project
-    size: str  # size of the model
+    sizes: tuple[int, int, int]  # layers, heads, width
     hardware: str  # name for `--hardware`
     gpus: int  # number of GPUs
     batch_tokens: int  # tokens per step
-    mfu: float  # stated MFU; each project counts operations in its own way
+    micro_batch: int  # sequences per micro-batch
+    block_size: int  # tokens per sequence
     seconds: float  # time of a step
     source: str  # source of the time
 
-    def plan(self, mfu: float | None) -> Plan:
-        """Return our plan of the run; at our MFU if ``mfu`` is None."""
+    def plan(self) -> Plan:
+        """Return our plan of the run."""
         params = load("fineweb-10b")
-        model = params.model.model_copy(update={"size": self.size})
+        names = ("n_layer", "n_head", "n_embd", "block_size", "size")
+        update = dict(zip(names, (*self.sizes, self.block_size, None), strict=True))
+        model = params.model.model_copy(update=update)
         train = params.train.model_copy(update={"batch_tokens": self.batch_tokens})
         params = replace(params, model=model, train=train)
-        return make_plan(params, Options(hardware=self.hardware, gpus=self.gpus, mfu=mfu))
+        options = Options(hardware=self.hardware, gpus=self.gpus, micro_batch=self.micro_batch)
+        return make_plan(params, options)
+
+    @property
+    def mfu(self) -> float:
+        """MFU with which the plan would be exact."""
+        step = self.plan().step
+        products = step.compute - step.traffic
+        return self.plan().mfu * products / (self.seconds - step.total + products)
+
+
+S, M, L, XL = (12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600)  # GPT-2's sizes
+MPT_760M, MPT_1B, MPT_3B = (24, 12, 1536), (24, 16, 2048), (32, 20, 2560)
+
+
+def _mpt(
+    sizes: tuple[int, int, int], hardware: str, batch: int, micro_batch: int, T: int, speed: int
+) -> Published:
+    source, tokens = f"scripts/train/benchmarking: {speed:,} tokens/s", batch * T
+    return Published(
+        "llm-foundry", sizes, hardware, 8, tokens, micro_batch, T, tokens / speed, source
+    )
 
 
 PUBLISHED = (
-    Published("llm.c", "gpt2", "a100-80", 8, 524288, 0.60, 94.3 * 60 / 18865,
+    Published("llm.c", S, "a100-80", 8, 524288, 64, 1024, 94.3 * 60 / 18865,
               "scripts/run_gpt2_124M.sh: 18,865 steps in 94.3 min"),
-    Published("build-nanogpt", "gpt2", "a100-80", 1, 16384, 0.50, 0.090,
+    Published("build-nanogpt", S, "a100-80", 1, 16384, 16, 1024, 0.090,
               "the lecture: 182K tokens/s, 90 ms"),
-    Published("llm-foundry, MPT-125M", "gpt2", "a100-80", 8, 1048576, 0.4315, 1048576 / 1251751,
-              "scripts/train/benchmarking: 156,468 tokens/s per GPU"),
-    Published("llm.c", "gpt2-medium", "a100-80", 8, 524288, 0.60, 0.820,
-              "scripts/run_gpt2_350M.sh: 820 ms; MFU of its 124M"),
-    Published("llm.c", "gpt2-large", "a100-80", 8, 524288, 0.60, 1.7,
-              "scripts/run_gpt2_774M.sh: 1.7 s; MFU of its 124M"),
+    _mpt(S, "a100-80", 1024, 64, 1024, 1251751),
+    Published("llm.c", M, "a100-80", 8, 524288, 64, 1024, 0.820, "scripts/run_gpt2_350M.sh"),
+    _mpt(M, "a100-80", 1024, 64, 1024, 518504),
+    Published("llm.c", L, "a100-80", 8, 524288, 32, 1024, 1.7, "scripts/run_gpt2_774M.sh"),
+    _mpt(MPT_760M, "a100-80", 768, 48, 1024, 238122),
+    _mpt(MPT_760M, "a100-80", 384, 24, 2048, 259472),
+    _mpt(MPT_1B, "a100-80", 576, 18, 1024, 176898),
+    _mpt(MPT_3B, "a100-80", 960, 20, 1024, 92643),
+    Published("llm.c", S, "h100", 8, 524288, 64, 1024, 0.140,
+              "modded-nanogpt, 2024-10-13_llmc: 140 ms"),
+    Published("modded-nanogpt", S, "h100", 8, 524288, 64, 1024, 0.1418,
+              "2024-10-18_PyTorch25, another architecture: 141.8 ms"),
+    _mpt(MPT_760M, "h100", 768, 48, 1024, 628648),
+    _mpt(MPT_1B, "h100", 576, 18, 1024, 391287),
+    Published("llm.c", XL, "h100", 8, 1048576, 16, 1024, 2.80, "scripts/run_gpt2_1558M.sh"),
+    _mpt(MPT_3B, "h100", 960, 20, 1024, 216369),
+    Published("nanogpt-speedrun", S, "rtx4090", 2, 262144, 32, 1024, 1.1913,
+              "tyler-romero, logs/4c627c0d: 1,191 ms"),
 )  # fmt: skip
+"""Step times that others published, by hardware and size."""
 
 
 def _time_table() -> None:
-    print("| run | published ms | stated MFU | plan ms | error | assumed MFU | plan ms | error |")
+    print(
+        "| run | parameters | hardware | published ms | its MFU | assumed MFU | plan ms | error |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for run in PUBLISHED:
-        stated, own = run.plan(run.mfu), run.plan(None)
+        plan = run.plan()
         cells = [
-            f"{run.name}, {run.size}, {run.gpus} x {run.hardware} ({run.source})",
+            f"{run.name} ({run.source})",
+            f"{plan.parameters / 1e6:,.0f}M",
+            f"{run.gpus} x {run.hardware}",
             f"{1000 * run.seconds:,.0f}",
+            f"{run.mfu:.0%}",
+            f"{plan.mfu:.0%}",
+            f"{1000 * plan.step.total:,.0f}",
+            f"{plan.step.total / run.seconds - 1:+.1%}",
         ]
-        for plan in (stated, own):
-            difference = plan.step.total / run.seconds - 1
-            cells += [f"{plan.mfu:.0%}", f"{1000 * plan.step.total:,.0f}", f"{difference:+.1%}"]
         print(f"| {' | '.join(cells)} |")
 
 

@@ -1,7 +1,8 @@
 """`python -m train.plan`: compute whether a run fits, how long it takes, and what it costs.
 
-The plan follows from `params.yaml`, or a preset merged into it, and the name of some hardware;
-nothing is run. docs/plan.md compares the figures with measurements and published runs.
+The plan follows from `params.yaml`, or a preset merged into it, and the name of some hardware,
+which is this machine by default; nothing is run. docs/plan.md compares the figures with
+measurements and published runs.
 """
 
 from __future__ import annotations
@@ -12,10 +13,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from typing import Any
+
+import torch
 
 from model.command import count, positive
 from pipeline.runtime import command
-from train.plan.accelerators import NAMES
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.machine import Machine
+from train.distributed.devices import device_type, processes_here
+from train.plan.accelerators import NAMES, identify
 from train.plan.estimate import Options, Plan, make_plan
 from train.preset import load
 
@@ -36,11 +43,40 @@ def main(argv: Sequence[str] = ()) -> None:
     """Print the plan of `params.yaml` on the hardware named by the flags."""
     args = vars(_parser().parse_args(argv))
     preset, as_json = args.pop("preset"), args.pop("json")
-    plan = make_plan(load(preset), Options(**args))
+    options = {name: value for name, value in args.items() if value is not None}
+    if options.get("hardware", "cpu") == "cpu":
+        options = _this_machine(options.get("hardware")) | options
+    plan = make_plan(load(preset), Options(**options))
     if as_json:
         print(json.dumps(plan.as_json(), indent=2))
     else:
         print(table(plan, preset))
+
+
+def _this_machine(hardware: str | None) -> dict[str, Any]:
+    """Return the options of a plan for this machine, as `train.launch` would use it.
+
+    Raises:
+        UserError: Its GPU is not in the table of `accelerators`.
+    """
+    machine = Machine.load()
+    kind = "cpu" if hardware == "cpu" else device_type(machine.device)
+    if kind == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        hardware = identify(gpu.name, gpu.total_memory)
+        if hardware is None:
+            raise UserError(
+                f"--hardware: this machine's {gpu.name} is not in the table; name the nearest of "
+                f"{', '.join(NAMES)}, and measure its MFU with python -m train.bench (--mfu)"
+            )
+    return {
+        "hardware": hardware or "cpu",
+        "gpus": processes_here(machine, kind),
+        "micro_batch": machine.micro_batch,
+        "checkpoint_activations": machine.checkpoint_activations,
+        "overlap": machine.overlap,
+        "loss_chunk": machine.loss_chunk,
+    }
 
 
 def _parser() -> command.Parser:
@@ -50,15 +86,14 @@ def _parser() -> command.Parser:
     )
     add = parser.add_argument
     add("--preset", metavar="NAME", help="merge this preset; params.yaml itself stays unchanged")
-    known = f"{', '.join(NAMES)} (this machine); default a100-80"
-    add("--hardware", default="a100-80", metavar="NAME", help=known)
-    add("--nodes", type=count, default=1, metavar="N", help="number of nodes (default 1)")
+    known = f"{', '.join(NAMES)}; default: this machine, with the settings of machine.yaml"
+    add("--hardware", metavar="NAME", help=known)
+    add("--nodes", type=count, metavar="N", help="number of nodes (default 1)")
     add(
         "--gpus",
         type=count,
-        default=8,
         metavar="N",
-        help="per node; processes on a CPU (default 8)",
+        help="per node, processes on a CPU; default 8, on this machine as train.launch starts",
     )
     add("--interconnect", choices=("nvlink", "pcie"), help="link within a node; default: fastest")
     add("--network", type=positive, metavar="GBIT", help="bandwidth between nodes, Gbit/s per node")
@@ -68,10 +103,10 @@ def _parser() -> command.Parser:
         metavar="X",
         help="of forward and backward, as python -m train.bench measures it",
     )
-    add("--rate", type=positive, metavar="DOLLARS", help="price per GPU-hour")
+    add("--rate", type=positive, metavar="DOLLARS", help="price per GPU-hour; default: typical")
     add("--micro-batch", type=count, metavar="N", help="sequences; default: as training chooses")
-    add("--checkpoint-activations", action="store_true", help="as set in machine.yaml")
-    add("--overlap", action="store_true", help="all-reduce during backward, as in machine.yaml")
+    add("--checkpoint-activations", action="store_const", const=True, help="as in machine.yaml")
+    add("--overlap", action="store_const", const=True, help="as in machine.yaml")
     add("--loss-chunk", type=count, metavar="N", help="tokens, as set in machine.yaml")
     add("--json", action="store_true", help="print JSON: bytes, seconds, FLOPs")
     return parser
@@ -136,15 +171,18 @@ def _memory(plan: Plan) -> list[Row]:
             str(plan.largest_micro_batch or "none"),
             "that fits and divides the batch",
         ),
+        ("loss chunks", str(plan.loss_chunks), f"per micro-step, of {plan.loss_chunk:,} tokens"),
     ]
 
 
 def _time(plan: Plan) -> list[Row]:
     step = plan.step
-    peak = f"of {plan.peak / 1e12:,.1f} TFLOP/s"
+    changed = f"{'of which ' if step.traffic > 0 else 'after saving '}{_ms(abs(step.traffic))}"
+    traffic = f"{changed} by micro-batch and loss chunks" if step.traffic else ""
+    peak = f"of {plan.peak / 1e12:,.3g} TFLOP/s"
     rows: list[Row] = [
         ("MFU", f"{plan.mfu:.0%}", f"{peak}; {plan.mfu_source}"),
-        ("forward and backward", _ms(step.compute), ""),
+        ("forward and backward", _ms(step.compute), traffic),
     ]
     if plan.world > 1:
         sent = f"{plan.all_reduce_bytes / 1e9:.2f} GB per device"
@@ -158,7 +196,7 @@ def _time(plan: Plan) -> list[Row]:
         ("train stage", _hours(plan.seconds), ""),
     ]
     if plan.dollars is not None:
-        rate = f"{plan.world} x ${plan.options.rate:g} per hour"
+        rate = f"{plan.world} x ${plan.rate:,.2f} per hour; {plan.rate_source}"
         rows.append(("price", f"${plan.dollars:,.2f}", rate))
     return rows
 

@@ -1,4 +1,4 @@
-"""Hardware that `python -m train.plan` knows: memory, links, and the MFU it assumes.
+"""Hardware that `python -m train.plan` knows: memory, links, price, and the MFU it assumes.
 
 The peaks of matrix products are in `train.monitor.peak_flops`; everything else is here, with its
 source. Only the CPU's MFU was measured by this project: `python -m train.bench` measures the MFU of
@@ -7,6 +7,7 @@ your hardware, and `train.plan --mfu` uses it.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +25,8 @@ Link = Literal["nvlink", "pcie"]
 LINK_EFFICIENCY = {"nvlink": 0.75, "pcie": 0.5, "network": 0.75}
 # Fraction of the memory bandwidth that a kernel reaches which only reads and writes: an assumption.
 MEMORY_EFFICIENCY = 0.8
+# Sizes for which an MFU is assumed, in parameters: GPT-2's smallest and largest.
+SMALL, LARGE = 124_439_808, 1_557_611_200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +40,16 @@ class Accelerator:
     nvlink: float | None  # NVLink bandwidth in one direction, bytes per second; None without NVLink
     pcie: float  # PCIe bandwidth in one direction, bytes per second
     network: float  # bandwidth between two nodes of eight devices, bits per second
-    mfu: float  # assumed MFU of forward and backward, 0 to 1
+    mfu: tuple[float, float]  # assumed MFU of forward and backward at SMALL and LARGE, 0 to 1
     mfu_source: str  # source of that MFU
+    price: float | None = None  # typical price, dollars per GPU-hour; None on a CPU
+    price_source: str = ""  # source of that price, and its date
+
+    def assumed_mfu(self, parameters: int) -> float:
+        """Return the MFU for a model of this size: linear in the logarithm from SMALL to LARGE."""
+        position = math.log(parameters / SMALL) / math.log(LARGE / SMALL)
+        small, large = self.mfu
+        return small + (large - small) * min(1.0, max(0.0, position))
 
     def peak(self, dtype: Dtype) -> float:
         """Return the dense peak of matrix products in FLOP/s; on a CPU it is timed, in 30 ms."""
@@ -69,25 +80,39 @@ class Accelerator:
         return speed
 
 
-# 16 x 1,024 tokens in 90 ms, of which the optimizer takes 3.4 ms (step_time.py): 50 % overall.
-_A100 = "assumed: build-nanogpt's PyTorch on one A100, 182K tokens/s"
-# 9,536 steps of 524,288 tokens in 31.4 min on 8 x H100: 198 ms, of which links and optimizer 5 ms.
-_H100 = "assumed: modded-nanogpt's record 2, PyTorch, 31.4 min"
-_GUESS = "a guess: no published figure was found"
+# MFU of forward and backward at which train.plan gives the step times of published runs, each named
+# in docs/plan.md; tests/train/plan/test_step_time.py limits the error to 20 %.
+# A100, 124M: llm.c 60 %, build-nanogpt 52 %, llm-foundry 43 %. 355M: llm.c 62 %, llm-foundry 50 %.
+#       760M: llm.c 65 %, llm-foundry 48 % (57 % at T 2,048). 1.3B, 2.6B: llm-foundry 61 and 63 %.
+# H100, 124M: llm.c 41 %, modded-nanogpt 40 %; nanochat's d12 logs 41 to 46 %. 760M, 1.3B and 2.6B:
+#       llm-foundry 40, 43 and 47 %. 1558M: llm.c 50 %; nanochat's d32 (1.9B) logs 50 %.
+# RTX 4090, 124M: nanogpt-speedrun 58 %; nanoGPT issue 182 reports 29 % of an A100's peak: 55 %.
+_A100 = "assumed from llm.c, build-nanogpt, llm-foundry", (0.52, 0.61)
+_H100 = "assumed from llm.c, modded-nanogpt, llm-foundry", (0.42, 0.48)
+_4090 = "assumed from nanogpt-speedrun, 124M", (0.57, 0.57)
+_L4 = "a guess: no published figure was found", (0.40, 0.40)
+
+# Typical prices, dollars per GPU-hour: the middle of the range of the specialised clouds
+# (mercatus-ai.com, "Cloud GPU pricing", May 2026: A100-80 1.10 to 1.50, H100 2.50 to 3.50, H200
+# 3.50 to 4.50), RunPod's list (deploybase.ai, March 2026), and Lambda (llm.c discussion 481).
+_CLOUDS, _RUNPOD, _LAMBDA = "typical, May 2026", "RunPod, March 2026", "Lambda, May 2024"
 
 # memory: "total capacity" in PyTorch's own messages on such cards (79.1 GiB on an A100-80, 23.6 on
 # an RTX 4090, ...). bandwidth, nvlink (half of the "600" and "900 GB/s", which count both
 # directions), pcie (x16: 31.5 GB/s for generation 4, 63 for generation 5): NVIDIA's data sheet of
 # each card, in SXM form where it exists. network: a DGX A100 has eight 200 Gbit/s cards, a DGX H100
 # eight of 400 Gbit/s; rented L4 and RTX 4090 hosts rarely have more than 25 Gbit/s in total.
-_TABLE: tuple[tuple[str, str, float, float, float | None, float, float, float, str], ...] = (
-    # name, GPU, GiB, GB/s, NVLink GB/s, PCIe GB/s, network Gbit/s, MFU, source of the MFU
-    ("a100-40", "A100", 39.4, 1555, 300, 31.5, 1600, 0.52, _A100),
-    ("a100-80", "A100", 79.1, 2039, 300, 31.5, 1600, 0.52, _A100),
-    ("h100", "H100", 79.1, 3350, 450, 63.0, 3200, 0.29, _H100),
-    ("h200", "H200", 139.8, 4800, 450, 63.0, 3200, 0.29, _H100),
-    ("l4", "L4", 22.0, 300, None, 31.5, 25, 0.40, _GUESS),
-    ("rtx4090", "RTX 4090", 23.5, 1008, None, 31.5, 25, 0.40, _GUESS),
+_Row = tuple[
+    str, str, float, float, float | None, float, float, tuple[str, tuple[float, float]], float, str
+]
+_TABLE: tuple[_Row, ...] = (
+    # name, GPU, GiB, GB/s, NVLink GB/s, PCIe GB/s, network Gbit/s, MFU, dollars, their source
+    ("a100-40", "A100", 39.4, 1555, 300, 31.5, 1600, _A100, 1.29, _LAMBDA),
+    ("a100-80", "A100", 79.1, 2039, 300, 31.5, 1600, _A100, 1.30, _CLOUDS),
+    ("h100", "H100", 79.1, 3350, 450, 63.0, 3200, _H100, 3.00, _CLOUDS),
+    ("h200", "H200", 139.8, 4800, 450, 63.0, 3200, _H100, 4.00, _CLOUDS),
+    ("l4", "L4", 22.0, 300, None, 31.5, 25, _L4, 0.44, _RUNPOD),
+    ("rtx4090", "RTX 4090", 23.5, 1008, None, 31.5, 25, _4090, 0.34, _RUNPOD),
 )
 
 NAMES = (*(row[0] for row in _TABLE), "cpu")
@@ -101,20 +126,37 @@ def accelerator(name: str) -> Accelerator:
     """
     if name == "cpu":
         return _this_cpu()
-    for known, gpu_name, memory, bandwidth, nvlink, pcie, network, mfu, source in _TABLE:
+    for known, gpu, memory, bandwidth, nvlink, pcie, network, mfu, price, dated in _TABLE:
         if name == known:
             return Accelerator(
                 name=name,
-                gpu_name=gpu_name,
+                gpu_name=gpu,
                 memory=memory * GIB,
                 bandwidth=bandwidth * GB,
                 nvlink=nvlink * GB if nvlink else None,
                 pcie=pcie * GB,
                 network=network * GB,
-                mfu=mfu,
-                mfu_source=source,
+                mfu_source=mfu[0],
+                mfu=mfu[1],
+                price=price,
+                price_source=dated,
             )
     raise UserError(f"--hardware {name}: unknown; use one of {', '.join(NAMES)}")
+
+
+def identify(gpu_name: str, memory: float) -> str | None:
+    """Return the name for `--hardware` of a GPU; None if it is not in the table.
+
+    Args:
+        gpu_name: Name from CUDA, such as "NVIDIA A100-SXM4-80GB".
+        memory: Its memory in bytes: cards with the same name can differ in it.
+    """
+    for name, known, gib, *_ in _TABLE:
+        # They can also differ in form factor and speed: H100 PCIe and H100 SXM.
+        same_speed = gpu_peak(gpu_name, "bfloat16") == gpu_peak(known, "bfloat16")
+        if known in gpu_name and same_speed and 0.9 < gib * GIB / memory < 1.1:
+            return name
+    return None
 
 
 def _this_cpu() -> Accelerator:
@@ -127,6 +169,6 @@ def _this_cpu() -> Accelerator:
         nvlink=None,
         pcie=4 * GB,  # gloo over loopback
         network=10 * GB,
-        mfu=0.5,
+        mfu=(0.5, 0.5),
         mfu_source="assumed: 124M in bfloat16 reached 55 % on 2 cores",
     )

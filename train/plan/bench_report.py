@@ -15,8 +15,7 @@ from model.size import parameter_count
 from pipeline.runtime.machine import Machine
 from train.data.split import divisors
 from train.distributed.world import World
-from train.monitor.peak_flops import gpu_peak
-from train.plan.accelerators import NAMES, accelerator
+from train.plan.accelerators import identify
 from train.plan.estimate import Options, Plan, make_plan
 from train.preset import Parameters
 
@@ -137,32 +136,23 @@ def constant_batch(params: Parameters, tokens: int) -> Parameters:
 
 def plan_for(measured: Measurement, params: Parameters, machine: Machine) -> Plan | None:
     """Return the plan for the hardware that was measured; None if `train.plan` does not know it."""
-    for name in NAMES:
-        known = accelerator(name)
-        if measured.total is None:
-            fits = known.gpu_name is None
-        else:  # cards with the same name can differ in memory
-            fits = known.gpu_name is not None and known.gpu_name in measured.device
-            fits = fits and 0.9 < known.memory / measured.total < 1.1
-            # ... or in form factor and speed: H100 PCIe and H100 SXM
-            dtype = params.train.dtype
-            fits = fits and gpu_peak(measured.device, dtype) == known.peak(dtype)
-        if fits:
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", measured.world))
-            nodes = measured.world // local
-            options = Options(
-                hardware=name,
-                nodes=nodes,
-                gpus=local,
-                # On a CPU, the peak that the ranks measured while all of them were busy.
-                peak=measured.peak / nodes if measured.total is None and measured.peak else None,
-                micro_batch=measured.micro_batch,
-                checkpoint_activations=machine.checkpoint_activations,
-                overlap=machine.overlap,
-                loss_chunk=machine.loss_chunk,
-            )
-            return make_plan(constant_batch(params, measured.tokens), options)
-    return None
+    name = identify(measured.device, measured.total) if measured.total is not None else "cpu"
+    if name is None:
+        return None
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", measured.world))
+    nodes = measured.world // local
+    options = Options(
+        hardware=name,
+        nodes=nodes,
+        gpus=local,
+        # On a CPU, the peak that the ranks measured while all of them were busy.
+        peak=measured.peak / nodes if measured.total is None and measured.peak else None,
+        micro_batch=measured.micro_batch,
+        checkpoint_activations=machine.checkpoint_activations,
+        overlap=machine.overlap,
+        loss_chunk=machine.loss_chunk,
+    )
+    return make_plan(constant_batch(params, measured.tokens), options)
 
 
 def report(measured: Measurement, params: Parameters, machine: Machine) -> str:
@@ -237,8 +227,10 @@ def _comparison(m: Measurement, plan: Plan) -> list[str]:
     rows.append(("memory", f"{m.memory / 2**30:.2f} GiB", gib))
     if m.mfu is not None:
         rows.append(("MFU", f"{m.mfu:.1%}", f"planned {plan.step_mfu:.1%}"))
-        compute_mfu = m.mfu * m.step / m.parts["forward and backward"]
-        rows.append(("for train.plan --mfu", f"{compute_mfu:.3f}", "forward and backward only"))
+        products = max(0.0, m.parts["forward and backward"] - plan.step.traffic)
+        if products:  # at the default micro-batch and loss chunk
+            note = "forward and backward only"
+            rows.append(("for train.plan --mfu", f"{m.mfu * m.step / products:.3f}", note))
     title = f"compared with python -m train.plan --hardware {plan.options.hardware}"
     return [title, *_table(rows)]
 

@@ -16,8 +16,14 @@ from train.data.split import divisors, share_batch
 from train.params import TrainParams
 from train.plan.accelerators import Accelerator, Link, accelerator
 from train.plan.corpus_size import Corpus
-from train.plan.memory import CUDA_RESERVE, FRAGMENTATION, Memory, training_memory
-from train.plan.step_time import Cluster, StepTime, all_reduce_bytes, step_time
+from train.plan.memory import (
+    CUDA_RESERVE,
+    FRAGMENTATION,
+    Memory,
+    loss_chunks,
+    training_memory,
+)
+from train.plan.step_time import Cluster, StepTime, all_reduce_bytes, step_time, traffic
 from train.preset import Parameters
 
 # Beyond these, repeated text teaches little (Muennighoff et al. 2023).
@@ -40,7 +46,7 @@ class Options:
     network: float | None = None  # bandwidth between nodes, Gbit/s per node; None: the usual one
     peak: float | None = None  # FLOP/s of a GPU, or of a node's CPU; None: known, or timed here
     mfu: float | None = None  # of forward and backward; None: as in `accelerators`
-    rate: float | None = None  # dollars per GPU-hour; None: unknown
+    rate: float | None = None  # dollars per GPU-hour; None: typical, as in `accelerators`
     micro_batch: int | None = None  # sequences per micro-batch; None: as training chooses
     checkpoint_activations: bool = False  # the setting of machine.yaml
     overlap: bool = False  # the setting of machine.yaml
@@ -63,6 +69,8 @@ class Plan:
     world: int  # number of processes
     micro_batch: int  # sequences per micro-batch
     micro_steps: int  # micro-steps per step
+    loss_chunk: int  # tokens whose logits are in memory at a time
+    loss_chunks: int  # chunks of the loss per micro-step
     largest_micro_batch: int  # largest that fits and divides the batch; 0: not even one fits
     memory: Memory  # memory of one process at `micro_batch`
     available: float  # memory that one process has
@@ -75,7 +83,9 @@ class Plan:
     epochs: float | None  # passes over the training split; None if its size is unknown
     training_seconds: float  # time of all steps
     evaluation_seconds: float  # time of validations and HellaSwag between the steps
-    dollars: float | None  # price; None without a rate
+    rate: float | None  # dollars per GPU-hour; None if unknown
+    rate_source: str  # source of that rate, and its date
+    dollars: float | None  # price; None if unknown
     corpus: Corpus | None  # estimated output of the data stages; None if unknown
     checkpoint_bytes: int  # size of one checkpoint: weights and optimizer
     disk_bytes: float  # size of text, shards and checkpoints
@@ -110,11 +120,15 @@ def make_plan(params: Parameters, options: Options) -> Plan:
     """
     config, train = replace(params.model.config(), loss_chunk=options.loss_chunk), params.train
     device = accelerator(options.hardware)
-    cluster = _cluster(device, train, options)
+    cluster = _cluster(device, config, train, options)
     batches = train.batches(config.block_size)
     kind = "cpu" if device.gpu_name is None else "cuda"
-    split = share_batch(params.model, train, cluster.world, options.micro_batch, kind)
+    usual, split = (
+        share_batch(params.model, train, cluster.world, n, kind)
+        for n in (None, options.micro_batch)
+    )
     micro_steps = split.micro_steps(batches.full)
+    chunks = loss_chunks(config, split.micro_batch, train.dtype)
 
     def memory(micro_batch: int) -> Memory:
         return training_memory(
@@ -135,6 +149,9 @@ def make_plan(params: Parameters, options: Options) -> Plan:
         cluster,
         train.batch_tokens,
         micro_steps,
+        extra_bytes=micro_steps * traffic(config, split.micro_batch, train.dtype)
+        - usual.micro_steps(batches.full)
+        * traffic(params.model.config(), usual.micro_batch, train.dtype),
         optimizer=train.optimizer,
         checkpoint_activations=options.checkpoint_activations,
         overlap=options.overlap,
@@ -147,6 +164,7 @@ def make_plan(params: Parameters, options: Options) -> Plan:
     checkpoint = 4 * parameter_count(config) + memory(1).optimizer
     kept = (train.kept() + 1) * checkpoint  # the next is written before the oldest is deleted
     hours = (training + evaluation) / 3600
+    rate = device.price if options.rate is None else options.rate
     plan = Plan(
         options=options,
         parameters=parameter_count(config),
@@ -157,6 +175,8 @@ def make_plan(params: Parameters, options: Options) -> Plan:
         world=cluster.world,
         micro_batch=split.micro_batch,
         micro_steps=micro_steps,
+        loss_chunk=chunks.size,
+        loss_chunks=len(chunks.slices()),
         largest_micro_batch=max(fitting, default=0),
         memory=memory(split.micro_batch),
         available=available,
@@ -169,7 +189,9 @@ def make_plan(params: Parameters, options: Options) -> Plan:
         epochs=tokens / corpus.train_tokens if corpus else None,
         training_seconds=training,
         evaluation_seconds=evaluation,
-        dollars=options.rate * cluster.world * hours if options.rate is not None else None,
+        rate=rate,
+        rate_source=device.price_source if options.rate is None else "--rate",
+        dollars=None if rate is None else rate * cluster.world * hours,
         corpus=corpus,
         checkpoint_bytes=checkpoint,
         disk_bytes=kept + (corpus.raw_bytes + corpus.token_bytes if corpus else 0),
@@ -178,7 +200,9 @@ def make_plan(params: Parameters, options: Options) -> Plan:
     return replace(plan, warnings=tuple(_warnings(plan, params)))
 
 
-def _cluster(device: Accelerator, train: TrainParams, options: Options) -> Cluster:
+def _cluster(
+    device: Accelerator, config: GPTConfig, train: TrainParams, options: Options
+) -> Cluster:
     return Cluster(
         accelerator=device,
         nodes=options.nodes,
@@ -186,7 +210,7 @@ def _cluster(device: Accelerator, train: TrainParams, options: Options) -> Clust
         link=device.link(options.interconnect),
         network=options.network * 1e9 if options.network else None,
         peak=options.peak or device.peak(train.dtype),
-        mfu=options.mfu or device.mfu,
+        mfu=options.mfu or device.assumed_mfu(parameter_count(config)),
     )
 
 

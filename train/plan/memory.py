@@ -95,6 +95,12 @@ def padded_parameter_count(config: GPTConfig) -> int:
     return parameter_count(config) + (config.padded_vocab_size - config.vocab_size) * config.n_embd
 
 
+def loss_chunks(config: GPTConfig, micro_batch: int, dtype: Dtype) -> Chunks:
+    """Return the split of a micro-batch into the chunks of the loss (`model/loss.py`)."""
+    tokens, torch_dtype = micro_batch * config.block_size, getattr(torch, dtype)
+    return Chunks.choose(tokens, config.n_embd, config.vocab_size, config.loss_chunk, torch_dtype)
+
+
 def saved_for_backward(
     config: GPTConfig, micro_batch: int, dtype: Dtype, checkpoint_activations: bool = False
 ) -> int:
@@ -147,8 +153,7 @@ def working_memory(
     C, P = config.n_embd, config.padded_vocab_size
     tokens = micro_batch * config.block_size
     width = 2 if dtype == "bfloat16" else 4
-    torch_dtype = getattr(torch, dtype)
-    R = Chunks.choose(tokens, C, config.vocab_size, config.loss_chunk, torch_dtype).size
+    R = loss_chunks(config, micro_batch, dtype).size
     narrow = width * P * (R + C) if dtype == "bfloat16" else 0  # gradient of logits; table
     in_loss = 4 * P * R + narrow + P * C * (4 + 2 * width) + 2 * 4 * tokens * C
     begin = 2 * (4 * P * C + 4 * tokens * C)

@@ -1,11 +1,15 @@
 """Time of a training step, from operations, bytes and bandwidths.
 
     step = forward and backward    tokens x FLOPs per token / (peak x MFU)
+         + memory traffic          bytes that the micro-steps move / memory bandwidth, less those at
+                                   the default micro-batch and loss chunk, to which MFU applies
          + exposed all-reduce      2 (n - 1) / n x bytes of the gradients / bus bandwidth, less
                                    the part that overlaps with the backward pass
          + optimizer               bytes read and written / memory bandwidth
 
-FLOPs per token are those of `model.size.flops_per_token`. The all-reduce is a ring, and bus
+FLOPs per token are those of `model.size.flops_per_token`. A micro-step moves bytes (`traffic`) that
+do not depend on its tokens, so larger micro-batches and loss chunks take less time; that kernels
+are also less efficient on few tokens is not modelled. The all-reduce is a ring, and bus
 bandwidth is as nccl-tests defines it (doc/PERFORMANCE.md). DDP reduces a bucket as soon as its
 gradients are ready, in the last micro-step. A model compiled as one graph has no gradient ready
 before the end, so nothing overlaps. With `overlap`, everything overlaps but the last bucket: the
@@ -19,8 +23,9 @@ from typing import Literal
 
 from model import GPTConfig
 from model.size import flops_per_token
+from train.numerics import Dtype
 from train.plan.accelerators import MEMORY_EFFICIENCY, Accelerator, Link
-from train.plan.memory import padded_parameter_count
+from train.plan.memory import loss_chunks, padded_parameter_count
 
 # Bytes per parameter that one step moves. Norm and clipping: gradient read twice and written once.
 # AdamW: gradient, weight and two moments read, the last three written. Zeroing: gradient written.
@@ -32,6 +37,7 @@ class StepTime:
     """Time of one optimizer step by part, in seconds."""
 
     compute: float  # forward and backward of all micro-steps
+    traffic: float  # part of `compute` due to micro-batch and loss chunk; below 0 if larger ones
     all_reduce: float  # sum of the gradients over all devices
     exposed: float  # part of the all-reduce that does not overlap with the backward pass
     optimizer: float  # clipping, update and zeroing
@@ -81,12 +87,14 @@ def step_time(
     batch_tokens: int,
     micro_steps: int,
     *,
+    extra_bytes: float = 0,
     optimizer: Literal["adamw", "muon"] = "adamw",
     checkpoint_activations: bool = False,
     overlap: bool = False,
 ) -> StepTime:
     """Return the time of one step of `batch_tokens` tokens over all devices.
 
+    `extra_bytes` is the traffic of all micro-steps beyond that at the default settings.
     Muon adds matrix products, and every device computes all of them. With `checkpoint_activations`
     the blocks run forward a second time; with `overlap`, all-reduce and backward pass overlap.
     """
@@ -96,7 +104,9 @@ def step_time(
         head = 2 * config.padded_vocab_size * config.n_embd
         flops += flops_per_token(config, config.block_size, backward=False) - head
     speed = cluster.speed
-    compute = batch_tokens / world * flops / speed
+    bandwidth = MEMORY_EFFICIENCY * cluster.accelerator.bandwidth
+    moved = extra_bytes / bandwidth
+    compute = batch_tokens / world * flops / speed + moved
     bus = cluster.accelerator.bus_bandwidth(cluster.link, cluster.nodes, cluster.network)
     all_reduce = all_reduce_bytes(config, world) / bus
     exposed = all_reduce
@@ -104,11 +114,30 @@ def step_time(
         backward = 2 / 3 * compute / micro_steps
         table = config.padded_vocab_size * config.n_embd / parameters
         exposed = max(all_reduce * table, all_reduce - backward)
-    bandwidth = MEMORY_EFFICIENCY * cluster.accelerator.bandwidth
     update = OPTIMIZER_BYTES * parameters / bandwidth
     if optimizer == "muon":
         update += muon_flops(config) / speed
-    return StepTime(compute=compute, all_reduce=all_reduce, exposed=exposed, optimizer=update)
+    return StepTime(
+        compute=compute,
+        traffic=moved,
+        all_reduce=all_reduce,
+        exposed=exposed,
+        optimizer=update,
+    )
+
+
+def traffic(config: GPTConfig, micro_batch: int, dtype: Dtype) -> int:
+    """Return the bytes that a micro-step moves whatever its number of tokens.
+
+    Each gradient is added to the sum (two numbers read, one written, float32), under autocast after
+    two casts: of the weight, and of the gradient (6 bytes each). Each chunk of the loss writes its
+    gradient of the token table, reads it, and adds it to a sum in float32.
+    """
+    width = 2 if dtype == "bfloat16" else 4
+    per_parameter = 12 + (12 if dtype == "bfloat16" else 0)
+    table = config.padded_vocab_size * config.n_embd
+    chunks = len(loss_chunks(config, micro_batch, dtype).slices())
+    return per_parameter * padded_parameter_count(config) + chunks * (2 * width + 8) * table
 
 
 def all_reduce_bytes(config: GPTConfig, world: int) -> float:
