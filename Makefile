@@ -24,7 +24,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# Without a git repository (in an unpacked archive), DVC needs core.no_scm.
+# Without a git repository (in an unpacked archive), DVC needs core.no_scm. A killed DVC may have left
+# its own files half written.
 run: $(VENV)/.installed  ## run the pipeline of params.yaml: text, shards, model, metrics, report
 	@if test "$$(git rev-parse --show-toplevel 2>/dev/null)" = "$(CURDIR)"; then \
 		dvc config --local --quiet --unset core.no_scm 2>/dev/null || true; \
@@ -32,6 +33,7 @@ run: $(VENV)/.installed  ## run the pipeline of params.yaml: text, shards, model
 		echo 'no git repository here: DVC runs with core.no_scm; dvc exp and dvc diff need git'; \
 		dvc config --local core.no_scm true; \
 	fi
+	@python -m pipeline.repair
 	dvc repro
 	@echo
 	@python -c 'import json; print("Result        validation loss {val_loss:.4f} nats per token, perplexity {perplexity:.2f}".format(**json.load(open("metrics/eval.json"))))'
@@ -50,6 +52,7 @@ test-slow: $(VENV)/.installed  ## run the slow tests: full sizes, kills, complet
 
 soak: $(VENV)/.installed  ## run the longest tests: many kills, lost hosts, full sizes (an hour)
 	python -m pytest -m soak
+	python -m tests.reliability --long --dry
 	python -m tests.soak.download
 
 rehearse: $(VENV)/.installed  ## rehearse the preset fineweb-10b in small sizes on this machine: 20 minutes

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from pipeline.cluster.join import LOCAL_VARIABLES
 from pipeline.download.stage import download
 from pipeline.params import SourceParams
 from pipeline.runtime.machine import Machine
@@ -26,6 +27,8 @@ def _clean_session() -> Iterator[None]:
         for variable in os.environ.copy():
             if variable.startswith(("GPT2_", "DVC_", "RAY_")):
                 patch.delenv(variable)
+        for variable, value in LOCAL_VARIABLES.items():  # a test may import Ray before its start
+            patch.setenv(variable, value)
         yield
 
 

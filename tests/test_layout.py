@@ -33,6 +33,7 @@ DECIDE_NO_BYTE = (
     "train/monitor/",
     "train/run_summary.py",
     "train/distributed/devices.py",
+    "train/distributed/group.py",
     "train/distributed/interrupt.py",
     "train/distributed/rendezvous.py",
     "train/distributed/torchrun.py",
@@ -249,7 +250,7 @@ COMMANDS = [
     *(f"pipeline.{name}" for name in ("convert", "download", "store", "tokenize", "verify")),
     *(f"model.{name}" for name in ("export", "generate", "import_hf")),
     *(f"train.{name}" for name in ("bench", "evaluate", "launch", "plan", "play", "preset")),
-    *("train.report", "train.trace", "train"),
+    *("pipeline.repair", "train.report", "train.trace", "train"),
 ]
 
 

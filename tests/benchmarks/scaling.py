@@ -1,7 +1,7 @@
 """The tables of docs/scaling.md, computed by `train.plan`: `python -m tests.benchmarks.scaling`.
 
-The preset `fineweb-10b` with other models, batch sizes and numbers of A100-80 GPUs. Micro-batches
-are one sequence, to need little memory; training would choose larger ones where they fit.
+The preset `fineweb-10b` with other models, batch sizes and numbers of A100-80 GPUs. Memory is that
+of micro-batches of one sequence, time that of the micro-batch that training chooses.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ CLUSTERS = [(1, 2**19), (8, 2**19), (8, 2**22), (64, 2**19), (64, 2**22)]
 ETHERNET = 100.0  # Gbit/s per node; the default of the plan is eight cards of 200
 
 
-def plan(model: str, nodes: int, batch: int, network: float | None = None) -> Plan:
+def plan(
+    model: str, nodes: int, batch: int, network: float | None = None, micro_batch: int | None = None
+) -> Plan:
     """Return the plan of a model on ``nodes`` nodes of eight GPUs."""
     params: Parameters = load("fineweb-10b")
     train = params.train.model_copy(update={"batch_tokens": batch})
     params = replace(params, model=MODELS[model], train=train)
-    return make_plan(params, Options(nodes=nodes, network=network, micro_batch=1))
+    return make_plan(params, Options(nodes=nodes, network=network, micro_batch=micro_batch))
 
 
 def memory() -> None:
@@ -36,7 +38,7 @@ def memory() -> None:
     print("| | parameters | DDP | FSDP2 over 8 | over 512 | checkpoint | activations/sequence |")
     print("|---|---|---|---|---|---|---|")
     for name in MODELS:
-        found = plan(name, 1, 2**19)
+        found = plan(name, 1, 2**19, micro_batch=1)
         m = found.memory
         state = m.weights + m.gradients + m.optimizer + m.copies
         print(
