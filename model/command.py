@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from model.errors import ModelError
@@ -46,6 +48,13 @@ def positive(text: str) -> float:
     return value
 
 
+def folder_path(text: str) -> Path:
+    """Parse a flag: the path of a folder, which may not exist."""
+    if not text or "\0" in text:  # the path "" would be the working directory
+        raise argparse.ArgumentTypeError("must be the path of a folder, without NUL characters")
+    return Path(text)
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a command.
 
@@ -59,7 +68,8 @@ def run(main: Callable[[], None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
     except (ModelError, OSError) as error:
         print(f"error: {_printable(str(error))}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, (ModelError, *_USER_ERRORS)) else 1)
+        too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+        sys.exit(2 if too_long or isinstance(error, (ModelError, *_USER_ERRORS)) else 1)
     except KeyboardInterrupt:
         sys.exit(3)
     sys.exit(0)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from model import hf, llmc, output, tokenizer_files
-from model.command import Parser, run
+from model.command import Parser, folder_path, run
 from model.config import EOT
 from model.gpt import GPT
 
@@ -25,8 +25,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m model.export",
         description="Export a checkpoint for transformers and lm_eval, or for llm.c.",
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--checkpoint", type=folder_path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--out", type=folder_path, required=True, metavar="DIR", help="a new folder"
+    )
     parser.add_argument("--format", choices=("hf", "llmc"), default="hf", help="default: hf")
     args = parser.parse_args(argv)
 

@@ -22,6 +22,9 @@ from torch import Tensor
 
 from model.errors import FormatError
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Types of weights that are read; float32 has the values of all but the first."""
+
 LARGEST_JSON = 2**24
 """Bytes; the index of gpt2-xl's 580 tensors has 40 kB."""
 
@@ -102,8 +105,7 @@ def load_tensors(found: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
     """Yield tensors as float32, one at a time, to never hold a second copy of the model.
 
     Raises:
-        FormatError: A file is unreadable, or a tensor has non-finite values or is not of
-            floating-point numbers.
+        FormatError: A file is unreadable, or a tensor has non-finite values or is not of `FLOATS`.
     """
     for path in sorted({stored.path for stored in found.values()}):
         with _opened(path) as file:
@@ -113,10 +115,10 @@ def load_tensors(found: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _as_float32(stored: Stored, tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
+    if tensor.dtype not in FLOATS:
         raise FormatError(
             f"{stored.path}: tensor {stored.name!r} is {tensor.dtype}: "
-            "weights must be floating-point numbers"
+            "weights must be float64, float32, float16 or bfloat16"
         )
     tensor = tensor.float()
     finite = torch.isfinite(tensor)
@@ -130,6 +132,8 @@ def _as_float32(stored: Stored, tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+    if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+        raise FormatError(f"{path} is not a regular file: replace it by one")
     try:
         with safe_open(path, framework="pt") as file:
             yield file

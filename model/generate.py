@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from model import checkpoint
-from model.command import Parser, run
+from model.command import Parser, folder_path, run
 from model.config import EOT
 from model.errors import ConfigError, FormatError
 from model.generation import stream
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(
         prog="python -m model.generate", description="Sample text from a trained GPT-2."
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--checkpoint", type=folder_path, required=True, metavar="DIR")
     parser.add_argument("--prompt", default="", help="text to continue; default: start a document")
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")

@@ -12,9 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from model import checkpoint, output
-from model.command import Parser, run
+from model.command import Parser, folder_path, run
 from model.errors import FormatError
+from model.files import read_json
 from model.gpt import GPT
+
+IMPORTED_FROM = "imported_from"
+"""Key of `state.json` that a checkpoint of training does not have."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -24,15 +28,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Import a model in the Hugging Face GPT-2 layout as a checkpoint.",
     )
     parser.add_argument("source", metavar="DIR", help="a folder, or a name on the Hub")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add_argument(
+        "--out", type=folder_path, required=True, metavar="DIR", help="a new folder"
+    )
     args = parser.parse_args(argv)
 
     folder = Path(args.source) if Path(args.source).is_dir() else None
-    output.check(args.out, folder, checkpoint.FILES)
+    output.check(args.out, folder, checkpoint.FILES, _is_imported, replace=False)
     gpt = GPT.from_hf(folder or _fetch(args.source))
     with output.new_files(args.out, checkpoint.FILES) as part:
-        checkpoint.write(part, gpt.config, gpt.state_dict(), {"imported_from": args.source})
+        checkpoint.write(part, gpt.config, gpt.state_dict(), {IMPORTED_FROM: args.source})
     print(f"wrote {args.out}: sample from it with python -m model.generate --checkpoint {args.out}")
+
+
+def _is_imported(folder: Path) -> bool:
+    try:
+        return IMPORTED_FROM in read_json(folder / checkpoint.STATE, "")
+    except FormatError:
+        return False
 
 
 def _fetch(name: str) -> Path:

@@ -133,7 +133,7 @@ class Chunks(NamedTuple):
         if size is None:
             count = -(-n // max(2 * width, MIN_CHUNK))
             size = -(-n // max(1, count))
-        return cls(n, max(1, size), vocab_size, dtype)
+        return cls(n, max(1, min(size, n)), vocab_size, dtype)
 
     def slices(self) -> list[slice]:
         """Return the tokens of each chunk."""

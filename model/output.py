@@ -24,7 +24,12 @@ PART = ".model-part"
 
 
 def check(
-    out: Path, read: Path | None, names: Sequence[str], ours: Callable[[Path], bool] | None = None
+    out: Path,
+    read: Path | None,
+    names: Sequence[str],
+    ours: Callable[[Path], bool],
+    *,
+    replace: bool = True,
 ) -> None:
     """Check that a command may write to a folder.
 
@@ -32,7 +37,8 @@ def check(
         out: Must not exist, or be empty, or hold an earlier or interrupted output of the command.
         read: The folder that the command reads, if there is one.
         names: Files that the command writes.
-        ours: Whether a folder without other files holds an earlier output; None: replace none.
+        ours: Whether the files of a folder, all of `names`, are an output of the command.
+        replace: Whether a finished output may be replaced.
 
     Raises:
         FormatError: It may not.
@@ -44,10 +50,16 @@ def check(
         return
     if not folder.is_dir():
         raise FormatError(f"--out {out} is not a folder: give a new one")
-    present = {path.name for path in folder.iterdir()}
-    replaceable = ours is not None and present <= set(names) and ours(folder)
-    if present and PART not in present and not replaceable:
-        raise FormatError(f"--out {out} is not empty, it holds {min(present)!r}: give a new folder")
+    files = {path.name for path in folder.iterdir()}
+    part = folder / PART
+    interrupted = part.is_dir() and not part.is_symlink()
+    if interrupted:
+        files.remove(PART)
+    unfinished = interrupted and names[-1] not in files
+    replaceable = unfinished or ((interrupted or replace) and ours(folder))
+    foreign = files.difference(names if replaceable else ())
+    if foreign:
+        raise FormatError(f"--out {out} is not empty, it holds {min(foreign)!r}: give a new folder")
 
 
 @contextmanager

@@ -3,12 +3,13 @@
 DVC writes some of its own files in place, or reads a folder in which one is not complete. After a
 SIGKILL in such a moment, or a full disk, every later `dvc repro` ends with an error:
 
-    dvc.lock               truncated, then written: the committed one is taken. Without git it is
-                           removed, and the stages find their work in the store.
+    dvc.lock               truncated, then written: the committed one is taken. Where git has none
+                           it is moved aside, and the stages find their work in the store.
     .dvc/tmp/rwlock        likewise: removed. It says which running `dvc` uses which file.
     .dvc/cache/runs/       DVC takes a temporary file, and an empty folder, for an entry: removed
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -19,9 +20,10 @@ from typing import Any
 
 from pipeline.runtime import command
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.params_file import read_yaml
 
 LOCK, RWLOCK = Path("dvc.lock"), Path(".dvc/tmp/rwlock")
+REPO_LOCK = Path(".dvc/tmp/lock")
+ASIDE = Path(".dvc/tmp/dvc.lock.damaged")  # git ignores this folder
 RUN_CACHE = Path(".dvc/cache/runs")
 
 
@@ -29,17 +31,39 @@ def repair() -> Iterator[str]:
     """Repair the project in the working directory; yield what was done, a line each.
 
     Raises:
-        UserError: A `dvc` is running here: what looks half written may be its work.
+        UserError: A `dvc` is running here: what looks half written may be its work. Or `dvc.lock`
+            cannot be read.
     """
+    with _no_other_dvc():
+        yield from _repair()
+
+
+@contextlib.contextmanager
+def _no_other_dvc() -> Iterator[None]:
+    """Hold the lock that `dvc` holds, except while a stage runs: then the rwlock has its pid."""
+    from dvc.lock import LockError, make_lock
+
+    REPO_LOCK.parent.mkdir(parents=True, exist_ok=True)
+    lock = make_lock(str(REPO_LOCK))
+    try:
+        lock.lock()  # waits for three seconds
+    except LockError:
+        raise UserError(f"{REPO_LOCK}: dvc is running here; wait until it ends") from None
+    try:
+        yield
+    finally:
+        lock.unlock()
+
+
+def _repair() -> Iterator[str]:
     if pids := [pid for pid in _users(RWLOCK) or () if _is_alive(pid)]:
         raise UserError(f"{RWLOCK}: dvc is running here (pid {pids[0]}); wait until it ends")
     if LOCK.exists() and not _is_lock_file(LOCK):
-        restored = subprocess.run(["git", "checkout", "--quiet", "--", LOCK], capture_output=True)
-        if restored.returncode != 0 or not _is_lock_file(LOCK):
-            LOCK.unlink()
-        yield f"{LOCK}: was damaged; " + (
-            "it is the committed one again" if LOCK.exists() else "removed"
-        )
+        if _check_out(LOCK) and _is_lock_file(LOCK):
+            yield f"{LOCK}: was damaged; it is the committed one again"
+        else:  # not committed, no git, or a merge that is not resolved
+            os.replace(LOCK, ASIDE)
+            yield f"{LOCK}: was damaged; moved to {ASIDE}"
     if _users(RWLOCK) is None:
         RWLOCK.unlink()
         yield f"{RWLOCK}: was damaged; removed"
@@ -52,13 +76,33 @@ def repair() -> Iterator[str]:
             yield f"{path}: was not complete; removed"
 
 
+def _check_out(path: Path) -> bool:
+    """Take a file from git; return whether that was possible."""
+    try:
+        git = subprocess.run(["git", "checkout", "--quiet", "--", path], capture_output=True)
+    except OSError:  # there is no git
+        return False
+    return git.returncode == 0
+
+
 def _is_lock_file(path: Path) -> bool:
+    """Return whether DVC can read a `dvc.lock`.
+
+    Raises:
+        UserError: The file system cannot, which does not show that it is damaged.
+    """
     from dvc.schema import COMPILED_LOCKFILE_SCHEMA  # takes a second to import
-    from voluptuous import Invalid
+    from dvc.utils.serialize import parse_yaml
 
     try:
-        COMPILED_LOCKFILE_SCHEMA(read_yaml(path))
-    except (UserError, Invalid):
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); make it a readable file"
+        ) from None
+    try:
+        COMPILED_LOCKFILE_SCHEMA(parse_yaml(data.decode(), path))
+    except Exception:  # the parser raises many types
         return False
     return True
 

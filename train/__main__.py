@@ -21,7 +21,7 @@ def main(argv: Sequence[str] = ()) -> None:
     command.Parser(prog="python -m train", description=main.__doc__).parse_args(argv)
     # torch takes seconds to import, in which this process must notice that its parent has died.
     from train.distributed.devices import check_compiler, check_gpu
-    from train.distributed.group import under_torchrun
+    from train.distributed.group import RUN_KEY, under_torchrun
     from train.distributed.rendezvous import process_group
     from train.loop import train
     from train.run import Run
@@ -32,6 +32,11 @@ def main(argv: Sequence[str] = ()) -> None:
             "python -m train.launch or torchrun, or unset it"
         )
     run = Run.open()
+    if under_torchrun() and os.environ.get(RUN_KEY, "") not in ("", run.key):
+        raise UserError(
+            "params.yaml, data/tokens or the code: changed since train.launch has checked this "
+            "run; run the same command again"
+        )
     if run.params.deterministic:  # NCCL then sums in one order; read when the group is made
         os.environ.setdefault("NCCL_ALGO", "Ring")
         os.environ.setdefault("NCCL_PROTO", "Simple")

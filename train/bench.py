@@ -251,12 +251,14 @@ def main(argv: Sequence[str] = ()) -> None:
     run.split(processes, kind)
     if kind == "cuda":
         check_gpu(run.params.dtype, run.compiles(kind))
-    if run.compiles(kind):
-        check_compiler(kind)
     if not under_torchrun() and processes > 1:
+        if run.compiles(kind):
+            check_compiler(kind)
         run_torchrun(processes, module="train.bench", arguments=argv)
         return
     with process_group(machine.device, machine.timeout) as world:
+        if run.compiles(kind):  # imports torch's compiler, which reads what the group has set
+            check_compiler(kind)
         try:
             measured = measure(run, world, args.steps, args.seconds)
         except Interrupted:

@@ -107,6 +107,7 @@ def main(argv: Sequence[str] = ()) -> None:
     with (
         process_group(machine.device, machine.timeout) as world,
         ShardCheck(world, train_data) as shards,
+        world.roll_call(),
     ):
         tasks = world.broadcast(tasks)
         assert tasks is not None
@@ -127,7 +128,8 @@ def main(argv: Sequence[str] = ()) -> None:
             machine.micro_batch,
             document_masking=masking,
         )
-        shards.complete()
+        while not shards.complete(seconds=1.0):  # no rank waits for longer in the collective
+            pass
         if not world.first:
             return
     n_bytes = bytes_per_target(val_data, params.val_tokens, gpt.config.block_size)

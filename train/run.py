@@ -171,9 +171,9 @@ class Run:
         """Whether the model is compiled: by machine.yaml, else on a GPU."""
         return device == "cuda" if self.machine.compile is None else self.machine.compile
 
-    @property
+    @cached_property
     def history(self) -> History:
-        """The run's log, and the curves that DVC shows of it."""
+        """The run's log, read once, and the curves that DVC shows of it."""
         return History(self.folder / "log.jsonl", CURVES, self.params.log_every)
 
     @contextlib.contextmanager
@@ -221,6 +221,7 @@ class Run:
         """Delete all that was done: the run starts from scratch."""
         for path in self.folder.iterdir():
             atomic.remove(path)
+        self.__dict__.pop("history", None)
 
     def fail(self, reason: str) -> None:
         """Mark the run as failed, so that a restart does not repeat the failure."""
@@ -261,11 +262,13 @@ class Run:
 
     def forget_failure(self) -> None:
         """Remove the mark of a failure: the run resumes beyond it."""
-        (self.folder / FAILED).unlink(missing_ok=True)
+        atomic.remove(self.folder / FAILED)
 
     def note_start(self, record: dict[str, Any]) -> None:
         """Append a line to `starts.jsonl`."""
-        with open(self.folder / "starts.jsonl", "a", encoding="utf-8") as file:
+        path = self.folder / "starts.jsonl"
+        _remove_folder(path)
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, sort_keys=True) + "\n")
 
     def beside_reference(self, step: int, loss: float) -> reference_curve.Point | None:
@@ -278,6 +281,7 @@ class Run:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the run as finished."""
+        _remove_folder(self.folder / FINAL)
         atomic.write_json(self.folder / FINAL, atomic.sealed(summary))
 
     def summary(self) -> dict[str, Any] | None:
@@ -359,6 +363,13 @@ class Run:
 
 def _warn(path: Path, error: Exception, what: str) -> None:
     print(f"warning: {path}: damaged ({error}); {what}", file=sys.stderr, flush=True)
+
+
+def _remove_folder(path: Path) -> None:
+    """Remove a folder that is in the place of one of the run's files."""
+    if path.is_dir():
+        _warn(path, IsADirectoryError("it is a folder"), "replaced")
+        atomic.remove(path)
 
 
 def compared(numbers: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:

@@ -31,7 +31,7 @@ from train.optim.param_groups import (
     set_learning_rate,
 )
 from train.run import Run
-from train.validation import mean_loss
+from train.validation import WINDOWS, mean_loss
 
 SAMPLE_PROMPT = 16  # tokens of validation text that a sample continues
 
@@ -111,7 +111,8 @@ class Trainer:
         self.gpt.load_state_dict(weights)
         if moments:  # none where all steps so far were skipped
             load_flat_state(self.optimizer, self.named, moments)
-        if state["train"]["val_tokens"] == self.params.val_tokens:
+        measured = state["train"]["val_tokens"], state.get("val_windows")
+        if measured == (self.params.val_tokens, WINDOWS):
             self.measured = state.get("val_loss")
         return int(state["step"])
 
@@ -307,7 +308,7 @@ class Trainer:
             self.writer.save(
                 model=self.gpt.state_dict(),
                 optimizer=flat_state(self.optimizer, self.named),
-                state={**self.state(step), "val_loss": self.measured},
+                state={**self.state(step), "val_loss": self.measured, "val_windows": WINDOWS},
             )
 
     def state(self, step: int) -> dict[str, Any]:

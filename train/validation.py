@@ -27,8 +27,12 @@ from train.data.loader import Tokens
 from train.distributed.world import World
 from train.numerics import Dtype, summed_loss
 
-SPAN = 1024  # targets per span: the same targets for each block_size that divides it
-FEWEST_SPANS = 16  # where few targets are measured, spans are shorter, down to one window
+SPAN = 1024  # targets per span: the same for each block_size that divides it, if n is large
+FEWEST_SPANS = 16  # for n < 16 * SPAN spans are shorter, down to one window of block_size
+
+WINDOWS = "spread"
+"""Name of this choice of targets, stored with each loss: earlier code, which stored none, measured
+the first targets of the split, and its losses are of other text."""
 
 
 def check_val_tokens(name: str, stream: Tokens, n_targets: int) -> None:

@@ -24,8 +24,11 @@ ListFolder = Callable[[str, bool], list[str]]
 _FORMATS = (*PARQUET, *FORMATS)
 _WILDCARD = re.compile(r"[*?\[]")
 _NOT_LITERAL = re.compile(r"[*?/]|\[!?\]?[^\]]*\]")
-_MAX_WORK = 300_000_000  # of comparing paths with patterns: about a minute
+_MAX_WORK = 300_000_000  # of comparing paths with patterns: some seconds
 _MAX_PATTERN = 1_000  # characters
+# The ends of huggingface_hub's REGEX_YAML_BLOCK, which in some versions takes quadratic time.
+_CARD_START = re.compile(r"\s*---(?:\r\n|\r|\n)")
+_CARD_END = re.compile(r"(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|$)")
 
 
 def read_card(text: str, repo: str) -> dict[str, dict[str, Any]]:
@@ -49,10 +52,10 @@ def read_card(text: str, repo: str) -> dict[str, dict[str, Any]]:
 
 def _metadata(text: str) -> str:
     """Return the YAML at the start of a card, between two lines of `---`; empty if it has none."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n") + "\n"
-    start, _, rest = text.lstrip().partition("\n")
-    metadata, end, _ = f"\n{rest}".partition("\n---\n")
-    return metadata if start == "---" and end else ""
+    text = text.removeprefix("\ufeff")
+    start = _CARD_START.match(text)
+    end = start and _CARD_END.search(text, start.end())
+    return text[start.end() : end.start()] if start and end else ""
 
 
 def _unreadable(error: Exception, repo: str) -> UserError:
@@ -241,7 +244,7 @@ def _match(paths: Iterable[str], patterns: Iterable[str], every: bool = False) -
     known = dict.fromkeys(paths)
     patterns = list(patterns)
     wildcards = map(len, map(_WILDCARD.findall, patterns))
-    if len(known) * sum((1 + count) ** 3 for count in wildcards if count) > _MAX_WORK:
+    if len(known) * sum(30 + (1 + count) ** 3 for count in wildcards if count) > _MAX_WORK:
         raise UserError(
             f"source.config: {len(known)} files are too many for the patterns of the card (the "
             f"first: {printable(patterns[0])[:100]}); choose another configuration or repository"

@@ -40,7 +40,7 @@ OUT = Path("data/raw")
 # FineWeb's sample-10BT: 10.3 billion tokens in 15 parquet files of 2.15 GB.
 _TOKENS_PER_100_BYTES = 32
 _TOKEN_BYTES = 2
-# Of a file on a server: its task mostly waits for the network. A local file's task computes.
+# Of a task where any file is on a server: it mostly waits for the network. A local file's computes.
 _REMOTE_CPUS = 0.25
 _LINES = 20  # of a list in a message
 
@@ -250,7 +250,7 @@ def _fetch_items(
 ) -> dict[int, StoredFile | FaultyFile]:
     """Fetch files in Ray tasks; return the results by index.
 
-    Files on servers are fetched `parallel_downloads` at a time, local ones one per CPU.
+    Files are fetched `parallel_downloads` at a time; if all are local, one per CPU.
 
     A fault of one file does not keep the others from being fetched. A fault that may be common to
     all does, so that a run without network does not wait for each.

@@ -105,7 +105,10 @@ def read_docs(path: Path) -> np.ndarray:
         ShardError: The index is missing or invalid.
     """
     try:
-        docs = np.load(docs_path(path), allow_pickle=False)
+        # A pipe, whose size is 0, would block.
+        docs = (
+            np.load(docs_path(path), allow_pickle=False) if docs_path(path).stat().st_size else None
+        )
     except FileNotFoundError:
         raise ShardError(f"{docs_path(path)}: no such file; {_CREATE}") from None
     except OSError as error:

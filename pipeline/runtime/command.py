@@ -94,7 +94,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: text in any encoding
     try:
         main()
-        if "DVC_STAGE" in os.environ and PARENT not in os.environ:  # a stage, not its workers
+        if "DVC_STAGE" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:  # no worker
             from pipeline.runtime.params_file import check_unchanged
 
             check_unchanged()

@@ -14,7 +14,7 @@ PARAMS = Path("params.yaml")
 SECTIONS = ("source", "tokenize", "verify", "model", "train", "evaluate")
 _MAX_VALUE_CHARS = 80  # of a value in a message
 _MAX_CHARS = 200  # of a key or a parser's message
-_MAX_FILE_BYTES = 1 << 18
+_MAX_FILE_BYTES = 1 << 20  # paths of such a size take some seconds to parse
 
 S = TypeVar("S", bound="Section")
 
@@ -55,7 +55,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); make it a file") from None
     if len(data) > _MAX_FILE_BYTES:
-        raise UserError(f"{path}: larger than {_MAX_FILE_BYTES >> 10} KiB; write less into it")
+        raise UserError(f"{path}: larger than {_MAX_FILE_BYTES >> 20} MiB; write less into it")
     try:
         text = data.decode()
         check_size(YAML(typ="safe", pure=True).parse(text))

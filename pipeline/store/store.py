@@ -207,7 +207,7 @@ class Store:
         folder = self.path(kind, key)
         if not os.path.lexists(folder):
             return
-        if not folder.is_symlink():
+        if folder.is_dir() and not folder.is_symlink():
             atomic.remove(folder / INDEX)  # from here on the piece is incomplete
         unlink_damaged(folder)
 
@@ -274,7 +274,7 @@ def make_writable(damaged: Path) -> None:
     """
     with contextlib.suppress(OSError):  # another user's file
         if damaged.is_symlink():
-            damaged = damaged.resolve()
+            damaged = Path(os.path.realpath(damaged))  # `resolve` raises on a loop
             if not _DVC_OBJECT.search(damaged.as_posix()):
                 return
         mode = damaged.lstat().st_mode

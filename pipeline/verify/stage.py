@@ -262,9 +262,16 @@ def _remove_bad(
             pieces.add(("merged", merged_key(keys)) if is_val else ("chunks", keys[0]))
     for kind, key in pieces:
         _discard(store, kind, key)
-    for path in bad:
+    for path in {_outermost_link(path, (raw, tokens)) or path for path in bad}:
         if os.path.lexists(path):
             unlink_damaged(path)
+
+
+def _outermost_link(path: Path, folders: Sequence[Path]) -> Path | None:
+    """Return the folder on the way to ``path`` that is a link: what is beyond is not the data's."""
+    tops = [folder.absolute() for folder in folders]
+    inside = [p for p in path.parents if any(top in p.parents for top in tops)]
+    return next((p for p in reversed(inside) if p.is_symlink()), None)
 
 
 def _discard(store: Store, kind: str, key: str) -> None:

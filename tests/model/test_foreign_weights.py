@@ -6,6 +6,7 @@ No file may cause another exception than `FormatError`, or take time or memory b
 from __future__ import annotations
 
 import json
+import os
 import resource
 from collections.abc import Callable
 from contextlib import suppress
@@ -223,6 +224,33 @@ def test_missing_files_are_named_and_pickles_need_conversion(exported: Path) -> 
     (exported / WEIGHTS).rename(exported / "pytorch_model.bin")
     with pytest.raises(FormatError, match=r"model\.safetensors.*save_pretrained"):
         GPT.from_hf(exported)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("F4", 0.5), ("F8_E8M0", 1), ("C64", 8), ("I32", 4)])
+def test_weights_of_another_type_are_refused(exported: Path, dtype: str, width: float) -> None:
+    tensors = load_file(exported / WEIGHTS)
+    entries, end = {}, 0
+    for name, tensor in tensors.items():
+        size = int(tensor.numel() * width)
+        entries[name] = {
+            "dtype": dtype, "shape": list(tensor.shape), "data_offsets": [end, end + size],
+        }  # fmt: skip
+        end += size
+    (exported / WEIGHTS).write_bytes(header(json.dumps(entries)) + bytes(end))
+    with pytest.raises(FormatError, match=r"model\.safetensors: tensor "):
+        GPT.from_hf(exported)
+
+
+def test_a_pipe_in_place_of_the_weights_is_refused(exported: Path) -> None:
+    (exported / WEIGHTS).unlink()
+    os.mkfifo(exported / WEIGHTS)
+    # with a writer, so that without the check the test fails instead of waiting
+    writer = os.open(exported / WEIGHTS, os.O_RDWR)
+    try:
+        with pytest.raises(FormatError, match=r"model\.safetensors is not a regular file"):
+            GPT.from_hf(exported)
+    finally:
+        os.close(writer)
 
 
 # -- bombs ---------------------------------------------------------------------------------------

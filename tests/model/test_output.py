@@ -135,6 +135,53 @@ def test_an_earlier_export_is_replaced_and_files_have_the_mode_of_the_umask(
         os.umask(old)
 
 
+@pytest.mark.parametrize("other", [[], ["notes.txt"]])
+def test_a_folder_left_by_an_interrupted_run_protects_files_of_something_else(
+    folders: tuple[Path, Path], run: Run, tmp_path: Path, other: list[str]
+) -> None:
+    for folder, last in (("foreign", "config.json"), ("trained", "state.json")):
+        (tmp_path / folder / output.PART).mkdir(parents=True)
+        for name in ("model.safetensors", last, *other):
+            (tmp_path / folder / name).write_bytes(b"precious")
+    shutil.copytree(folders[1], tmp_path / "exported")
+    (tmp_path / "exported" / output.PART).mkdir()
+    before = contents(tmp_path)
+    for _, flags in commands(*folders):
+        for out in ("foreign", "trained", "exported"):
+            if flags != (export, "--checkpoint", folders[0]) or out != "exported":
+                assert run(*flags, "--out", tmp_path / out) == 2, out
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "nowhere", None])
+def test_a_link_or_file_in_place_of_the_hidden_folder_is_refused(
+    folders: tuple[Path, Path], run: Run, tmp_path: Path, target: str | None
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    part = tmp_path / "out" / output.PART
+    part.touch() if target is None else part.symlink_to(tmp_path / target)
+    for _, flags in commands(*folders):
+        assert run(*flags, "--out", tmp_path / "out") == 2
+
+
+@pytest.mark.parametrize("out", ["", "a\0b", "x" * 300])
+def test_a_path_that_no_folder_can_have_is_refused(
+    folders: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    out: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _, (module, *flags) in commands(*folders):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, flags), "--out", out])
+        with pytest.raises(SystemExit) as caught:
+            command.run(module.main)  # type: ignore[attr-defined]
+        assert caught.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
 def killed_before(event: int, flags: tuple[object, ...], out: Path) -> bool:
     """Run a command in a child process that dies before its n-th change of the file system."""
     pid = os.fork()

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from dvc.lock import make_lock
 
 from pipeline import repair
 from pipeline.runtime.errors import UserError
@@ -35,27 +36,95 @@ def test_torn_files_of_dvc_are_repaired_and_others_are_kept(project: Path) -> No
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(GOOD)
     (project / ".dvc/tmp/rwlock").write_text(rwlock(1)[:-9])
+    repo_lock = project / ".dvc/tmp/lock"  # which DVC keeps
     assert len([*repair.repair()]) == 4  # two files, a folder, and the rwlock
-    assert [p for p in project.rglob("*") if p.is_file()] == [project / "dvc.lock", done]
+    kept = {p for p in project.rglob("*") if p.is_file()}
+    assert kept == {project / "dvc.lock", done, repo_lock}
     assert not torn[1].parent.exists()
     assert [*repair.repair()] == []
 
 
 @pytest.mark.parametrize("torn", ["", GOOD[:-6], GOOD[:20], "\0"])
-def test_torn_lock_file_is_the_committed_one_again_or_removed(project: Path, torn: str) -> None:
+def test_torn_lock_file_is_the_committed_one_again_or_moved_aside(project: Path, torn: str) -> None:
     lock = project / "dvc.lock"
     lock.write_text(torn)
     (line,) = repair.repair()
     assert line.startswith("dvc.lock: ")
     assert not lock.exists()
+    assert (project / repair.ASIDE).read_text() == torn
     lock.write_text(GOOD)
-    user = ("-c", "user.name=Test", "-c", "user.email=test@example.org")
-    for command in (("init", "-q"), ("add", "dvc.lock"), (*user, "commit", "-qm", "x")):
-        subprocess.run(["git", *command], check=True)
+    git("init", "-q")
+    commit()
     lock.write_text(torn)
     (line,) = repair.repair()
     assert lock.read_text() == GOOD
     assert [*repair.repair()] == []
+
+
+def git(*command: str, check: bool = True) -> None:
+    user = ("-c", "user.name=Test", "-c", "user.email=test@example.org")
+    subprocess.run(["git", *user, *command], check=check, capture_output=True)
+
+
+def commit() -> None:
+    git("add", "dvc.lock")
+    git("commit", "-qm", "x")
+
+
+def test_lock_file_with_conflicts_is_moved_aside(project: Path) -> None:
+    lock = project / "dvc.lock"
+    git("init", "-q", "-b", "one")
+    commit()
+    git("checkout", "-qb", "two")
+    lock.write_text(GOOD.replace("none", "two"))
+    commit()
+    git("checkout", "-q", "one")
+    lock.write_text(GOOD.replace("none", "one"))
+    commit()
+    git("merge", "two", check=False)
+    conflict = lock.read_text()
+    assert "<<<<<<<" in conflict
+    (line,) = repair.repair()
+    assert str(repair.ASIDE) in line
+    assert (project / repair.ASIDE).read_text() == conflict
+
+
+def test_without_git_a_torn_lock_file_is_moved_aside(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(project))
+    (project / "dvc.lock").write_text("")
+    (line,) = repair.repair()
+    assert str(repair.ASIDE) in line
+    assert not (project / "dvc.lock").exists()
+
+
+def test_large_lock_file_is_kept(project: Path) -> None:
+    """DVC has no limit, and 1,000 files of a source are 400 KB."""
+    large = GOOD.replace("none", "x" * (1 << 20))
+    (project / "dvc.lock").write_text(large)
+    assert [*repair.repair()] == []
+    assert (project / "dvc.lock").read_text() == large
+
+
+def test_lock_file_that_cannot_be_read_is_not_damaged(project: Path) -> None:
+    (project / "dvc.lock").unlink()
+    (project / "dvc.lock").mkdir()
+    with pytest.raises(UserError, match=r"^dvc\.lock: "):
+        [*repair.repair()]
+    assert (project / "dvc.lock").is_dir()
+
+
+def test_dvc_that_holds_its_lock_is_left_alone(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dvc.lock.DEFAULT_TIMEOUT", 0)
+    (project / "dvc.lock").write_text("")
+    lock = make_lock(str(project / repair.REPO_LOCK))
+    with lock, pytest.raises(UserError, match=str(repair.REPO_LOCK)):
+        [*repair.repair()]
+    assert (project / "dvc.lock").exists()
+    assert len([*repair.repair()]) == 1
 
 
 def test_a_running_dvc_is_left_alone(project: Path) -> None:

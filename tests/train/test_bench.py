@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -55,6 +56,20 @@ def test_one_process_measures_its_step_and_writes_only_the_json(
     for text in ("1 x cpu", "128 tokens", "aten::mm", "--hardware cpu", "try: "):
         assert text in out
     assert "all-reduce" not in out
+
+
+def test_compiler_is_imported_after_the_group_has_limited_its_processes(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def limit(kind: str) -> None:
+        raise UserError(f"limit {os.environ.get('TORCHINDUCTOR_COMPILE_THREADS')}")
+
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    monkeypatch.setenv("GPT2_COMPILE", "true")
+    monkeypatch.setenv("GPT2_PROCESSES", "1")
+    monkeypatch.setattr(bench, "check_compiler", limit)
+    with pytest.raises(UserError, match="limit 1"):
+        bench.main([])
 
 
 @pytest.mark.soak

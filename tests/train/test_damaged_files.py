@@ -25,9 +25,9 @@ def flip_bit(path: Path, text: bytes, bit: int) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def start_again(run: Run) -> None:
+def start_again() -> None:
     """Do what the stage does: publish a finished run, else train it from its last checkpoint."""
-    if not run.publish_finished():
+    if not Run.open().publish_finished():
         train_here()
 
 
@@ -54,7 +54,7 @@ def test_damaged_files_of_a_finished_run_are_named_and_change_no_result(
     for path, text, bit, trains in damages:
         flip_bit(path, text, bit)
         capsys.readouterr()
-        start_again(run)
+        start_again()
         captured = capsys.readouterr()
         assert str(path) in captured.err or f"{path.parent}:" in captured.err
         assert ("resumes after step 8" in captured.out) == trains
@@ -77,15 +77,15 @@ def test_damaged_line_of_the_log_is_named_and_costs_its_points_only(
         if number == 0:  # a run that is not finished
             (run.folder / "final.json").unlink()
         capsys.readouterr()
-        start_again(run)
+        start_again()
         assert f"{log}: " in capsys.readouterr().err
-        assert len(run.history.records) == len(lines) - 1
+        assert len(Run.open().history.records) == len(lines) - 1
         published = (project.folder / "artifacts/log.jsonl").read_bytes().splitlines()
         assert len(published) == len(lines) - 1
         assert results(project) | {"loss": 0} == before | {"loss": 0}
     log.write_bytes(good[: good.index(b'"step": 4')])
     capsys.readouterr()
-    start_again(run)
+    start_again()
     assert f"{log}: ends at step " in capsys.readouterr().err
 
 
@@ -103,6 +103,34 @@ def test_damaged_record_of_a_run_is_written_again(
     (run.folder / "failed.json").write_text("{")
     run.check_not_failed()
     assert "failed.json: damaged" in capsys.readouterr().err
+
+
+def test_folders_in_the_place_of_the_files_of_a_run_are_replaced(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run.open()
+    names = ("log.jsonl", "starts.jsonl", "failed.json", "final.json")
+    for name in names:
+        (run.folder / name / "inner").mkdir(parents=True)
+    assert run.summary() is None
+    run.forget_failure()
+    run.note_start({"step": 12})
+    run.finish({"step": 12})
+    with run.history as log:
+        log.begin(12)
+    err = capsys.readouterr().err
+    assert all(f"warning: {run.folder / name}: " in err for name in names if name != "failed.json")
+    assert run.summary() == {"step": 12}
+    assert [(run.folder / name).is_file() for name in names] == [True, True, False, True]
+
+
+def test_log_is_read_once_and_again_after_the_run_is_cleared(project: Project) -> None:
+    run = Run.open()
+    (run.folder / "log.jsonl").write_text('{"lr": 0.5, "step": 1}\n')
+    assert run.history.records == [{"lr": 0.5, "step": 1}]
+    assert run.history is run.history  # not read and checked again at each checkpoint
+    run.clear()
+    assert run.history.records == []
 
 
 def test_byte_that_rots_in_a_shard_is_found_by_training_and_evaluation(project: Project) -> None:

@@ -154,6 +154,22 @@ def test_batches_of_another_step_are_refused(project: Project) -> None:
             trainer.step(2, loader, Interrupt(world))
 
 
+def test_a_loss_over_other_targets_is_measured_again(project: Project) -> None:
+    run = Run.open()
+    with process_group("cpu") as world:
+        trainer = Trainer(run, world)
+        trainer.measured = 5.0
+        trainer.save(1)
+        trainer.writer.wait()
+        assert (trainer.restore(), trainer.measured) == (1, 5.0)
+        path = run.folder / directory.folder_name(1) / "state.json"
+        state = atomic.read_sealed(path)
+        for change in ({"val_windows": None}, {"train": {**state["train"], "val_tokens": 1}}):
+            atomic.write_json(path, atomic.sealed({**state, **change}))
+            trainer.measured = None
+            assert (trainer.restore(), trainer.measured) == (1, None)
+
+
 @pytest.mark.parametrize(
     ("changes", "stops"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,23 @@ def test_gradients_are_scaled_down_to_the_limit(limit: float | None, norm_after:
     after = gradient_norm([vector.grad, matrix.grad])
     assert after.item() == pytest.approx(norm_after, rel=1e-5)
     assert torch.allclose(matrix.grad / vector.grad[0], torch.tensor([[4.0], [-5.0]]))
+
+
+def test_the_norm_of_no_gradients_is_zero_and_any_size_is_computed_in_large_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert gradient_norm([]).item() == 0
+    sizes = []
+    norm = torch.linalg.vector_norm
+
+    def counted(values: torch.Tensor, **keys: Any) -> torch.Tensor:
+        sizes.append(values.shape)
+        return norm(values, **keys)
+
+    monkeypatch.setattr(torch.linalg, "vector_norm", counted)
+    gradients = [torch.ones(3, 4099), torch.ones(0), torch.ones(2, 4).T]
+    assert gradient_norm(gradients).item() == pytest.approx(math.sqrt(3 * 4099 + 8))
+    assert sizes == [(3, 4096), (1, 9), (0, 4096), (1, 0), (0, 4096), (1, 8), (3 + 1 + 1 + 1,)]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

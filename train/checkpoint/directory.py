@@ -229,15 +229,15 @@ def _losses(run: Path) -> dict[Path, float | None]:
     """Validation losses of a run's checkpoints that can be compared, oldest first.
 
     None where the loss was not measured, cannot be read, or is over other tokens than the newest
-    one (`train.val_tokens` has changed).
+    one (`train.val_tokens` has changed, or `train.validation.WINDOWS`).
     """
-    found: dict[Path, tuple[float | None, int | None]] = {}
+    found: dict[Path, tuple[float | None, Any]] = {}
     for path in checkpoints(run):
         try:
             state = read_state(path)
             loss = state["val_loss"]
             loss = float(loss) if loss is not None else None
-            found[path] = loss, state.get("train", {}).get("val_tokens")
+            found[path] = loss, (state.get("train", {}).get("val_tokens"), state.get("val_windows"))
         except (OSError, LookupError, TypeError, ValueError, AttributeError, BrokenCheckpoint):
             found[path] = None, None
     measured = [tokens for loss, tokens in found.values() if loss is not None]

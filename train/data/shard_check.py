@@ -6,8 +6,9 @@
 Every start hashes all shards of the data once per node: the processes of a node share them. The
 thread has a lower priority than training, and its sequential reads fill the page cache from which
 the loader then takes its windows. Nothing is saved before all hashes are known to be right, so no
-checkpoint has learnt from damaged tokens. A file or a note that says "verified" proves nothing
-here: it may come from another machine.
+checkpoint has learnt from damaged tokens. A run that is preempted before that saves nothing, so
+each start must last longer than the hashes take. A file or a note that says "verified" proves
+nothing here: it may come from another machine.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from __future__ import annotations
 import hashlib
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from pipeline import TokenStream
 from pipeline.format.manifest import Shard
@@ -32,7 +36,8 @@ class ShardCheck:
     """Hashes this process's part of the shards in a thread; a context manager, which runs it.
 
     An error within the context is replaced by the damage that may have caused it, such as a token
-    outside the vocabulary.
+    outside the vocabulary. Another process of the node may still hash that shard, or wait for this
+    one, so this one then hashes all others, too.
 
     Args:
         world: The processes; those of this node share its shards.
@@ -42,19 +47,24 @@ class ShardCheck:
     def __init__(self, world: World, data: TokenStream) -> None:
         group = read_group()
         self._world, self._folder = world, data.folder
-        self._shards = data.manifest.shards[group.local_rank :: group.local_size]
+        shards, rank, size = data.manifest.shards, group.local_rank, group.local_size
+        self._own = shards[rank::size]
+        self._others = [shard for i, shard in enumerate(shards) if i % size != rank]
         self._fault: StageFailed | None = None
         self._complete = False
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._hash_all, name="shards", daemon=True)
+        self._thread = threading.Thread(target=self._hash_own, name="shards", daemon=True)
 
     def __enter__(self) -> ShardCheck:
         self._thread.start()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, (IndexError, RuntimeError)):
+        may_be_damage = isinstance(error, (IndexError, RuntimeError))
+        if may_be_damage and not isinstance(error, torch.OutOfMemoryError):
             self._thread.join()
+            self.check()
+            self._hash(self._others)
             self.check()
         self._closing.set()
         self._thread.join()
@@ -68,11 +78,11 @@ class ShardCheck:
         if self._fault is not None:
             raise self._fault
 
-    def complete(self, seconds: float | None = None) -> bool:
+    def complete(self, seconds: float) -> bool:
         """Wait until all shards are hashed. A collective: all processes must call it alike.
 
         Args:
-            seconds: To wait at most; None: as long as it takes.
+            seconds: To wait at most; far less than ``World.timeout``, which the others wait.
 
         Returns:
             Whether all are hashed, and right; the same on each process.
@@ -89,9 +99,12 @@ class ShardCheck:
             self._complete = not self._world.any(self._thread.is_alive())
         return self._complete
 
-    def _hash_all(self) -> None:
+    def _hash_own(self) -> None:
         lower_priority()
-        for shard in self._shards:
+        self._hash(self._own)
+
+    def _hash(self, shards: Sequence[Shard]) -> None:
+        for shard in shards:
             path = self._folder / shard.name
             try:
                 problem = self._problem(path, shard)

@@ -20,6 +20,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from pipeline.runtime.errors import UserError
 
 LOOPBACK = "127.0.0.1"
+RUN_KEY = "PIPELINE_RUN_KEY"
+"""Variable in which `train.launch` gives the key of the run that it has checked to its workers."""
 _LOOPBACK_INTERFACE = "lo" if sys.platform == "linux" else "lo0"
 _WILDCARDS = ("0.0.0.0", "::", "*")
 _AGENT_STORE_SECONDS = 60.0  # torchrun's agent opens its store before it starts the processes

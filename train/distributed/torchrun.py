@@ -28,7 +28,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from pipeline.runtime import command
 from pipeline.runtime.errors import Stopped
 from pipeline.runtime.machine import usable_cores
-from train.distributed.group import LOOPBACK, loopback_store
+from train.distributed.group import LOOPBACK, RUN_KEY, loopback_store
 from train.distributed.world import HOW_TO_RESUME
 
 _BACKEND = "loopback"
@@ -76,12 +76,18 @@ class LoopbackRendezvous(RendezvousHandler):
 
 
 def run_torchrun(
-    processes: int, restarts: int = 0, *, module: str = "train", arguments: Sequence[str] = ()
+    processes: int,
+    restarts: int = 0,
+    run_key: str = "",
+    *,
+    module: str = "train",
+    arguments: Sequence[str] = (),
 ) -> None:
     """Run torchrun's agent in this process, with the workers of one node.
 
     Args:
         restarts: How often to restart all workers after one has failed.
+        run_key: Key of the run that the workers must find in their files; empty: any.
         module: Module that each worker runs, as `python -m` does.
 
     Raises:
@@ -90,6 +96,7 @@ def run_torchrun(
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
     os.environ[command.PARENT] = str(os.getpid())
+    os.environ[RUN_KEY] = run_key
     rendezvous_handler_registry.register(_BACKEND, LoopbackRendezvous)
     forwarded = (signal.SIGINT, signal.SIGQUIT, *command.stop_signals())
     with tempfile.TemporaryDirectory(prefix="torchelastic_") as logs:

@@ -52,6 +52,7 @@ RECIPE: dict[str, Any] = {
     "embeddings_decay": True,
     "beta1": 0.9,
     "beta2": 0.95,
+    "eps": 1e-8,
     "grad_clip": 1.0,
 }
 """Parameters of `train` that the published loss depends on. With others, a higher loss is no sign

@@ -71,7 +71,7 @@ def launch(adopted: str | None = None, *, retry: bool = False) -> None:
                 flush=True,
             )
     with claim_devices(run.machine, device, processes):
-        run_torchrun(processes, run.machine.restarts)
+        run_torchrun(processes, run.machine.restarts, run.key)
 
 
 def _publish_finished(run: Run) -> bool:

@@ -47,7 +47,7 @@ class History:
 
     def __init__(self, path: Path, curves: Path, every: int = 1) -> None:
         self.path, self._every = path, every
-        self.records = parse(path.read_bytes(), str(path)) if path.exists() else []
+        self.records = parse(path.read_bytes(), str(path)) if path.is_file() else []
         self._curves = curves
         self._file: TextIO | None = None
         self._live: Any = None
@@ -65,6 +65,9 @@ class History:
         """
         self.records = [record for record in self.records if record["step"] <= step]
         self._warn_if_cut(step)
+        if self.path.is_dir():
+            _warn(f"{self.path}: a folder is in the place of the log; replaced")
+            atomic.remove(self.path)
         atomic.write_bytes(self.path, self.content())
         self._open_curves()
         self._file = open(self.path, "a", encoding="utf-8")
@@ -84,11 +87,9 @@ class History:
         steps = [record["step"] for record in self.records] or [0]
         gap = max([self._every, *(b - a for a, b in pairwise(steps))])
         if self.path.exists() and steps[-1] + gap < step:
-            print(
-                f"warning: {self.path}: ends at step {steps[-1]}, but the run has reached step "
-                f"{step}; the curves lack the points between",
-                file=sys.stderr,
-                flush=True,
+            _warn(
+                f"{self.path}: ends at step {steps[-1]}, but the run has reached step {step}; "
+                "the curves lack the points between"
             )
 
     def add(self, record: Record) -> None:
@@ -155,12 +156,12 @@ def parse(data: bytes, name: str) -> list[Record]:
     lines = {number: _record(line) for number, line in enumerate(data.splitlines(), 1)}
     if damaged := [number for number, record in lines.items() if record is None]:
         shown = ", ".join(map(str, damaged[:10])) + ", ..." * (len(damaged) > 10)
-        print(
-            f"warning: {name}: damaged and skipped: line {shown}; the curves lack their points",
-            file=sys.stderr,
-            flush=True,
-        )
+        _warn(f"{name}: damaged and skipped: line {shown}; the curves lack their points")
     return [record for record in lines.values() if record is not None]
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def _record(line: bytes) -> Record | None:

@@ -3,9 +3,6 @@
 import sys
 
 from pipeline.runtime import command
-from pipeline.store import atomic
-from train.report import compare
-from train.report.page import OUT, render
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -15,9 +12,15 @@ def main(argv: list[str] | None = None) -> None:
         "--compare",
         nargs="+",
         metavar="REV",
-        help=f"experiments, branches, tags, commits or `workspace`: compare them in {compare.OUT}",
+        help="experiments, branches, tags, commits or `workspace`: compare them in "
+        "artifacts/compare.html",
     )
     args = parser.parse_args(argv)
+    # torch takes seconds to import, in which this process must notice that its parent has died.
+    from pipeline.store import atomic
+    from train.report import compare
+    from train.report.page import OUT, render
+
     if args.compare:
         out, page = compare.OUT, compare.render(args.compare)
     else:

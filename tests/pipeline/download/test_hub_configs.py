@@ -7,8 +7,11 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 from datasets.load import LocalDatasetModuleFactory
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from pipeline.download.hub_configs import find_files, read_card
+from pipeline.download.hub_configs import _metadata, find_files, read_card
 from pipeline.download.left_out import LeftOut
 from pipeline.runtime.errors import UserError
 
@@ -55,6 +58,24 @@ def test_a_configuration_selects_its_files(
     configs: list[str], config: str | None, files: list[str]
 ) -> None:
     assert find(configs, config) == files
+
+
+@given(st.lists(st.sampled_from(["---", "\n", "\r\n", "\r", " ", "\t", "a: 1", "-"])).map("".join))
+@example("---\na: 1\n--- \t\n# Text")
+@example(" \n---\na: 1\n---")
+@example("--- \na: 1\n---\n")
+@example("---\n---\na: 1\n---\n")
+@example("---\r\n---\n")
+def test_the_metadata_of_a_card_are_those_that_the_hub_finds(card: str) -> None:
+    found = REGEX_YAML_BLOCK.search(card)
+    assert _metadata(card) == _metadata(f"\ufeff{card}") == (found[2] if found else "")
+
+
+def test_many_patterns_on_many_files_are_refused_at_once() -> None:
+    configs = {"a": {"data_files": [f"data/{i}-*.jsonl" for i in range(300)]}}
+    paths = [f"data/{i}.jsonl" for i in range(30_000)]
+    with pytest.raises(UserError, match=r"^source\.config: 30000 files are too many"):
+        find_files(configs, "a", "a/repo", lambda *_: paths, LeftOut())
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,15 @@ def test_missing_or_binary_file_is_named(tmp_path: Path) -> None:
         read_yaml(tmp_path / "params.yaml")
 
 
+def test_file_of_many_paths_is_read_and_a_larger_one_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("text: " + "x" * 300_000)
+    assert len(read_yaml(path)["text"]) == 300_000
+    path.write_text("text: " + "x" * (1 << 20))
+    with pytest.raises(UserError, match=r"params\.yaml: larger than 1 MiB"):
+        read_yaml(path)
+
+
 def test_long_value_is_cut_in_the_message(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenize\.val_per_10k") as error:
         load(tmp_path, f"tokenize:\n  val_per_10k: {'x' * 1000}\n")

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -92,7 +93,17 @@ def loop_for_index(folder: Path) -> None:
     (folder / INDEX).symlink_to(INDEX)
 
 
-OTHER = (flip_recorded_hash, folder_for_a, loop_for_index)
+def loop_for_a(folder: Path) -> None:
+    (folder / "a.bin").unlink()
+    (folder / "a.bin").symlink_to("a.bin")
+
+
+def file_for_piece(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.touch()
+
+
+OTHER = (flip_recorded_hash, folder_for_a, loop_for_index, loop_for_a, file_for_piece)
 INDICES = ("", "[", "[]", "{}", '{"a.bin": {}}', '{"a.bin": 3}', 50_000 * "[")
 
 

@@ -167,6 +167,11 @@ def link_loop(path: Path) -> None:
     path.symlink_to(path)
 
 
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 SHARD, INDEX, RECORD = "train-00001.bin", "train-00001.docs.npy", "chunks/00001.json"
 # Damage to a file, after which tokenize rebuilds one chunk; below, damage after which it does not.
 DAMAGES: dict[str, tuple[str, Damage]] = {
@@ -198,6 +203,7 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "record of another run": (RECORD, record_of_another_run),
     "missing record": (RECORD, Path.unlink),
     "record that is a folder": (RECORD, folder_in_its_place),
+    "record that is a pipe": (RECORD, pipe),
 }
 WITHOUT_REBUILD: dict[str, tuple[str, Damage]] = {
     "validation": ("val-00000.bin", flip_byte(1024 + 33)),
@@ -329,6 +335,38 @@ def test_foreign_link_is_removed_and_its_target_untouched(folder: Path) -> None:
     assert not os.path.lexists(TOKENS / "note")
     assert not os.path.lexists(TOKENS / "folder")
     assert (folder / ".work").is_dir()
+
+
+def test_file_beyond_a_link_to_a_folder_is_kept(folder: Path) -> None:
+    (folder / "private").mkdir()
+    files = [folder / "private" / name for name in ("00000.json", "00001.json", "note")]
+    for file in files:
+        file.write_text("mine")
+    shutil.rmtree(TOKENS / "chunks")
+    (TOKENS / "chunks").symlink_to(folder / "private")
+    with pytest.raises(verify.DataFault, match=r"chunks: "):
+        verify.verify(RAW, TOKENS, VerifyParams(retokenize=0), Machine())
+    assert [file.read_text() for file in files] == ["mine"] * 3
+    assert not os.path.lexists(TOKENS / "chunks")
+
+
+def test_outermost_link_to_a_folder_within_the_data_is_removed(tmp_path: Path) -> None:
+    """A folder of the data may itself be a link, to another disk."""
+    (tmp_path / "disk/far").mkdir(parents=True)
+    raw = tmp_path / "raw"
+    raw.symlink_to("disk")
+    (raw / "near").symlink_to("far")
+    (raw / "near/deep").symlink_to("deep")
+    folders = (raw, tmp_path / "tokens")
+    for name, link in (("far/a", None), ("near/a", raw / "near"), ("near/deep/a", raw / "near")):
+        assert verify._outermost_link(raw / name, folders) == link
+
+
+def test_source_file_that_is_a_pipe_is_a_fault(folder: Path) -> None:
+    pipe(RAW / "part-1.parquet")
+    file = RawManifest.load(RAW).files[1]
+    (fault,) = checks.check_source(RAW, file, TOKENS, [], has_text=True).faults
+    assert fault.path == RAW / "part-1.parquet"
 
 
 def test_documents_of_a_bytes_column_are_encoded_again(tmp_path: Path) -> None:

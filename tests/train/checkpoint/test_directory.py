@@ -91,11 +91,16 @@ def test_the_best_is_kept_however_old(tmp_path: Path) -> None:
 
 
 def test_losses_over_other_tokens_are_not_compared(tmp_path: Path) -> None:
-    for step, loss, tokens in ((1, 1.0, 10), (2, 3.0, 20), (3, 4.0, 20), (4, None, 20)):
-        state = {"step": step, "val_loss": loss, "train": {"val_tokens": tokens}}
+    for step, loss, tokens, windows in (
+        *((1, 1.0, 10, "spread"), (2, 2.0, 20, None), (3, 3.0, 20, "spread")),
+        *((4, 4.0, 20, "spread"), (5, None, 20, "spread")),
+    ):
+        state: dict[str, Any] = {"step": step, "val_loss": loss, "train": {"val_tokens": tokens}}
+        if windows is not None:  # earlier code stored none
+            state["val_windows"] = windows
         directory.save(tmp_path, model=MODEL, optimizer=OPTIMIZER, state=state, keep=Keep(last=1))
-    assert names(tmp_path) == ["step-00000002", "step-00000004"]
-    assert directory.best(tmp_path) == tmp_path / "step-00000002"
+    assert names(tmp_path) == ["step-00000003", "step-00000005"]
+    assert directory.best(tmp_path) == tmp_path / "step-00000003"
 
 
 def test_a_run_killed_while_it_replaces_a_checkpoint_has_the_new_one(

@@ -134,6 +134,7 @@ def test_the_preset_is_the_recipe_of_the_curve() -> None:
     [
         {"learning_rate": 1.8e-3}, {"min_lr_ratio": 0.1}, {"schedule": "wsd"}, {"steps": 19073},
         {"optimizer": "muon"}, {"warmup_steps": 715}, {"grad_clip": None},
+        {"eps": 1e-6},
     ],
 )  # fmt: skip
 def test_a_run_of_another_recipe_may_be_better_but_never_off(change: dict[str, Any]) -> None:

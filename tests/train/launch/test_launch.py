@@ -18,7 +18,7 @@ from train.launch.__main__ import main
 def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Process counts with which torchrun would have been started."""
     starts: list[int] = []
-    monkeypatch.setattr(stage, "run_torchrun", lambda processes, restarts: starts.append(processes))
+    monkeypatch.setattr(stage, "run_torchrun", lambda processes, *_: starts.append(processes))
     return starts
 
 

@@ -77,6 +77,8 @@ def test_micro_batch_and_loss_chunk_change_the_time_of_a_step() -> None:
     assert all(found.step.traffic < 0 for found in saving)
     assert all(found.step.traffic > 0 for found in costing)
     assert plan(loss_chunk=8192).loss_chunks == 2
+    whole = plan(loss_chunk=1_000_000)
+    assert (whole.loss_chunks, whole.loss_chunk) == (1, 16 * 1024)
     for found in (*saving, *costing):
         assert found.step.compute == pytest.approx(usual.step.compute + found.step.traffic)
 
