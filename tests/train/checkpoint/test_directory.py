@@ -3,6 +3,7 @@
 import contextlib
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
