@@ -57,7 +57,7 @@ def main() -> None:
         with batches(run, trainer, 0, 1) as loader:
             trainer.step(0, loader, interrupt)
         assert next(loader, None) is None, "the step did not take all of its samples"
-        seen["graphs"] = torch.tensor([max(graphs)])
+        seen["graphs"] = torch.tensor([float(max(graphs))])
         seen["validation"] = torch.tensor([trainer.validate(interrupt)])
         save_file(seen, f"{os.environ['GRADIENTS']}-{world.rank}.safetensors")
 
