@@ -78,7 +78,7 @@ def test_compiled_code_equals_eager_in_bfloat16():
     torch.testing.assert_close(losses, expected, atol=2e-2, rtol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_compiled_under_ddp(tmp_path):
     """Wrap as training does: DDP around the compiled model, called through `forward` only."""
     import torch.distributed as dist

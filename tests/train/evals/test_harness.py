@@ -29,7 +29,7 @@ from train.evals.likelihood import score_requests
 TASKS = SHARED / "data/hellaswag/hellaswag_val_first200.jsonl"
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.soak,
     pytest.mark.skipif(not TASKS.exists(), reason=f"needs {TASKS}"),
 ]
 transformers = pytest.importorskip("transformers", reason="needs transformers as the judge")
