@@ -150,10 +150,9 @@ def text_bytes(path: Path) -> int:
 
 
 def measure_stage(corpus: Path, small: Path, scratch: Path, workers: int, engine: Any) -> Any:
-    import ray
-
     machine = Machine(workers=workers, work_dir=scratch / "work", engine=engine)
     with cluster(machine) as cpus:
+        import ray  # reads its environment, which `cluster` sets
 
         def running(*_: object, **__: object) -> contextlib.AbstractContextManager[int]:
             return contextlib.nullcontext(cpus)
