@@ -20,6 +20,7 @@ from typing import Any
 
 from pipeline.runtime import command
 from pipeline.runtime.errors import UserError
+from pipeline.store import atomic
 
 LOCK, RWLOCK = Path("dvc.lock"), Path(".dvc/tmp/rwlock")
 REPO_LOCK = Path(".dvc/tmp/lock")
@@ -56,7 +57,7 @@ def _no_other_dvc() -> Iterator[None]:
 
 
 def _repair() -> Iterator[str]:
-    if pids := [pid for pid in _users(RWLOCK) or () if _is_alive(pid)]:
+    if pids := [pid for pid in _users(RWLOCK) or () if atomic.is_alive(pid)]:
         raise UserError(f"{RWLOCK}: dvc is running here (pid {pids[0]}); wait until it ends")
     if LOCK.exists() and not _is_lock_file(LOCK):
         if _check_out(LOCK) and _is_lock_file(LOCK):
@@ -122,16 +123,6 @@ def _users(rwlock: Path) -> list[int] | None:
     except ValueError:
         return None
     return pids
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def main(argv: Sequence[str] = ()) -> None:

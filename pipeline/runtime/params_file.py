@@ -18,7 +18,7 @@ _MAX_FILE_BYTES = 1 << 20  # paths of such a size take some seconds to parse
 
 S = TypeVar("S", bound="Section")
 
-_loaded: dict[tuple[Path, str], Any] = {}  # values of each section that this process has read
+_loaded: dict[Path, dict[str, Any]] = {}  # values of each section that this process has read
 
 
 class Section(BaseModel):
@@ -118,7 +118,7 @@ def load_section(name: str, cls: type[S], path: Path = PARAMS) -> S:
         UserError: A missing file or section, an unknown key, or an invalid value.
     """
     params = read_yaml(path)
-    _loaded[path.absolute(), name] = params.get(name)
+    _loaded.setdefault(path.absolute(), {})[name] = params.get(name)
     for section in params:
         if section not in SECTIONS:
             shown = printable(section)[:_MAX_CHARS]
@@ -138,9 +138,11 @@ def check_unchanged() -> None:
     Raises:
         StageFailed: Names the file and the section.
     """
-    for (path, name), values in _loaded.items():
-        if read_yaml(path).get(name) != values:
-            raise StageFailed(
-                f"{path.name}: {name}: changed while this stage ran, and DVC would record the new "
-                "values as those of this result; run dvc repro again"
-            )
+    for path, sections in _loaded.items():
+        now = read_yaml(path)
+        for name, values in sections.items():
+            if now.get(name) != values:
+                raise StageFailed(
+                    f"{path.name}: {name}: changed while this stage ran, and DVC would record the "
+                    "new values as those of this result; run dvc repro again"
+                )

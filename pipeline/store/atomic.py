@@ -1,12 +1,14 @@
 """Atomic file writes: write to a temporary name, fsync, rename; and JSON that knows its hash."""
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
 import os
 import platform
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +54,19 @@ def _remove_leftovers(folder: Path, prefix: str) -> None:
     """Remove the temporary files of processes of this machine that were killed while they wrote."""
     for leftover in folder.glob(f"{glob.escape(prefix)}*.tmp"):
         pid = leftover.name[len(prefix) : -len(".tmp")]
-        try:
-            os.kill(int(pid), 0)
-        except (ValueError, ProcessLookupError):
+        if not (pid.isdecimal() and is_alive(int(pid))):
             leftover.unlink(missing_ok=True)
-        except PermissionError:  # it lives, and is another user's
-            pass
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process of this machine runs, whoever owns it."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def remove(path: Path) -> None:
@@ -79,8 +88,19 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, json_bytes(value))
 
 
+def check_regular(path: Path) -> None:
+    """Raise an `OSError` for what is no file: a pipe would block the process that reads it."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
 def sha256_file(path: Path) -> str:
-    """Return the sha256 of a file in hexadecimal."""
+    """Return the sha256 of a file in hexadecimal.
+
+    Raises:
+        OSError: It cannot be read, or is no file.
+    """
+    check_regular(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

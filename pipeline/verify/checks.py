@@ -1,8 +1,6 @@
 """The checks of one file, which read each byte once: the work of a verify task."""
 
-import errno
 import hashlib
-import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -69,7 +67,7 @@ def part_spans(shard: Shard) -> list[PartSpan]:
 def check_record(path: Path, chunk: ChunkRecord) -> Record | Fault:
     """Return a chunk's commit record, or a fault if it does not match the manifest."""
     try:
-        _check_regular(path)
+        atomic.check_regular(path)
         data = path.read_bytes()
     except OSError as error:
         return Fault(path, _reason(error))
@@ -82,12 +80,6 @@ def check_record(path: Path, chunk: ChunkRecord) -> Record | Fault:
     except (ValueError, KeyError, TypeError):
         pass
     return Fault(path, f"not the record of chunk {chunk.chunk_key[:12]}")
-
-
-def _check_regular(path: Path) -> None:
-    """Raise an `OSError` for what is no file: a pipe would block the process that reads it."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def _reason(error: OSError) -> str:
@@ -107,7 +99,6 @@ def check_source(
     """
     path = raw / file.path
     try:
-        _check_regular(path)
         found = atomic.sha256_file(path)
     except OSError as error:
         return Findings([Fault(path, _reason(error))])
@@ -310,7 +301,7 @@ def _read_rows(
 ) -> Iterator[tuple[int, bytes | Fault | None]]:
     """Read some rows' texts, ascending, decoding each row group at most once."""
     try:
-        _check_regular(source)
+        atomic.check_regular(source)
         ends = np.cumsum([count for count, _ in row_groups(source, column)])
         for _, group in groupby(rows, lambda row: int(np.searchsorted(ends, row, side="right"))):
             wanted = list(group)

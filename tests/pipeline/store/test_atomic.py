@@ -62,3 +62,10 @@ def test_sha256_of_files_and_json(tmp_path: Path) -> None:
     assert atomic.sha256_file(tmp_path / "x") == hashlib.sha256(data).hexdigest()
     assert atomic.sha256_json({"a": 1, "b": [2]}) == atomic.sha256_json({"b": [2], "a": 1})
     assert atomic.sha256_json({"a": 1}) != atomic.sha256_json({"a": "1"})
+
+
+def test_what_is_no_file_is_not_hashed(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # reading it would block
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(OSError, match=path.name):
+            atomic.sha256_file(path)
