@@ -132,6 +132,7 @@ def test_export_and_import_name_wrong_folders(saved, call, tmp_path, monkeypatch
     assert fails(call(export, "--checkpoint", saved, "--out", tmp_path / "file"), "file")
     assert fails(call(import_hf, saved, "--out", tmp_path / "new"), "config.json")
     assert fails(call(import_hf, tmp_path / "hf", "--out", saved), "--out", str(saved))
+    assert fails(call(import_hf, "", "--out", tmp_path / "new"), "DIR")  # not the folder we are in
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
     assert fails(call(import_hf, tmp_path / "none", "--out", tmp_path / "new"), "none")
     assert not (tmp_path / "new").exists()
