@@ -105,7 +105,7 @@ def tokenize(raw: Path, out: Path, params: TokenizeParams, machine: Machine, cod
         files[name] = pieces[index] / RECORD
         commits.append(ChunkRecord(name=name, chunk_key=key, sha256=sha256))
     manifest = _manifest(source, params, records, commits, shards)
-    publish({**files, NAME: atomic.json_bytes(manifest.model_dump())}, out)
+    publish({**files, NAME: atomic.json_bytes(atomic.sealed(manifest.model_dump()))}, out)
     return manifest
 
 

@@ -69,7 +69,7 @@ def table(results: Sequence[Result]) -> str:
 
 def damage_table(outcomes: Sequence[Outcome]) -> str:
     """Format what happened to damaged files as a table in Markdown."""
-    lines = ["| file | flipped bit | truncation |", "|---|---|---|"]
+    lines = [f"| file | {' | '.join(DAMAGES)} |", "|---|" + "---|" * len(DAMAGES)]
     found = {(o.kind, o.damage): o.what + (" (problem)" if o.problems else "") for o in outcomes}
     for kind in dict.fromkeys(o.kind for o in outcomes):
         lines.append(f"| `{kind}` | " + " | ".join(found[kind, how] for how in DAMAGES) + " |")
