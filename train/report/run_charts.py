@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from model import GPT
+from pipeline.store import atomic
 from train.report import model_probe
 from train.report.charts import SERIES, Curve, bar_chart, line_chart, running_mean
 from train.report.run_log import Log
@@ -113,4 +114,4 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV file, none if it does not exist."""
     if not path.exists():
         return []
-    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+    return list(csv.DictReader(io.StringIO(atomic.read_bytes(path).decode())))
