@@ -1,4 +1,4 @@
-"""Tests for the options of `model` that GPT-2 does not have, in training; `report/` has their page."""
+"""Tests of training with the options of `model` that GPT-2 does not have."""
 
 from __future__ import annotations
 
