@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.runtime.errors import UserError
 
-# Compiling takes half a minute on two cores and makes training a third to twice as fast, so it pays
+# Compiling takes some time and makes the steps faster, so it pays
 # in runs of some minutes. Two cores compute 1e11 FLOP/s without it.
 LONG = 1.5e13  # FLOPs of a run
 

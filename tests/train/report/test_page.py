@@ -22,7 +22,7 @@ from tests.support.small_data import flip
 from tests.support.training import Project, make_project, train_here
 from train import evaluate
 from train.params import EvaluateParams
-from train.report import compare, html, model_probe
+from train.report import compare, html, model_probe, run_charts
 from train.report import page as report
 from train.report.__main__ import main as report_main
 from train.report.charts import MAX_POINTS, Curve, _downsample, line_chart, running_mean
@@ -264,3 +264,9 @@ def test_comparison_shows_differing_parameters_and_the_best_metrics(
     assert page.count("<svg") == page.count("<figure") == 3  # validation loss twice, training loss
     with pytest.raises(UserError, match="--compare: 7 "):
         compare.render([str(i) for i in range(7)])
+
+
+@pytest.mark.parametrize("records", [[], [{"step": 10, "val/loss": 5.0}]])
+def test_loss_chart_of_a_log_that_lost_its_training_points(records: list[dict[str, Any]]) -> None:
+    svg = run_charts.loss_chart(Log(records), {"unigram_entropy": 7.0}, wide=True)
+    assert svg.lstrip().startswith("<svg")
