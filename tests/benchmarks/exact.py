@@ -203,7 +203,8 @@ def curves(values: Iterable[tuple[float, ...]]) -> Curves:
 
 def distance(a: Tensor, b: Tensor) -> float:
     """Distance of weights, as a fraction of the norm of the second."""
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
 
 
 def ours(project: Project) -> tuple[Run, list[Path]]:
