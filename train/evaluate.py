@@ -143,9 +143,8 @@ def main(argv: Sequence[str] = ()) -> None:
         name: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
         for name, value in metrics.items()
     }
-    texts = sample(gpt, params)
-    both = before_and_after(gpt, trained, params)  # leaves the initial weights in the model
-    page = as_markdown(texts, both, metrics["val_loss"], params).encode()
+    both = before_and_after(gpt, trained, params)
+    page = as_markdown(sample(gpt, params), both, metrics["val_loss"], params).encode()
     atomic.write_bytes(SAMPLES, page)
     hashes = {
         "samples_sha256": atomic.sha256_file(SAMPLES),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from model.config import GPTConfig, check_temperature
+from model.config import Activation, GPTConfig, Positions, check_temperature
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.params_file import Section
 from train.optim.schedule import BatchSchedule, Schedule
@@ -35,13 +35,13 @@ class ModelParams(Section):
     block_size: int = Field(default=1024, ge=1)
     """Context length in tokens (T, at least 1; published: 1024)."""
 
-    positions: Literal["learned", "rotary"] = "learned"
+    positions: Positions = "learned"
     """`learned`: a table of positions, as GPT-2; or `rotary`: RoFormer (Su et al. 2021)."""
 
     qk_norm: bool = False
     """RMSNorm without gain of queries and keys (after Henry et al. 2020). GPT-2: false."""
 
-    activation: Literal["gelu", "relu_squared"] = "gelu"
+    activation: Activation = "gelu"
     """Of the MLP: `gelu`, as GPT-2; or `relu_squared`: Primer (So et al. 2021)."""
 
     zero_init: bool = False

@@ -27,7 +27,7 @@ def before_and_after(
     """Continue the last prompt by the initial and by the trained weights, at the same random draws.
 
     Args:
-        gpt: The trained model; it has the initial weights afterwards.
+        gpt: The trained model.
         trained: Section `train` of the run: where it started from.
 
     Returns:
@@ -36,20 +36,17 @@ def before_and_after(
     """
     if not params.prompts or not params.samples:
         return {}
-    prompt = params.prompts[-1:]
-    (after,) = continue_texts(gpt, prompt, params)
     start = Start.parse(trained.get("init", "scratch"), trained.get("init_with", "weights"))
+    initial = GPT.initialised(gpt.config, seed=trained["seed"], device=gpt.wte.weight.device)
     try:
         if start:
-            weights = init_from.load(start, gpt.config)[0]
-        else:
-            weights = GPT.initialised(gpt.config, seed=trained["seed"]).state_dict()
+            initial.load_state_dict(init_from.load(start, gpt.config)[0])
     except UserError as error:
         print(f"note: no sample from before training: {error}")
         return {}
-    gpt.load_state_dict(weights)
-    (before,) = continue_texts(gpt, prompt, params)
-    return {"Before training": before, "After training": after}
+    models = {"Before training": initial, "After training": gpt}
+    prompt = params.prompts[-1:]
+    return {name: continue_texts(model, prompt, params)[0] for name, model in models.items()}
 
 
 @torch.no_grad()

@@ -23,6 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from tests.support.pages import replace_between
+
 SIGNIFICANT = 0.01
 SMOOTH = 20  # steps whose training losses are averaged for curves
 
@@ -263,10 +265,5 @@ def fill(text: str, parts: Mapping[str, str]) -> str:
         ValueError: The page has no such markers.
     """
     for name, part in parts.items():
-        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        before, found, rest = text.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not found or not closed:
-            raise ValueError(f"no {begin} ... {end}")
-        text = f"{before}{begin}\n{part}\n{end}{after}"
+        text = replace_between(text, f"<!-- {name} -->", f"<!-- end of {name} -->", part)
     return text

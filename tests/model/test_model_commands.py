@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from model import GPT, GPTConfig, checkpoint, command, export, generate, import_hf
+from model import GPT, GPTConfig, checkpoint, export, generate, import_hf
 from model.config import EOT
 from model.generate import decode_stream
 from pipeline.format.tokenizer import encode
@@ -24,20 +24,6 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     checkpoint.write(folder, CONFIG, GPT(CONFIG).state_dict(), {})
     return folder
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a command in this process; return exit status, stdout and stderr."""
-
-    def call(module, *flags):
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, flags)])
-        with pytest.raises(SystemExit) as caught:
-            command.run(module.main)
-        out, err = capsys.readouterr()
-        return caught.value.code, out, err
-
-    return call
 
 
 def fails(result, *named):

@@ -5,12 +5,11 @@
 
 import dataclasses
 import json
-import sys
 
 import pytest
 import torch
 
-from model import GPT, GPTConfig, checkpoint, command, export, import_hf
+from model import GPT, GPTConfig, checkpoint, export, import_hf
 from model.attention import KVCache
 from model.variants import RMSNorm, rotate, rotation_of
 
@@ -92,19 +91,6 @@ def test_zero_init_changes_the_residual_maps_only():
     assert torch.equal(zero.hidden(tokens), zero.ln_f(x))
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a command in this process; return exit status and stderr."""
-
-    def call(module, *flags):
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, flags)])
-        with pytest.raises(SystemExit) as caught:
-            command.run(module.main)
-        return caught.value.code, capsys.readouterr().err
-
-    return call
-
-
 @pytest.mark.parametrize(
     ("option", "refused"),
     [
@@ -121,7 +107,7 @@ def test_layouts_of_gpt2_refuse_what_they_cannot_hold(call, tmp_path, option, re
     for layout in ("hf", "llmc"):
         out = tmp_path / layout
         flags = ["--checkpoint", tmp_path / "saved", "--out", out, "--format", layout]
-        status, err = call(export, *flags)
+        status, _, err = call(export, *flags)
         if layout in refused:
             assert status == 2
             assert err.count("\n") == 1
@@ -149,6 +135,6 @@ def test_relu_squared_is_a_gpt2_of_transformers(call, tmp_path):
         path.write_text(
             json.dumps({**json.loads(path.read_text()), "activation_function": activation})
         )
-        status, err = call(import_hf, tmp_path / "hf", "--out", tmp_path / "other")
+        status, _, err = call(import_hf, tmp_path / "hf", "--out", tmp_path / "other")
         assert (status, err.count("\n")) == (2, 1)
         assert "activation_function" in err

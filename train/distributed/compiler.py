@@ -13,8 +13,8 @@ from pathlib import Path
 
 from pipeline.runtime.errors import UserError
 
-# Compiling takes some time and makes the steps faster, so it pays
-# in runs of some minutes. Two cores compute 1e11 FLOP/s without it.
+# Compiling takes some time and makes the steps faster, so it pays in runs of some minutes. Two
+# cores compute 1e11 FLOP/s without it.
 LONG = 1.5e13  # FLOPs of a run
 
 

@@ -81,9 +81,8 @@ def gpu_peak(name: str, dtype: Dtype) -> float | None:
         name: Name from CUDA, such as "NVIDIA A100-SXM4-80GB".
         dtype: Type of the inputs.
     """
-    if any(
-        word in name for word in ("MIG", "Laptop", "Max-Q")
-    ):  # part of a GPU, or a smaller one of the same name
+    # part of a GPU, or a smaller one of the same name
+    if any(word in name for word in ("MIG", "Laptop", "Max-Q")):
         return None
     for part, peaks in GPU_PEAKS.items():
         if part in name:
