@@ -133,6 +133,19 @@ def configure(device: torch.device, *, deterministic: bool) -> None:
         torch.backends.cudnn.benchmark = False
 
 
+def repeat_compiled_gradients() -> None:
+    """Have models that are compiled for a CPU repeat bit for bit with several threads.
+
+    Inductor turns the backward pass of an embedding into additions by all threads at once, in any
+    order. Without that rule it calls PyTorch's kernel, in which each row belongs to one thread.
+    `use_deterministic_algorithms` does so too, but replaces kernels of the loss as well, for a
+    tenth of a step or more.
+    """
+    from torch._inductor.decomposition import decompositions  # private: there is no public switch
+
+    decompositions.pop(torch.ops.aten.embedding_dense_backward.default, None)
+
+
 def device_name(device: torch.device) -> str:
     """The GPU's name, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -96,6 +96,8 @@ class Trainer:
             # One graph is fastest. Cut at DDP's bucket boundaries, the graph sends each bucket
             # during the backward, which pays where the links between nodes are slow.
             torch._dynamo.config.optimize_ddp = run.machine.overlap
+            if world.device.type == "cpu":
+                numerics.repeat_compiled_gradients()
             self.forward = torch.compile(self.gpt, fullgraph=True)
         self.attention = self._choose_attention()
 

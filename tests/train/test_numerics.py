@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from model import GPT, GPTConfig
 from train import numerics
 from train.numerics import clip_gradients, gradient_norm
 
@@ -96,3 +97,22 @@ def test_the_norm_of_no_gradients_is_zero_and_any_size_is_computed_in_large_piec
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_the_norm_of_a_non_finite_gradient_is_non_finite(bad: float) -> None:
     assert not gradient_norm([torch.ones(2, 2), torch.tensor([1.0, bad])]).isfinite()
+
+
+@pytest.mark.slow  # compiles
+def test_gradients_of_a_compiled_model_repeat() -> None:
+    """Threads add to the same rows of the table; their speed must not decide the order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        numerics.repeat_compiled_gradients()
+        gpt = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=128, vocab_size=300), seed=0)
+        forward = torch.compile(gpt, fullgraph=True)
+        tokens = torch.randint(20, (64, 129))
+        found = [
+            torch.autograd.grad(forward(tokens[:, :-1], tokens[:, 1:]), gpt.wte.weight)[0]
+            for _ in range(5)
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, found[0]) for gradient in found)
