@@ -68,15 +68,16 @@ class Scale:
     """Tasks per benchmark."""
 
 
-# The preset scores no tasks, but the checks of each part count them.
-TASKS: Overlay = {"evaluate": {"hellaswag": "hub", "lambada": "hub"}}
+# The checks of each part count tasks, also of a preset that scores none.
+TASKS = {"hellaswag": "hub", "lambada": "hub"}
 SIZES: dict[str, Overlay] = {
     "every": {
         "train": {
             "steps": 6, "batch_tokens": 4096, "warmup_steps": 3, "val_every": 3, "val_tokens": 8192,
-            "hellaswag_every": 6, "checkpoint_every": 2, "log_every": 1, "sample_tokens": 16,
+            "hellaswag": "hub", "hellaswag_every": 6, "checkpoint_every": 2, "log_every": 1,
+            "sample_tokens": 16,
         },
-        "evaluate": {"val_tokens": 8192, "samples": 1, "sample_tokens": 24},
+        "evaluate": {**TASKS, "val_tokens": 8192, "samples": 1, "sample_tokens": 24},
     },
     "shallow": {
         "model": {"size": None, "n_layer": 2, "n_head": 12, "n_embd": 768},
@@ -88,7 +89,7 @@ SIZES: dict[str, Overlay] = {
         "model": {"size": None, "n_layer": 2, "n_head": 12, "n_embd": 768},
         "train": {"steps": 4},
     },
-    ONE_HOUR: {"train": {"steps": 4, "hellaswag": "hub"}, **TASKS},
+    ONE_HOUR: {"train": {"steps": 4}},
 }  # fmt: skip
 RANKS = {"compiled": 1, ONE_GPU: 1, ONE_HOUR: 1}
 FULL = Scale(SIZES, {"full": 4, "shallow": 8, **RANKS}, 15, None, coarse=True)
@@ -98,15 +99,14 @@ QUICK_SIZES: dict[str, Overlay] = {
         "model": {"size": None, "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64},
         "train": {
             "steps": 40, "batch_tokens": 256, "warmup_steps": 3, "val_every": 20,
-            "val_tokens": 1024, "hellaswag_every": 20, "checkpoint_every": 2, "log_every": 1,
-            "sample_tokens": 16,
+            "val_tokens": 1024, "hellaswag": "hub", "hellaswag_every": 20, "checkpoint_every": 2,
+            "log_every": 1, "sample_tokens": 16,
         },
-        "evaluate": {"val_tokens": 1024, "samples": 1, "sample_tokens": 24},
+        "evaluate": {**TASKS, "val_tokens": 1024, "samples": 1, "sample_tokens": 24},
     },
     "shallow": {"model": {"n_layer": 1}},
     "compiled": {"train": {"steps": 4}},
     ONE_GPU: {"source": {"files": 2}},
-    ONE_HOUR: {"train": {"hellaswag": "hub"}, **TASKS},
 }  # fmt: skip
 QUICK = Scale(QUICK_SIZES, {"full": 2, "shallow": 4, **RANKS}, 3, 5_000, coarse=False)
 
