@@ -5,7 +5,10 @@ They come from `machine.yaml` (optional, ignored by git) and from environment va
 to another machine invalidates no result.
 """
 
+import contextlib
 import os
+import stat
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +41,24 @@ def usable_cores() -> int:
     """Return the number of cores in this process's CPU affinity (Linux), or of the machine."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def private_folder() -> Path:
+    """Return this user's folder for temporary files of all projects on this machine.
+
+    Raises:
+        UserError: Its place is taken. Others may write to /tmp: a folder or a link there may be a
+            trap of another user.
+    """
+    folder = Path(tempfile.gettempdir()) / f"gpt2-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise UserError(
+            f"{folder}: only you may write to it; remove it, or set TMPDIR to another folder"
+        )
+    return folder
 
 
 class Machine(BaseSettings):

@@ -17,7 +17,6 @@ flight, and nothing is spilled to disk. A lost task starts again from the source
 import functools
 import io
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -30,6 +29,7 @@ import pyarrow as pa
 from pipeline.cluster.tasks import TaskError, run_tasks
 from pipeline.format.parquet import read_batches
 from pipeline.params import TokenizeParams
+from pipeline.runtime.machine import private_folder
 from pipeline.store.store import Store
 from pipeline.tokenize import engines
 from pipeline.tokenize.chunk_plan import Chunk
@@ -120,7 +120,7 @@ def encode_shipped(
         A file's name and its next bytes, (n,) uint8; the record comes last.
     """
     # Remove leftovers of killed workers from this node's disk.
-    local = Store(Path(tempfile.gettempdir()) / "gpt2-shipped")
+    local = Store(private_folder() / "shipped")
     local.sweep()
     with local.lock("shipped", key):
         folder = local.folder("tmp", f"shipped-{key}")

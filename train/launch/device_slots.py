@@ -13,7 +13,6 @@ import os
 import random
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Literal
 import torch
 
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.machine import Machine
+from pipeline.runtime.machine import Machine, private_folder
 
 
 def claim_devices(
@@ -73,14 +72,13 @@ def claim(
         kind: "gpu" or "core".
         names: Names of the devices, the same for all runs that share them.
         n: At most ``len(names)``.
-        folder: Folder of the locks; None: the machine's temporary folder.
+        folder: Folder of the locks; None: this user's temporary folder.
         interval: Seconds between two tries.
 
     Returns:
         Holder of the locks, and the names of the locked devices, in order.
     """
-    folder = folder or Path(tempfile.gettempdir()) / f"gpt2-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder = folder or private_folder()
     announced = False
     while True:
         stack, mine = contextlib.ExitStack(), []

@@ -182,7 +182,7 @@ def test_lost_worker(project: Project, tmp_path: Path, data: str, how: str) -> N
         assert spilled(hosts) == []
         if data == "ship":
             assert "part" not in hosts["w1"].run("ls", "/tmp")
-            assert list((tmp_path / "hosts/w1/tmp/gpt2-shipped/tmp").iterdir()) == []
+            assert list((tmp_path / f"hosts/w1/tmp/gpt2-{os.getuid()}/shipped/tmp").iterdir()) == []
     assert_same_as_local(project, tmp_path)
 
 

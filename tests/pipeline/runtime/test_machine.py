@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.machine import Machine
+from pipeline.runtime.machine import Machine, private_folder
 
 
 @pytest.fixture(autouse=True)
@@ -63,3 +65,24 @@ def test_invalid_key_of_the_file_is_named(text: str, match: str) -> None:
     Path("machine.yaml").write_text(text)
     with pytest.raises(UserError, match=rf"machine\.yaml.*{match}"):
         Machine.load()
+
+
+def test_private_folder_is_not_one_that_others_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / f"gpt2-{os.getuid()}"
+    assert private_folder() == private_folder() == folder
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    with pytest.raises(UserError, match=folder.name):
+        private_folder()
+    folder.rmdir()
+    (tmp_path / "theirs").mkdir()
+    folder.symlink_to("theirs")
+    with pytest.raises(UserError, match=folder.name):
+        private_folder()
+    folder.unlink()
+    folder.touch()
+    with pytest.raises(UserError, match=folder.name):
+        private_folder()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline.cluster.tasks import TaskError
 from pipeline.params import TokenizeParams
-from pipeline.runtime.machine import Machine
+from pipeline.runtime.machine import Machine, private_folder
 from pipeline.store.store import Store
 from pipeline.tokenize.ship_chunks import BLOCK_BYTES, block_limits, pack, receive, unpack
 from pipeline.tokenize.stage import tokenize
@@ -35,7 +34,7 @@ def test_shipped_and_shared_chunks_have_the_same_bytes(
     tokenize_here(small_raw, tmp_path / "local", PARAMS, Machine(work_dir=tmp_path / "here"))
     assert len(hashes(tmp_path / "local")) > 15
     assert hashes(tmp_path / "shipped") == hashes(tmp_path / "local")
-    assert list((Path(tempfile.gettempdir()) / "gpt2-shipped/tmp").iterdir()) == []
+    assert list((private_folder() / "shipped/tmp").iterdir()) == []
 
 
 texts = st.lists(st.none() | st.text(max_size=60) | st.just("long " * 3000), max_size=30)
