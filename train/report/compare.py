@@ -7,14 +7,16 @@ working tree stays unchanged.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from pipeline.runtime.errors import UserError
+from pipeline.store import atomic
 from train.report import html
 from train.report.charts import SERIES, Curve, line_chart, running_mean
 from train.report.run_log import Log, sample_text
@@ -66,11 +68,22 @@ def read(rev: str) -> Experiment:
         files = DVCFileSystem(rev=None if rev == WORKSPACE else rev)
 
         def content(path: str) -> bytes:
+            if rev == WORKSPACE and (here := Path(files.repo.root_dir, path)).exists():
+                atomic.check_regular(here)
             return bytes(files.read_bytes(f"/{path}"))
 
-        params = YAML(typ="safe", pure=True).load(content("params.yaml"))
+        def mapping(path: str, parse: Callable[[bytes], Any]) -> dict[str, Any]:
+            try:
+                value = parse(content(path))
+            except (ValueError, YAMLError):
+                value = None
+            if not isinstance(value, dict):
+                raise UserError(f"--compare {rev}: {path} is damaged; run the experiment again")
+            return value
+
+        params = mapping("params.yaml", YAML(typ="safe", pure=True).load)
         training, evaluation = (
-            json.loads(content(f"artifacts/{name}.json")) for name in ("training", "evaluation")
+            mapping(f"artifacts/{name}.json", json.loads) for name in ("training", "evaluation")
         )
         log = Log.parse(content("artifacts/log.jsonl"), f"{rev}: artifacts/log.jsonl")
     except SCMError as error:
@@ -82,11 +95,15 @@ def read(rev: str) -> Experiment:
         ) from None
     except DvcException as error:
         raise UserError(f"--compare {rev}: {error}") from None
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}"
+        raise UserError(f"--compare {rev}: {what}; run the experiment again") from None
     return Experiment(
         name=rev,
         params={
             f"{section}.{key}": value
             for section, values in params.items()
+            if isinstance(values, dict)
             for key, value in values.items()
         },
         metrics=training | evaluation,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dvc.repo import Repo
 
 from model import GPT, GPTConfig
 from pipeline.format import tokenizer
@@ -241,6 +243,31 @@ def test_quantities_times_and_percentages() -> None:
     assert [html.percent(p) for p in (1, 0.99999, 0.997, 0.5, 0.04, 0.0012, 1e-6, 0.0)] == [
         "100 %", "99.9 %", "99.7 %", "50 %", "4.0 %", "0.12 %", "< 0.001 %", "0 %",
     ]  # fmt: skip
+
+
+def test_comparison_refuses_damaged_files_of_the_workspace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Repo.init(str(tmp_path), no_scm=True).close()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "artifacts").mkdir()
+    files = {"params.yaml": "train: {steps: 5}\n", "artifacts/log.jsonl": ""}
+    files |= {"artifacts/training.json": "{}", "artifacts/evaluation.json": '{"val_loss": 2.0}'}
+    for name, text in files.items():
+        Path(name).write_text(text)
+    assert compare.read("workspace").metrics == {"val_loss": 2.0}
+    for name, text in (("params.yaml", "a: [\n"), ("artifacts/training.json", "{")):
+        Path(name).write_text(text)
+        with pytest.raises(UserError, match=rf"--compare workspace: {name} "):
+            compare.read("workspace")
+        Path(name).write_text(files[name])
+    for name in files:
+        Path(name).unlink()
+        os.mkfifo(name)
+        with pytest.raises(UserError, match=rf"{name}: not a regular file"):
+            compare.read("workspace")
+        Path(name).unlink()
+        Path(name).write_text(files[name])
 
 
 def test_comparison_shows_differing_parameters_and_the_best_metrics(
