@@ -79,7 +79,7 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
         return []
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_killed_rank_is_restarted_once_then_ends_the_job_which_resumes(project: Project) -> None:
     weights = uninterrupted_run(project, 2)
     machine = {"GPT2_WORK_DIR": "stopped", "GPT2_MICRO_BATCH": 2, "GPT2_RESTARTS": 1}
@@ -322,7 +322,7 @@ def alive(group: int) -> bool:
     return True
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_overlap_splits_the_graph_and_changes_no_gradient(project: Project) -> None:
     """2 ranks, 4 micro-steps, of which `no_sync` covers 3; several buckets, a graph for each."""
     project.write(model={"n_layer": 4, "n_embd": 128}, train={"batch_tokens": 16 * 16})
