@@ -150,7 +150,7 @@ def hit_train(folder: Path, case: str) -> Result:
     """Hit a process of `train.launch` with two ranks."""
     folder.mkdir(parents=True, exist_ok=True)
     project = training.make_project(folder)
-    project.write(train={"steps": 60, "checkpoint_every": 3, "val_every": 30, "log_every": 1})
+    project.write(train={"steps": 400, "checkpoint_every": 3, "val_every": 200, "log_every": 1})
     project.train(2, GPT2_WORK_DIR="undisturbed")
     weights = project.weights()
     environment = {k: str(v) for k, v in project.environ(GPT2_PROCESSES=2).items()}
