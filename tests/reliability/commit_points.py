@@ -102,6 +102,7 @@ class CommitPoints:
         self._run()  # imports, caches of the process
         self.calls = self._run()
         self.expected = project.contents(work)
+        self.undisturbed = project.copy(work, work.with_name("undisturbed"))
         self._run()
         assert not (wrong := project.differences(project.contents(work), self.expected)), wrong
 
@@ -175,7 +176,10 @@ class CommitPoints:
         if status != 0:
             return f"second run: status {status}: {(output.strip().splitlines() or [''])[-1][:200]}"
         found = project.differences(project.contents(self.work), self.expected)
-        return f"second run: {found[:3]}" if found else None
+        if not found:
+            return None
+        lines = project.differing_lines(self.work, self.undisturbed, found)
+        return "\n    ".join([f"second run: {found[:3]}", *lines[:6]])
 
 
 def _says_error(lines: Sequence[str]) -> bool:

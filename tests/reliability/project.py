@@ -6,6 +6,7 @@ same whatever is edited while the harness runs.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
@@ -174,3 +175,14 @@ def differences(found: Mapping[str, str], expected: Mapping[str, str]) -> list[s
         *(f"missing {name}" for name in sorted(expected.keys() - found.keys())),
         *(f"other {name}" for name, what in expected.items() if found.get(name, what) != what),
     ]
+
+
+def differing_lines(folder: Path, other: Path, found: list[str]) -> list[str]:
+    """Return the lines in which the small text files among `differences` differ."""
+    lines = []
+    for name in (line.removeprefix("other ") for line in found if line.startswith("other ")):
+        both = [read(root / name).decode(errors="replace").splitlines() for root in (other, folder)]
+        if max(map(len, both)) <= 1000:
+            changes = difflib.ndiff(*both)
+            lines += [f"{name}: {line}" for line in changes if line.startswith(("- ", "+ "))]
+    return lines
