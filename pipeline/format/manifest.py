@@ -1,13 +1,14 @@
-"""The manifests: `data/raw/manifest.json` (source files), `data/tokens/manifest.json` (shards).
+"""The manifests of `data/raw` (source files), `data/selection` (rows kept), `data/tokens` (shards).
 
 A manifest is written last, so a folder with a manifest is complete. It holds no clock time, host
 name or absolute path: the same inputs give the same bytes anywhere. Readers ignore unknown keys and
-refuse an unknown major ``schema_version``. That of the source files holds its own hash, as nothing
-else knows where the files come from; `verify` compares that of the shards with the shards.
+refuse an unknown major ``schema_version``. Those of the source files and of the selection hold
+their own hash, as nothing else knows what decided them; `verify` compares that of the shards with
+the shards.
 """
 
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -123,6 +124,35 @@ class RawManifest(_Manifest):
     files: list[SourceFile]
 
 
+class SelectedFile(_Record):
+    """A source file in `data/selection`."""
+
+    path: RelativePath
+    sha256: str
+    rows: Count
+    kept: Count
+    bits: RelativePath | None = None
+    """The name of the bitmap; None if all rows are kept, and then there is no ledger."""
+    bits_sha256: str | None = None
+    ledger: RelativePath | None = None
+    ledger_sha256: str | None = None
+
+
+class SelectionManifest(_Manifest):
+    """`data/selection/manifest.json`."""
+
+    selection_key: str
+    """A hash of the dropped rows, numbered over the whole source."""
+    params: dict[str, Any]
+    files: list[SelectedFile]
+    dropped: dict[str, Count] = {}
+    """Rows dropped by each rule that was applied."""
+    found: dict[str, Any] = {}
+    """What was counted and not dropped, such as copies of validation documents in training."""
+    pieces: list[tuple[str, str]] = []
+    """Kind and key of the pieces of the store that the selection was decided from."""
+
+
 class Part(_Record):
     """Consecutive documents of a shard that come from one chunk."""
 
@@ -189,6 +219,8 @@ class Manifest(_Manifest):
     tokenizer: Tokenizer
     params: dict[str, int | str]
     source: RawManifest
+    selection_key: str | None = Field(default=None, exclude_if=lambda key: key is None)
+    """That of `data/selection`; None if all rows are kept."""
     chunks: list[ChunkRecord] = []
     shards: list[Shard]
     totals: dict[Split, Totals]

@@ -24,6 +24,7 @@ EXPORT = ["--checkpoint", "artifacts/checkpoint", "--out", HF]
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "source": {"kind": "files", "paths": ["source/*"]},
+    "curate": {},
     "tokenize": {"shard_tokens": 4000, "val_per_10k": 2000},
     "verify": {"retokenize": 1},
     "model": {**MODEL, "n_layer": 1, "n_embd": 4},

@@ -132,6 +132,7 @@ def flip(path: Path, offset: int, keep_mtime: bool = False) -> None:
 
 PARAMS = """\
 source: {{kind: sample, files: null}}
+curate: {{}}
 tokenize: {{shard_tokens: {shard_tokens}, val_per_10k: {val_per_10k}}}
 verify: {{retokenize: 1}}
 """

@@ -1,0 +1,114 @@
+"""Write `data/selection`: bitmaps and ledgers as pieces of the store, then the manifest."""
+
+import hashlib
+import io
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.curate.decisions import Decisions
+from pipeline.format.manifest import NAME, RawManifest, SelectedFile, SelectionManifest
+from pipeline.format.selection import PIECES, pack, selection_key
+from pipeline.params import CurateParams
+from pipeline.store import atomic
+from pipeline.store.store import Store, publish
+
+
+def write_all_kept(out: Path, source: RawManifest, params: CurateParams) -> SelectionManifest:
+    """Publish a selection that keeps every row."""
+    files = [_all_kept(source, index) for index in range(len(source.files))]
+    return _publish(out, files, params, {}, {}, [], {}, [None] * len(files))
+
+
+def write_selection(
+    out: Path,
+    source: RawManifest,
+    params: CurateParams,
+    decisions: Decisions,
+    found: dict[str, Any],
+    pieces: Sequence[tuple[str, str]],
+    store: Store,
+) -> SelectionManifest:
+    """Publish the decisions.
+
+    Args:
+        found: What was only counted.
+        pieces: Kind and key of the pieces that the decisions were made from.
+    """
+    sizes = [file.rows for file in source.files]
+    starts = np.cumsum([0, *sizes]).tolist()
+    masks = [decisions.kept[a:b] for a, b in pairwise(starts)]
+    files, links, made = [], {}, list(pieces)
+    for index, ledger in enumerate(decisions.ledgers(sizes)):
+        file = _all_kept(source, index)
+        if len(ledger):
+            key, hashes = _store(index, masks[index], ledger, store)
+            made.append((PIECES, key))
+            links.update({name: store.path(PIECES, key) / name for name in hashes})
+            (bits, bits_sha256), (table, table_sha256) = hashes.items()
+            file = file.model_copy(
+                update={
+                    "kept": file.rows - len(ledger),
+                    "bits": bits,
+                    "bits_sha256": bits_sha256,
+                    "ledger": table,
+                    "ledger_sha256": table_sha256,
+                }
+            )
+        files.append(file)
+    return _publish(out, files, params, decisions.counts, found, made, links, masks)
+
+
+def _all_kept(source: RawManifest, index: int) -> SelectedFile:
+    file = source.files[index]
+    return SelectedFile(path=file.path, sha256=file.sha256, rows=file.rows, kept=file.rows)
+
+
+def _store(
+    index: int, kept: np.ndarray, ledger: pa.Table, store: Store
+) -> tuple[str, dict[str, str]]:
+    """Put a file's bits and ledger into the store; return the piece's key, and sha256 by name."""
+    bits, table = io.BytesIO(), io.BytesIO()
+    np.save(bits, pack(kept))
+    pq.write_table(ledger, table, compression="zstd", write_page_checksum=True)
+    contents = {
+        f"{index:05d}.kept.npy": bits.getvalue(),
+        f"{index:05d}.ledger.parquet": table.getvalue(),
+    }
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    key = atomic.sha256_json(hashes)
+    with store.lock(PIECES, key):
+        if store.fresh or store.find(PIECES, key) is None:
+            with store.make(PIECES, key, hashes) as folder:
+                for name, data in contents.items():
+                    (folder / name).write_bytes(data)
+    return key, hashes
+
+
+def _publish(
+    out: Path,
+    files: list[SelectedFile],
+    params: CurateParams,
+    dropped: dict[str, int],
+    found: dict[str, Any],
+    pieces: list[tuple[str, str]],
+    links: dict[str, Path],
+    masks: Sequence[np.ndarray | None],
+) -> SelectionManifest:
+    rows = [file.rows for file in files]
+    manifest = SelectionManifest(
+        selection_key=selection_key(zip(rows, masks, strict=True)),
+        params=params.model_dump(),
+        files=files,
+        dropped=dropped,
+        found=found,
+        pieces=pieces,
+    )
+    sealed = atomic.sealed(manifest.model_dump(mode="json"))
+    publish({**links, NAME: atomic.json_bytes(sealed)}, out)
+    return manifest
