@@ -163,7 +163,7 @@ def byte_codes(data: np.ndarray) -> np.ndarray:
     table = code_table()
     by_byte = table[:256].copy()
     by_byte[128:] = OTHER
-    codes = by_byte[data]
+    codes = np.frombuffer(bytearray(data.tobytes().translate(by_byte.tobytes())), dtype=np.uint8)
     lead = np.flatnonzero(data >= 0xC0)
     if not len(lead):
         return codes

@@ -1,25 +1,25 @@
-"""64-bit hashes of spans of bytes and of runs of words, by prefix sums: no Python object per word.
+"""64-bit hashes of spans of bytes and of runs of words, without a Python object per word.
 
-The hash of the bytes b[0..n) is the polynomial ``sum(TABLE[b[i]] * BASE ** i)`` modulo 2**64, mixed.
-The sums of all spans of a text come from one running sum S, as ``(S[end] - S[start]) * BASE **
--start``; BASE is odd and so has an inverse. All constants follow from `splitmix64`, which is written
-out here, so they depend on no library (tests/pipeline/curate/test_words.py pins them).
+A span of up to 64 bytes is read as eight-byte numbers at any address, all spans at once, and each
+number is multiplied and mixed into the hash; a longer span is hashed by XXH3. The constants come
+from `splitmix64`, which is written out here, so that they depend on no library's random numbers.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
+from typing import Final
 
 import numpy as np
+import xxhash
 
-BASE = 0x9E3779B97F4A7C15
-"""Odd; 2**64 divided by the golden ratio."""
-_WINDOW = 1 << 15
-"""Bytes whose running sum is held at a time, so that the arrays stay in the cache of a core."""
 _MASK = (1 << 64) - 1
+ODD: Final = np.uint64(0x9E3779B97F4A7C15)
+"""2**64 divided by the golden ratio."""
+_LONGEST = 64
+"""Bytes of the longest span that is not hashed by XXH3: words are shorter."""
+_FIRST_BYTES = np.array([(1 << 8 * size) - 1 for size in range(9)], dtype=np.uint64)
 
 
 def splitmix64(seed: int, count: int) -> np.ndarray:
-    """Return the first numbers of the generator SplitMix64 (Steele et al., 2014): (count,) uint64."""
+    """Return the first numbers of the SplitMix64 generator (Steele et al., 2014): (count,) uint64."""
     numbers = []
     for _ in range(count):
         seed = (seed + 0x9E3779B97F4A7C15) & _MASK
@@ -40,75 +40,35 @@ def mix64(values: np.ndarray) -> np.ndarray:
     return values
 
 
-@lru_cache(2)
-def byte_table(fold_case: bool) -> np.ndarray:
-    """Return the number of each byte value: (256,) uint64.
-
-    Args:
-        fold_case: Whether an ASCII capital has the number of its small letter.
-    """
-    table = splitmix64(20, 256)
-    if fold_case:
-        table[ord("A") : ord("Z") + 1] = table[ord("a") : ord("z") + 1]
-    table.flags.writeable = False
-    return table
-
-
-@lru_cache(1)
-def _powers() -> tuple[np.ndarray, np.ndarray]:
-    """Return BASE ** i and BASE ** -i for i of a window and its end: (_WINDOW + 1,) uint64 each."""
-    powers = []
-    for base in (BASE, pow(BASE, -1, 1 << 64)):
-        factors = np.full(_WINDOW + 1, base, dtype=np.uint64)
-        factors[0] = 1
-        powers.append(np.cumprod(factors, dtype=np.uint64))
-    return powers[0], powers[1]
-
-
-def span_hashes(
-    data: np.ndarray,
-    spans: Sequence[tuple[np.ndarray, np.ndarray]],
-    fold_case: bool = False,
-) -> list[np.ndarray]:
-    """Hash spans of bytes; equal spans have equal hashes, anywhere.
+def span_hashes(data: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Hash spans of bytes: equal spans have equal hashes, wherever they are.
 
     Args:
         data: (n,) uint8.
-        spans: Starts and ends, each (k,) int64 and ascending, of several sets of spans. They may
-            overlap and be empty.
-        fold_case: Whether to ignore the case of ASCII letters.
+        starts: (k,) int64, first byte of each span, in any order.
+        ends: (k,) int64, one past its last byte; spans may overlap and be empty.
 
     Returns:
-        For each set, (k,) uint64.
+        (k,) uint64. Different spans of up to 8 bytes and one size never have the same hash.
     """
-    table, (powers, inverses) = byte_table(fold_case), _powers()
-    flat = [positions for pair in spans for positions in pair]
-    sums = [np.empty(len(positions), dtype=np.uint64) for positions in flat]
-    running = np.zeros(_WINDOW + 1, dtype=np.uint64)
-    for first in range(0, max(len(data), 1), _WINDOW):
-        window = data[first : first + _WINDOW]
-        stop = first + len(window)
-        terms = running[1 : len(window) + 1]
-        np.take(table, window, out=terms, mode="clip")
-        terms *= powers[: len(window)]
-        if first:
-            terms *= np.uint64(pow(BASE, first, 1 << 64))
-        np.cumsum(running[: len(window) + 1], out=running[: len(window) + 1])
-        for positions, found in zip(flat, sums, strict=True):
-            a, b = np.searchsorted(positions, [first, stop + (stop == len(data))])
-            found[a:b] = running[positions[a:b] - first]
-        running[0] = running[len(window)]
-    hashes = []
-    for (starts, _), before, after in zip(spans, sums[::2], sums[1::2], strict=True):
-        sizes = after - before
-        low = starts % _WINDOW
-        sizes *= inverses[low]
-        high = (starts - low) // _WINDOW
-        if len(high) and high[-1]:
-            far = pow(BASE, -_WINDOW, 1 << 64)
-            factors = [pow(far, i, 1 << 64) for i in range(int(high[-1]) + 1)]
-            sizes *= np.array(factors, dtype=np.uint64)[high]
-        hashes.append(mix64(sizes))
+    padded = np.concatenate([data, np.zeros(8, dtype=np.uint8)])
+    number_at = np.ndarray((len(data) + 1,), dtype="<u8", buffer=padded, strides=(1,))
+    sizes = ends - starts
+    hashes = sizes.astype(np.uint64)
+    hashes *= ODD
+    chosen: slice | np.ndarray = slice(None)
+    for done in range(0, _LONGEST, 8):
+        if done:
+            chosen = np.flatnonzero((sizes > done) & (sizes <= _LONGEST))
+            if not len(chosen):
+                break
+        numbers = number_at[starts[chosen] + done]
+        numbers &= _FIRST_BYTES[np.minimum(sizes[chosen] - done, 8)]
+        numbers *= ODD
+        hashes[chosen] = mix64(hashes[chosen] ^ numbers)
+    view = data.data
+    for i in np.flatnonzero(sizes > _LONGEST).tolist():
+        hashes[i] = xxhash.xxh3_64_intdigest(view[starts[i] : ends[i]])
     return hashes
 
 
@@ -123,8 +83,8 @@ def gram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
         (w - n + 1,) uint64, or none if there are fewer words.
     """
     count = max(len(hashes) - n + 1, 0)
-    grams = np.zeros(count, dtype=np.uint64)
-    for i in range(n):
-        grams *= np.uint64(BASE)
+    grams = hashes[:count].copy()
+    for i in range(1, n):
+        grams *= ODD
         grams += hashes[i : i + count]
     return mix64(grams)

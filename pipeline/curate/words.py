@@ -1,11 +1,11 @@
-"""The word splitter, version 1: words as spans of bytes, found for many documents at once.
+r"""The word splitter, version 1: words as spans of bytes, found for many documents at once.
 
 There are two kinds of word, each for its purpose; both depend on the frozen `characters` alone.
 
 *Plain words* are for comparing texts (signatures, n-grams): a longest run of letters, digits and
 combining marks. Everything else separates, ASCII case is ignored, and each ideograph or kana is a
-word of its own. "It's 3.5 %" has the plain words it, s, 3, 5. Capitals beyond ASCII keep their case.
-A language written without spaces, other than Chinese and Japanese, has very long words (Thai, Lao).
+word of its own. "It's 3.5 %" has the plain words it, s, 3, 5. Capitals beyond ASCII keep their
+case. Languages written without spaces, but for Chinese and Japanese, have very long words.
 
 *Surface words* are for the quality heuristics, whose thresholds were tuned on the words of spaCy's
 English tokenizer (datatrove) and count punctuation. White space separates, and within a run:
@@ -16,7 +16,7 @@ English tokenizer (datatrove) and count punctuation. White space separates, and 
 - a comma joins two digits; a colon or slash joins if a digit follows; a hyphen joins a letter and a
   digit; ``@``, ``_`` and ``&`` join;
 - an apostrophe between word characters begins a word ("don" "'t");
-- any other mark is a word of its own, and so is a run of one of ``. - = + ~ ^ | \\``.
+- any other mark is a word of its own, and so is a run of one of ``. - = + ~ ^ | \``.
 """
 
 from collections.abc import Iterator
@@ -145,14 +145,14 @@ def plain_words(texts: Texts) -> Words:
     if alone.any():
         after[starts[starts > 0] - 1] = True
     ends = np.flatnonzero(inside & after) + 1
-    (hashes,) = span_hashes(data, [(starts, ends)], fold_case=True)
+    hashes = span_hashes(lower_case(data), starts, ends)
     return Words(starts, ends, hashes, np.searchsorted(starts, offsets))
 
 
 def surface_words(texts: Texts) -> Words:
     """Find the words that the heuristics count; see above."""
     starts, ends = surface_spans(texts, characters.byte_codes(texts.data))
-    (hashes,) = span_hashes(texts.data, [(starts, ends)])
+    hashes = span_hashes(texts.data, starts, ends)
     return Words(starts, ends, hashes, np.searchsorted(starts, texts.offsets))
 
 
@@ -236,6 +236,11 @@ def _join(data: np.ndarray, classes: np.ndarray, inside: np.ndarray, begins: np.
     for i in range(3):
         inside[at[size > i] + i] = True
     begins[at] = True
+
+
+def lower_case(data: np.ndarray) -> np.ndarray:
+    """Replace each ASCII capital by its small letter: (n,) uint8."""
+    return np.frombuffer(data.tobytes().lower(), dtype=np.uint8)
 
 
 def row_starts(texts: Texts) -> np.ndarray:
