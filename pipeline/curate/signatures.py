@@ -20,14 +20,12 @@ from functools import lru_cache
 import numpy as np
 
 from pipeline.curate.hashing import gram_hashes, mix64, splitmix64
-from pipeline.curate.words import Texts, pieces, plain_words
+from pipeline.curate.words import Texts, plain_pieces
 
 HASHES = 112
 """Hash functions: 14 bands of 8, or 16 of 7."""
 NGRAM = 5
 """Words of a run."""
-_BLOCK = 1 << 14
-"""Runs that are hashed at a time by all functions, at least: they stay in the cache of a core."""
 
 
 @lru_cache(1)
@@ -70,20 +68,13 @@ def shingles(texts: Texts, ngram: int = NGRAM) -> list[np.ndarray]:
 
 def _grams(texts: Texts, ngram: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield the hashes of runs of words, the rows that have any, and where each row's begin."""
-    tail = np.zeros(0, dtype=np.uint64)  # the last words of a row that is cut
-    for piece in pieces(texts, cut_long=True):
-        words = plain_words(piece.texts)
-        hashes, firsts = words.hashes, words.firsts
-        if piece.continued:
-            hashes = np.concatenate([tail, hashes])
-            firsts = np.array([0, len(hashes)])
-        tail = hashes[len(hashes) - min(ngram - 1, len(hashes)) :]
-        counts = np.maximum(np.diff(firsts) - ngram + 1, 0)
+    for piece in plain_pieces(texts, overlap=ngram - 1):
+        counts = np.maximum(np.diff(piece.firsts) - ngram + 1, 0)
         rows = np.flatnonzero(counts)
         if not len(rows):
             continue
-        grams = gram_hashes(hashes, ngram)
+        grams = gram_hashes(piece.hashes, ngram)
         starts = np.concatenate([[0], np.cumsum(counts[rows])])
-        whole = np.repeat(firsts[rows] - starts[:-1], counts[rows])
+        whole = np.repeat(piece.firsts[rows] - starts[:-1], counts[rows])
         whole += np.arange(starts[-1])
         yield grams[whole], rows + piece.first_row, starts[:-1]

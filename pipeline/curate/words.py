@@ -93,7 +93,7 @@ def pieces(texts: Texts, cut_long: bool = False) -> Iterator[Piece]:
     Args:
         texts: The batch.
         cut_long: Whether to cut rows longer than `LONG` as well, after the last space or line end
-            of each `LONG` bytes; where there is none, after `LONG` bytes. A cut depends on its row
+            of each `LONG` bytes; where there is none, between characters. A cut depends on its row
             alone.
     """
     data, offsets = texts
@@ -117,10 +117,15 @@ def pieces(texts: Texts, cut_long: bool = False) -> Iterator[Piece]:
 def _parts(row: int, data: np.ndarray) -> Iterator[Piece]:
     first = 0
     while first < len(data):
-        part = data[first : first + LONG]
-        if first + LONG < len(data):
-            spaces = np.flatnonzero((part == 32) | (part == 10))
-            part = part[: spaces[-1] + 1] if len(spaces) else part
+        stop = first + LONG
+        if stop < len(data):
+            part = data[first:stop]
+            spaces = np.flatnonzero((part == ord(" ")) | (part == ord("\n")))
+            if len(spaces):
+                stop = first + int(spaces[-1]) + 1
+            else:  # before a character
+                stop -= int(np.argmax((data[stop - 3 : stop + 1][::-1] & 0xC0) != 0x80))
+        part = data[first:stop]
         yield Piece(row, Texts(part, np.array([0, len(part)])), first > 0)
         first += len(part)
 
@@ -147,6 +152,40 @@ def plain_words(texts: Texts) -> Words:
     ends = np.flatnonzero(inside & after) + 1
     hashes = span_hashes(lower_case(data), starts, ends)
     return Words(starts, ends, hashes, np.searchsorted(starts, offsets))
+
+
+class PlainPiece(NamedTuple):
+    """The plain words of whole rows, or of a part of a long one."""
+
+    first_row: int
+    """Row of the batch that is row 0 here."""
+    hashes: np.ndarray
+    """(w,) uint64."""
+    firsts: np.ndarray
+    """(d + 1,) int64: row i has the words ``firsts[i]`` to ``firsts[i + 1]``."""
+    overlap: int
+    """First words that are the last of the piece before, of the same row."""
+
+
+def plain_pieces(texts: Texts, overlap: int) -> Iterator[PlainPiece]:
+    """Yield the plain words of a batch, piece by piece.
+
+    Args:
+        texts: The batch.
+        overlap: Words of a long row that the next part of it begins with again, if it has so many:
+            with n - 1, every run of n words is in exactly one piece.
+    """
+    tail = np.zeros(0, dtype=np.uint64)
+    for piece in pieces(texts, cut_long=True):
+        words = plain_words(piece.texts)
+        if not piece.continued:
+            hashes, firsts, repeated = words.hashes, words.firsts, 0
+        else:
+            hashes, repeated = np.concatenate([tail, words.hashes]), len(tail)
+            firsts = np.array([0, len(hashes)])
+        last_row = hashes[firsts[-2] :]
+        tail = last_row[max(len(last_row) - overlap, 0) :]
+        yield PlainPiece(piece.first_row, hashes, firsts, repeated)
 
 
 def surface_words(texts: Texts) -> Words:
