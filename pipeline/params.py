@@ -110,8 +110,9 @@ class CurateParams(Section):
     """Files of benchmark tasks (.jsonl: HellaSwag, LAMBADA, or any with a `text`), which are looked
     for in the rows."""
 
-    contamination_words: int = Field(default=13, ge=5, le=100)
-    """Consecutive words (5 to 100) that a row and a task must share to be reported."""
+    contamination_words: int = Field(default=13, ge=8, le=100)
+    """Consecutive words (8 to 100) that a row and a task must share to be reported. A task of fewer
+    words, at least 8, must be in the row completely."""
 
     contaminated: Literal["report", "drop"] = "report"
     """What happens to rows that share such words with a task."""

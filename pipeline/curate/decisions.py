@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -41,7 +42,7 @@ class Decisions:
 
         Args:
             rows: (k,) int64.
-            values: (k,) float64, what decided; NaN: no number.
+            values: (k,) float64, what decided; NaN or Inf: no number.
             reasons: (k,) strings: a value that is no number, the name of a task.
             twins: (k,) int64, the kept row of which each one is a copy.
         """
@@ -53,38 +54,43 @@ class Decisions:
         columns = {
             "row": rows,
             "rule": pa.repeat(pa.scalar(rule), len(rows)),
-            "value": empty if values is None else pa.array(values, from_pandas=True),
+            "value": empty if values is None else pa.array(values, mask=~np.isfinite(values)),
             "reason": empty if reasons is None else reasons.cast(pa.string()),
             "twin": empty if twins is None else twins,
         }
         self._dropped.append(pa.table(columns).cast(_SCHEMA))
 
-    def ledgers(self, rows: Sequence[int]) -> Iterator[pa.Table]:
-        """Yield the ledger of each file, in `LEDGER_SCHEMA`.
-
-        Args:
-            rows: The number of rows of each file.
-        """
-        starts = np.cumsum([0, *rows])
-        table = pa.concat_tables([_SCHEMA.empty_table(), *self._dropped]).sort_by("row")
-        dropped, all_twins = table["row"].to_numpy(), table["twin"].fill_null(-1).to_numpy().copy()
-        borders = np.searchsorted(dropped, starts)
+    def ledger(self) -> pa.Table:
+        """Return all dropped rows in order: row, rule, value, reason, twin."""
+        table = pa.concat_tables([_SCHEMA.empty_table(), *self._dropped])
+        table = table.sort_by("row").combine_chunks()
+        rows, twins = table["row"].to_numpy(), table["twin"].fill_null(-1).to_numpy().copy()
         # The first of equal rows may be near another one: then that one is the twin of all.
-        while len(again := np.flatnonzero((all_twins >= 0) & ~self.kept[all_twins])):
-            all_twins[again] = all_twins[np.searchsorted(dropped, all_twins[again])]
-        for index in range(len(rows)):
-            part = table.slice(borders[index], borders[index + 1] - borders[index])
-            twins = all_twins[borders[index] : borders[index + 1]]
-            files = np.searchsorted(starts, twins, side="right") - 1
-            is_copy = twins >= 0
-            yield pa.table(
-                {
-                    "row": part["row"].to_numpy() - starts[index],
-                    "rule": part["rule"],
-                    "value": part["value"],
-                    "reason": part["reason"],
-                    "twin_file": pa.array(files, pa.int32(), mask=~is_copy),
-                    "twin_row": pa.array(twins - starts[files], pa.int64(), mask=~is_copy),
-                },
-                schema=LEDGER_SCHEMA,
-            )
+        while len(again := np.flatnonzero((twins >= 0) & ~self.kept[twins])):
+            twins[again] = twins[np.searchsorted(rows, twins[again])]
+        return table.set_column(4, "twin", pa.array(twins, pa.int64(), mask=twins < 0))
+
+
+def split_ledger(ledger: pa.Table, rows: Sequence[int]) -> Iterator[pa.Table]:
+    """Yield the part of each file of `Decisions.ledger`, in `LEDGER_SCHEMA`.
+
+    Args:
+        rows: The number of rows of each file.
+    """
+    starts = np.cumsum([0, *rows])
+    borders = np.searchsorted(ledger["row"].to_numpy(), starts)
+    for start, (first, last) in zip(starts, pairwise(borders.tolist()), strict=False):
+        part = ledger.slice(first, last - first)
+        twins = part["twin"].fill_null(-1).to_numpy()
+        files = np.searchsorted(starts, twins, side="right") - 1
+        yield pa.table(
+            {
+                "row": part["row"].to_numpy() - start,
+                "rule": part["rule"],
+                "value": part["value"],
+                "reason": part["reason"],
+                "twin_file": pa.array(files, pa.int32(), mask=twins < 0),
+                "twin_row": pa.array(twins - starts[files], pa.int64(), mask=twins < 0),
+            },
+            schema=LEDGER_SCHEMA,
+        )

@@ -18,6 +18,7 @@ bands           bands.npy           (bands, rows) uint64: made from the signatur
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -44,9 +45,9 @@ _ROOM = Path("pipeline/curate")
 _READS_TEXT = ("words.py", "characters.py", "hashing.py", "measure_chunk.py", "piece_files.py")
 MODULES: dict[str, tuple[str, ...]] = {
     "columns": ("measure_chunk.py", "piece_files.py"),
-    "measures": ("heuristics.py", "repetition.py", "lines.py", *_READS_TEXT),
+    "measures": ("heuristics.py", "quality.py", "repetition.py", "surface.py", *_READS_TEXT),
     "contamination": ("decontaminate.py", *_READS_TEXT),
-    "texts": ("near_duplicates.py", *_READS_TEXT),
+    "texts": ("near_duplicates.py", "signatures.py", *_READS_TEXT),
     "signatures": ("signatures.py", *_READS_TEXT),
     "bands": ("near_duplicates.py", "signatures.py", *_READS_TEXT),
     "shingles": ("signatures.py", *_READS_TEXT),
@@ -70,8 +71,10 @@ class Facts:
     """Bands, and hashes per band."""
 
 
-def code_keys(root: Path = Path()) -> dict[str, str]:
+@lru_cache(maxsize=1)
+def code_keys() -> dict[str, str]:
     """Return the hash of the code that decides the pieces of each kind."""
+    root = Path(__file__).parents[2]
     reader = Path("pipeline/format/parquet.py")
     return {
         kind: modules_key([reader, *(_ROOM / name for name in sorted(names))], root)
@@ -209,8 +212,9 @@ Writer = Callable[[int, Texts], None]
 
 @contextlib.contextmanager
 def _measures(folder: Path, chunk: Chunk, facts: Facts) -> Iterator[Writer]:
+    limits = facts.limits or heuristics.Limits()
     with TableFile(folder / "measures.parquet") as file:
-        yield lambda _, texts: file.append(heuristics.measure(texts, facts.sets, facts.limits))
+        yield lambda _, texts: file.append(heuristics.measure(texts, facts.sets, limits))
 
 
 @contextlib.contextmanager

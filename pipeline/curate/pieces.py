@@ -52,9 +52,15 @@ class Pieces:
         found: np.ndarray = np.load(self.path(number, kind, name), mmap_mode="r")
         return found
 
-    def table(self, number: int, kind: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """Read a chunk's table."""
-        return pq.read_table(self.path(number, kind, f"{kind}.parquet"), columns=columns)
+    def column(self, number: int, name: str) -> pa.Array:
+        """Read a chunk's values of a column of the source."""
+        path = self.path(number, "columns", "columns.parquet")
+        return pq.read_table(path, columns=[name])[0].combine_chunks()
+
+    def counts(self, number: int) -> dict[str, np.ndarray]:
+        """Read a chunk's counts for the heuristics: (rows,) integers, by name."""
+        table = pq.read_table(self.path(number, "measures", "measures.parquet"))
+        return {name: table[name].to_numpy() for name in table.column_names}
 
     def gather(
         self, kind: str, name: str, rows: np.ndarray, out: Any, band: int | None = None

@@ -67,12 +67,17 @@ def thresholds(params: CurateParams) -> tuple[list[Threshold], Limits]:
     return found, Limits(**limits)
 
 
+def column_name(rule: ColumnRule) -> str:
+    """Return a rule's name in the ledger."""
+    return f"columns.{rule.column}"
+
+
 def drop_by_columns(pieces: Pieces, rules: list[ColumnRule], decisions: Decisions) -> None:
     """Drop the rows whose values in columns the rules do not keep."""
     for rule in rules:
-        name = f"columns.{rule.column}"
+        name = column_name(rule)
         for number, span in pieces.spans():
-            column = pieces.table(number, "columns", [rule.column])[0].combine_chunks()
+            column = pieces.column(number, rule.column)
             rows = _rows(decisions, span, ~column_keeps(column, rule))
             local = pa.array(rows - span.start)
             if is_number(column.type):
@@ -115,9 +120,8 @@ def column_keeps(column: pa.Array, rule: ColumnRule) -> np.ndarray:
 
 def drop_by_heuristics(pieces: Pieces, rules: list[Threshold], decisions: Decisions) -> None:
     """Drop the rows that are beyond a threshold; a row's first such rule is recorded."""
-    for number, span in pieces.spans():
-        table = pieces.table(number, "measures")
-        counts = {name: table[name].to_numpy() for name in table.column_names}
+    for number, span in pieces.spans() if rules else ():
+        counts = pieces.counts(number)
         for rule in rules:
             rows = _rows(decisions, span, heuristics.dropped(counts, rule.rule, rule.value))
             values = heuristics.values(counts, rule.rule)[rows - span.start]
@@ -156,7 +160,7 @@ def dumps(pieces: Pieces) -> tuple[np.ndarray, list[str]]:
     numbers: dict[str, int] = {}
     groups = np.empty(pieces.rows, np.int32)
     for number, span in pieces.spans():
-        column = pieces.table(number, "columns", [DUMP])[0].combine_chunks().cast(pa.string())
+        column = pieces.column(number, DUMP).cast(pa.string())
         encoded = column.fill_null("").dictionary_encode()
         found = [numbers.setdefault(name, len(numbers)) for name in encoded.dictionary.to_pylist()]
         groups[span] = np.array(found, np.int32)[encoded.indices.to_numpy()]

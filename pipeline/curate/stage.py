@@ -24,7 +24,6 @@ from pipeline.cluster.join import cluster
 from pipeline.cluster.tasks import run_tasks
 from pipeline.curate import copies, decontaminate, measure_chunk, row_rules
 from pipeline.curate.decisions import Decisions
-from pipeline.curate.heuristics import Limits
 from pipeline.curate.measure_chunk import Facts
 from pipeline.curate.pieces import Pieces
 from pipeline.curate.write_selection import write_all_kept, write_selection
@@ -35,7 +34,6 @@ from pipeline.runtime.machine import Machine, project_root
 from pipeline.runtime.progress import Progress
 from pipeline.store.store import Store
 from pipeline.tokenize.chunk_plan import plan_chunks
-from pipeline.tokenize.encode_chunk import hashed_per_10k
 
 RAW = Path("data/raw")
 
@@ -69,10 +67,8 @@ def curate(
         raise UserError("params.yaml: curate.val_copies: drop needs tokenize.val_split: documents")
     stage = _Stage(raw.absolute(), source, params, split, machine, Store.open(machine))
     decisions, found = stage.decide()
-    manifest = write_selection(
-        out, source, params, decisions, found, stage.pieces.named(), stage.store
-    )
-    return manifest
+    pieces = stage.pieces.named()
+    return write_selection(raw, out, source, params, decisions, found, pieces, stage.store)
 
 
 class _Stage:
@@ -89,15 +85,9 @@ class _Stage:
     ) -> None:
         self.raw, self.source, self.params, self.split = raw, source, params, split
         self.machine, self.store = machine, store
-        self.rules, limits = row_rules.thresholds(params)
-        self.facts = _facts(params, self.rules, limits)
-        chunks = plan_chunks(raw, source.files, source.text_column, measure_chunk.CHUNK_TOKENS)
-        code = measure_chunk.code_keys()
-        keys = [
-            measure_chunk.piece_keys(chunk, source.text_column, self.facts, code)
-            for chunk in chunks
-        ]
-        self.pieces = Pieces(store, chunks, keys)
+        self.rules, _ = row_rules.thresholds(params)
+        self.facts = facts_for(params)
+        self.pieces = plan_pieces(raw, source, self.facts, store)
 
     def decide(self) -> tuple[Decisions, dict[str, Any]]:
         """Apply the rules in order; return the decisions, and what was only counted."""
@@ -179,10 +169,12 @@ class _Stage:
         return {"training_rows_near_validation": near_val} if is_counted else {}
 
     def _is_val(self, rows: np.ndarray) -> np.ndarray:
-        """Return which rows are validation by the hash of their text: (k,) bool."""
+        """Return which rows `tokenize` takes for validation by their hash: (k,) bool."""
+        if self.split.val_split != "documents":
+            return np.zeros(len(rows), bool)
         hashes = np.empty(len(rows), np.uint64)
         self.pieces.gather("texts", "split.npy", rows, hashes)
-        return hashes % np.uint64(10_000) < np.uint64(hashed_per_10k(self.split))
+        return hashes % np.uint64(10_000) < np.uint64(self.split.val_per_10k)
 
     def _passes(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """Yield the rows to compare at a time, and the groups within which to compare them."""
@@ -242,8 +234,22 @@ def _check_rows(rows: int, where: str, advice: str) -> None:
         )
 
 
-def _facts(params: CurateParams, rules: Sequence[row_rules.Threshold], limits: Limits) -> Facts:
-    """Return what the rules need to know about each row."""
+def plan_pieces(raw: Path, source: RawManifest, facts: Facts, store: Store) -> Pieces:
+    """Cut the source into chunks; return the pieces to measure, which the store may lack."""
+    column = source.text_column
+    chunks = plan_chunks(raw, source.files, column, measure_chunk.CHUNK_TOKENS)
+    code = measure_chunk.code_keys()
+    keys = [measure_chunk.piece_keys(chunk, column, facts, code) for chunk in chunks]
+    return Pieces(store, chunks, keys)
+
+
+def facts_for(params: CurateParams) -> Facts:
+    """Return what the rules need to know about each row.
+
+    Raises:
+        UserError: A heuristic is unknown, or a file of tasks cannot be read.
+    """
+    rules, limits = row_rules.thresholds(params)
     items = [
         item
         for path in params.decontaminate

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.curate.decisions import Decisions
+from pipeline.curate.decisions import Decisions, split_ledger
+from pipeline.curate.examples import examples
 from pipeline.format.manifest import NAME, RawManifest, SelectedFile, SelectionManifest
 from pipeline.format.selection import PIECES, pack, selection_key
 from pipeline.params import CurateParams
@@ -22,10 +23,16 @@ from pipeline.store.store import Store, publish
 def write_all_kept(out: Path, source: RawManifest, params: CurateParams) -> SelectionManifest:
     """Publish a selection that keeps every row."""
     files = [_all_kept(source, index) for index in range(len(source.files))]
-    return _publish(out, files, params, {}, {}, [], {}, [None] * len(files))
+    manifest = SelectionManifest(
+        selection_key=selection_key((file.rows, None) for file in files),
+        params=params.model_dump(),
+        files=files,
+    )
+    return _publish(out, manifest, {})
 
 
 def write_selection(
+    raw: Path,
     out: Path,
     source: RawManifest,
     params: CurateParams,
@@ -34,7 +41,7 @@ def write_selection(
     pieces: Sequence[tuple[str, str]],
     store: Store,
 ) -> SelectionManifest:
-    """Publish the decisions.
+    """Publish the decisions on the rows of ``raw`` in ``out``.
 
     Args:
         found: What was only counted.
@@ -44,16 +51,17 @@ def write_selection(
     starts = np.cumsum([0, *sizes]).tolist()
     masks = [decisions.kept[a:b] for a, b in pairwise(starts)]
     files, links, made = [], {}, list(pieces)
-    for index, ledger in enumerate(decisions.ledgers(sizes)):
+    ledger = decisions.ledger()
+    for index, part in enumerate(split_ledger(ledger, sizes)):
         file = _all_kept(source, index)
-        if len(ledger):
-            key, hashes = _store(index, masks[index], ledger, store)
+        if len(part):
+            key, hashes = _store(index, masks[index], part, store)
             made.append((PIECES, key))
             links.update({name: store.path(PIECES, key) / name for name in hashes})
             (bits, bits_sha256), (table, table_sha256) = hashes.items()
             file = file.model_copy(
                 update={
-                    "kept": file.rows - len(ledger),
+                    "kept": file.rows - len(part),
                     "bits": bits,
                     "bits_sha256": bits_sha256,
                     "ledger": table,
@@ -61,7 +69,16 @@ def write_selection(
                 }
             )
         files.append(file)
-    return _publish(out, files, params, decisions.counts, found, made, links, masks)
+    manifest = SelectionManifest(
+        selection_key=selection_key(zip(sizes, masks, strict=True)),
+        params=params.model_dump(),
+        files=files,
+        dropped=decisions.counts,
+        found=found,
+        examples=examples(ledger, source, raw),
+        pieces=made,
+    )
+    return _publish(out, manifest, links)
 
 
 def _all_kept(source: RawManifest, index: int) -> SelectedFile:
@@ -90,25 +107,7 @@ def _store(
     return key, hashes
 
 
-def _publish(
-    out: Path,
-    files: list[SelectedFile],
-    params: CurateParams,
-    dropped: dict[str, int],
-    found: dict[str, Any],
-    pieces: list[tuple[str, str]],
-    links: dict[str, Path],
-    masks: Sequence[np.ndarray | None],
-) -> SelectionManifest:
-    rows = [file.rows for file in files]
-    manifest = SelectionManifest(
-        selection_key=selection_key(zip(rows, masks, strict=True)),
-        params=params.model_dump(),
-        files=files,
-        dropped=dropped,
-        found=found,
-        pieces=pieces,
-    )
+def _publish(out: Path, manifest: SelectionManifest, links: dict[str, Path]) -> SelectionManifest:
     sealed = atomic.sealed(manifest.model_dump(mode="json"))
     publish({**links, NAME: atomic.json_bytes(sealed)}, out)
     return manifest

@@ -138,6 +138,19 @@ class SelectedFile(_Record):
     ledger_sha256: str | None = None
 
 
+class DroppedExample(_Record):
+    """A dropped row, to read: the beginning of its text, and that of its twin."""
+
+    path: RelativePath
+    row: Count
+    value: float | None = None
+    reason: str | None = None
+    text: str
+    twin_path: RelativePath | None = None
+    twin_row: Count | None = None
+    twin_text: str | None = None
+
+
 class SelectionManifest(_Manifest):
     """`data/selection/manifest.json`."""
 
@@ -149,6 +162,8 @@ class SelectionManifest(_Manifest):
     """Rows dropped by each rule that was applied."""
     found: dict[str, Any] = {}
     """What was counted and not dropped, such as copies of validation documents in training."""
+    examples: dict[str, list[DroppedExample]] = {}
+    """A few rows that each rule dropped."""
     pieces: list[tuple[str, str]] = []
     """Kind and key of the pieces of the store that the selection was decided from."""
 

@@ -66,12 +66,13 @@ def verify(
     faults, records = _check_folder(raw, tokens, raw_manifest, manifest)
     selected = Selection.load(selection, raw_manifest) if selection else None
     if selection and selected:
-        faults += check_selection(selection, selected)
+        wrong = check_selection(selection, selected)
+        if not wrong and manifest.selection_key != selected.key:
+            wrong = [Fault(tokens / NAME, f"was not made with the rows that {SELECTION} keeps")]
+        faults += wrong
         selection = selection.absolute()
     elif manifest.selection_key is not None:
         raise UserError(f"{SELECTION}: missing; run `dvc repro curate` to create it")
-    if manifest.selection_key != (selected.key if selected else None):
-        faults.append(Fault(tokens / NAME, f"was not made with the rows that {SELECTION} keeps"))
     tasks = _tasks(
         raw.absolute(), tokens.absolute(), raw_manifest, manifest, records, params, selection
     )

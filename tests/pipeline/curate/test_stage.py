@@ -1,0 +1,352 @@
+"""Tests for pipeline.curate: the same rows for any cutting, and what a change costs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.curate import measure_chunk
+from pipeline.curate import stage as curate_stage
+from pipeline.curate.__main__ import main
+from pipeline.format.manifest import NAME, Manifest, RawManifest, SelectionManifest
+from pipeline.format.selection import SELECTION, read_ledger
+from pipeline.format.shards import read_docs
+from pipeline.params import CurateParams, TokenizeParams, VerifyParams
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.machine import Machine
+from pipeline.runtime.params_file import validate
+from pipeline.store import atomic
+from pipeline.tokenize.stage import tokenize
+from pipeline.verify.stage import DataFault, verify
+from tests.pipeline.curate.corpus import some_rows, write_source
+from tests.support.repo import REPO
+from tests.support.small_data import CODE, flip, hashes, no_cluster, run_here
+from tests.test_layout import reached
+
+RAW, TOKENS = Path("data/raw"), Path("data/tokens")
+SPLIT = TokenizeParams(shard_tokens=2000, val_per_10k=2000)
+RULES: dict[str, Any] = {
+    "columns": [{"column": "language", "in": ["en"]}, {"column": "language_score", "min": 0.1}],
+    "filters": {"gopher_quality": {"min_words": 20}, "fineweb": {}},
+    "exact_duplicates": True,
+    "near_duplicates": True,
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A new current folder, in which the stages run without Ray and on small chunks."""
+    monkeypatch.chdir(tmp_path)
+    for stage in ("curate.stage", "tokenize.stage", "verify.stage"):
+        monkeypatch.setattr(f"pipeline.{stage}.cluster", no_cluster)
+    for module in ("curate.stage", "tokenize.from_text", "verify.stage"):
+        monkeypatch.setattr(f"pipeline.{module}.run_tasks", run_here)
+    monkeypatch.setattr(measure_chunk, "CHUNK_TOKENS", 6000)
+    return tmp_path
+
+
+def params(**changes: Any) -> CurateParams:
+    return CurateParams.model_validate({**RULES, **changes})
+
+
+def curate(
+    rules: CurateParams, split: TokenizeParams = SPLIT, raw: Path = RAW
+) -> SelectionManifest:
+    return curate_stage.curate(raw, SELECTION, rules, split, Machine())
+
+
+def dropped(raw: Path = RAW) -> dict[int, tuple[Any, ...]]:
+    """Return the ledger by the number of the row in the source; twins are numbered likewise."""
+    source = RawManifest.load(raw)
+    starts = np.cumsum([0, *(file.rows for file in source.files)])
+    found = {}
+    for start, file in zip(starts, SelectionManifest.load(SELECTION).files, strict=False):
+        for entry in read_ledger(SELECTION, file).to_pylist():
+            twin = entry["twin_file"]
+            number = None if twin is None else int(starts[twin]) + entry["twin_row"]
+            found[int(start) + entry["row"]] = (
+                entry["rule"], entry["value"], entry["reason"], number,
+            )  # fmt: skip
+    return found
+
+
+def tokens(key: str | None = None) -> Manifest:
+    return tokenize(RAW, TOKENS, SPLIT, Machine(), CODE, SELECTION)
+
+
+def test_without_rules_all_rows_are_kept_and_the_tokens_are_the_same(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_source(RAW, some_rows(), [25, 25])
+    Path("params.yaml").write_text('{"curate": {}, "tokenize": {}}')
+    main()
+    manifest = SelectionManifest.load(SELECTION)
+    assert [(file.rows, file.kept) for file in manifest.files] == [(25, 25), (0, 0), (35, 35)]
+    assert not Path(".work").exists()
+    assert hashes(SELECTION).keys() == {NAME}
+    assert tokens().selection_key is None
+    before = hashes(TOKENS)
+    tokenize(RAW, TOKENS, SPLIT, Machine(work_dir=here / "other"), CODE)
+    assert hashes(TOKENS) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"compare": "text", "similarity": 0.5},
+        {"compare": None, "clusters": "components", "scope": "dump"},
+        {"val_copies": "drop", "filters": {}},
+    ],
+)
+def test_the_same_rows_for_any_cutting(here: Path, changes: dict[str, Any]) -> None:
+    rows, rules = some_rows(), params(**changes)
+    found = []
+    for number, borders in enumerate(([], [1, 1, 30, 44])):
+        raw = write_source(Path(f"raw-{number}"), rows, borders)
+        key = curate(rules, raw=raw).selection_key
+        found.append((key, dropped(raw)))
+    assert found[0] == found[1]
+    ledger = found[0][1]
+    assert ledger[1][:3] == ("columns.language", None, "de")
+    assert ledger[30][:2] == ("columns.language_score", None)
+    assert ledger[16][:2] == ("columns.language_score", 0.0)
+    twins = {row: entry[3] for row, entry in ledger.items() if entry[3] is not None}
+    assert twins
+    assert ledger.keys().isdisjoint(twins.values())
+    text = [row["text"] for row in rows]
+    for row, twin in twins.items():
+        assert twin < row or ledger[row][0] == "validation_copies"
+        assert str(text[row])[-200:] == str(text[twin])[-200:]
+
+
+def test_tokenize_and_verify_follow_the_selection(here: Path) -> None:
+    rows = some_rows()
+    write_source(RAW, rows, [25])
+    curate(params())
+    manifest = tokens()
+    verify(RAW, TOKENS, VerifyParams(retokenize=2), Machine(), SELECTION)
+    kept = {row for row, entry in enumerate(rows) if entry["text"]} - dropped().keys()
+    found = set()
+    for shard in manifest.shards:
+        docs = read_docs(TOKENS / shard.name)
+        for part in shard.parts:
+            first = 25 if part.path == "part-001.parquet" else 0
+            inside, docs = docs[: part.docs], docs[part.docs :]
+            found |= {first + row for row in inside[:, 1].tolist()}
+    assert found == kept
+    assert manifest.selection_key == SelectionManifest.load(SELECTION).selection_key
+    assert manifest.skipped["not kept"] == len(dropped())
+
+
+def test_a_changed_threshold_reads_no_text_and_encodes_only_chunks_whose_rows_changed(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = some_rows()
+    write_source(RAW, rows, [25])
+    columns = [{"column": "id", "in": [row["id"] for row in rows if row["id"] not in ("2", "59")]}]
+    curate(params(columns=columns))
+    tokens()
+    before = dropped()
+    capsys.readouterr()
+    columns[0]["in"].append("59")  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setattr(measure_chunk, "_read_text", None)
+        curate(params(columns=columns))
+    assert ", 0 to do" in capsys.readouterr().out
+    changed = set(before.keys() ^ dropped().keys())
+    assert changed == {59}
+    tokens()
+    (line,) = re.findall("to do: (.*)", capsys.readouterr().out)
+    spans = re.findall(r"part-00(\d).parquet\[(\d+):(\d+)\]", line)
+    again = {25 * int(n) + row for n, a, b in spans for row in range(int(a), int(b))}
+    assert changed <= again < set(range(60))
+    assert all(changed & {25 * int(n) + row for row in range(int(a), int(b))} for n, a, b in spans)
+
+
+def test_one_more_file_costs_only_that_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = some_rows(90)
+    write_source(RAW, rows[:60], [25])
+    curate(params())
+    before = dropped()
+    capsys.readouterr()
+    write_source(RAW, rows, [25, 60])
+    curate(params())
+    done, to_do = re.findall(r"(\d+) chunks measured before, (\d+) to do", capsys.readouterr().out)[
+        0
+    ]
+    assert int(done) > int(to_do) > 0
+    assert {row: entry for row, entry in dropped().items() if row < 60} == before
+
+
+def test_verify_finds_what_is_wrong_with_the_selection(here: Path) -> None:
+    """A flipped bit, a ledger with another row or twin, counts and keys: named and removed."""
+    write_source(RAW, some_rows(), [25])
+    curate(params())
+    tokens()
+
+    def check(named: str) -> None:
+        with pytest.raises(DataFault) as fault:
+            verify(RAW, TOKENS, VerifyParams(), Machine(), SELECTION)
+        assert f"{SELECTION / named}:" in str(fault.value)
+        assert not (SELECTION / named).exists()
+        curate(params())
+        verify(RAW, TOKENS, VerifyParams(), Machine(), SELECTION)
+
+    bits = SELECTION / "00000.kept.npy"
+    flip(bits, -1 % bits.stat().st_size, keep_mtime=True)
+    check(bits.name)
+    name = "00001.ledger.parquet"
+    ledger = pq.read_table(SELECTION / name)
+    row = next(row for row, entry in dropped().items() if row < 25)
+    dropped_twins = [
+        {**entry, "twin_file": 0, "twin_row": row} if entry["twin_file"] is not None else entry
+        for entry in ledger.to_pylist()
+    ]
+    for forged in (ledger.slice(1), pa.Table.from_pylist(dropped_twins, schema=ledger.schema)):
+        (SELECTION / name).unlink()
+        pq.write_table(forged, SELECTION / name)
+        sha256 = atomic.sha256_file(SELECTION / name)
+        edit_manifest(lambda value: value["files"][1].update(ledger_sha256=sha256))  # noqa: B023
+        check(name)
+    edit_manifest(lambda value: value["dropped"].update({"columns.language": 1, "fineweb.x": 5}))
+    check(NAME)
+    edit_manifest(lambda value: value.update(selection_key="0" * 64))
+    check(NAME)
+    curate(params(near_duplicates=False))  # another selection than that of the tokens
+    with pytest.raises(DataFault, match=str(TOKENS / NAME)):
+        verify(RAW, TOKENS, VerifyParams(), Machine(), SELECTION)
+
+
+def edit_manifest(edit: Callable[[dict[str, Any]], None]) -> None:
+    value = atomic.read_sealed(SELECTION / NAME)
+    edit(value)
+    (SELECTION / NAME).unlink()
+    atomic.write_json(SELECTION / NAME, atomic.sealed(value))
+
+
+def test_tasks_are_found_and_dropped_if_asked(here: Path) -> None:
+    rows = some_rows(20)
+    planted = str(rows[4]["text"]).split()
+    tasks = [" ".join(planted[20:40]), " ".join(planted[50:58]), "too short", "x " * 30]
+    Path("tasks.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in tasks))
+    write_source(RAW, rows, [])
+    rules = {"columns": [], "filters": {}, "decontaminate": ["tasks.jsonl"]}
+    off = {"exact_duplicates": False, "near_duplicates": False}
+    found = curate(params(**rules, **off)).found
+    copies = {row for row, entry in enumerate(rows) if entry["text"] == rows[4]["text"]}
+    assert found["tasks_found"] == 2
+    assert found["tasks_too_short"] == 1
+    assert found["contaminated_rows"] >= len(copies)
+    assert dropped() == {}
+    curate(params(**rules, **off, contaminated="drop"))
+    assert copies <= dropped().keys()
+    assert dropped()[4][:3] == ("contamination", 8.0, "tasks/0")
+
+
+def test_copies_are_looked_for_within_each_dump_and_not_among_too_many_rows(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_source(RAW, some_rows(), [25])
+    rules = {"columns": [], "filters": {}}
+    curate(params(**rules, scope="dump"))
+    within = dropped()
+    assert all((row - entry[3]) % 2 == 0 for row, entry in within.items())
+    monkeypatch.setattr(curate_stage, "MAX_ROWS", 40)
+    curate(params(**rules, scope="dump"))  # one dump after the other
+    assert dropped() == within
+    with pytest.raises(UserError, match=r"curate: 60 rows.*curate\.scope: dump"):
+        curate(params(**rules))
+    monkeypatch.setattr(curate_stage, "MAX_ROWS", 20)
+    with pytest.raises(UserError, match=r"curate: 30 rows of dump dump-0"):
+        curate(params(**rules, scope="dump"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"filters": {"fineweb": {"max_newline": 1}}}, "curate.filters.fineweb.max_newline: "),
+        ({"columns": [{"column": "nothing", "min": 1}]}, "curate: .*'nothing'"),
+        ({"columns": [{"column": "language", "min": 1}]}, "curate.columns: .*'language'"),
+        ({"columns": [{"column": "language_score", "min": 2}]}, "curate: drops every row"),
+        ({"decontaminate": ["no.jsonl"]}, "no.jsonl: "),
+    ],
+)
+def test_rules_that_do_not_fit_the_source_are_refused(
+    here: Path, changes: dict[str, Any], named: str
+) -> None:
+    write_source(RAW, some_rows(8), [])
+    rules = {"filters": {}, "columns": [], "near_duplicates": False, "exact_duplicates": False}
+    with pytest.raises(UserError, match=named):
+        curate(params(**{**rules, **changes}))
+    assert not SELECTION.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"columns": [{"column": "a"}]}, "curate.columns.0"),
+        ({"columns": [{"column": "a", "min": 2, "max": 1}]}, "curate.columns.0"),
+        ({"columns": [{"column": "a", "in": []}]}, "curate.columns.0.in"),
+        ({"filters": {"gopher": {}}}, "curate.filters.gopher"),
+        ({"bands": 15}, "curate"),
+        ({"clusters": "components"}, "curate"),
+        ({"contamination_words": 5}, "curate.contamination_words"),
+    ],
+)
+def test_impossible_parameters_are_refused(changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(UserError, match=rf"^{re.escape(key)}\b"):
+        validate(CurateParams, {**RULES, **changes}, "curate")
+
+
+def test_rows_and_rules_are_explained(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = some_rows()
+    rows[5]["text"] = f"\x1b[31m{rows[5]['text']}"  # a terminal command
+    write_source(RAW, rows, [25])
+    curate(params())
+    ledger = dropped()
+    row = next(row for row, entry in ledger.items() if entry[3] is not None and row >= 25)
+    main(["--why", "part-001.parquet", str(row - 25)])
+    shown = capsys.readouterr().out
+    assert ledger[row][0] in shown
+    twin = ledger[row][3]
+    place = ("part-000.parquet", twin) if twin < 25 else ("part-001.parquet", twin - 25)
+    assert f"{place[0]}, row {place[1]}" in shown
+    assert "gopher_quality.min_words" in shown
+    main(["--why", "part-000.parquet", "5"])
+    assert "\x1b" not in capsys.readouterr().out
+    for rule in ("near_duplicates", "exact_duplicates", "columns.language", "fineweb.max_newlines"):
+        main(["--sample", rule, "2"])
+        assert capsys.readouterr().out.startswith(rule)
+    main(["--sample", "columns.language_score", "2"])
+    shown = capsys.readouterr().out
+    assert shown.count("narrowly kept") == shown.count("== dropped") == 2
+    for wrong in (
+        ["--why", "no", "1"],
+        ["--why", "part-000.parquet", "25"],
+        ["--sample", "no", "1"],
+    ):
+        with pytest.raises(UserError, match=wrong[0]):
+            main(wrong)
+
+
+def test_each_kind_of_piece_depends_on_all_code_that_decides_it() -> None:
+    """The keys cover the modules, and those that these import within the room."""
+    room = "pipeline/curate/"
+    starts = {"columns": "piece_files", "measures": "heuristics", "contamination": "decontaminate",
+              "texts": "near_duplicates", "signatures": "signatures", "bands": "near_duplicates",
+              "shingles": "signatures"}  # fmt: skip
+    assert starts.keys() == measure_chunk.MODULES.keys()
+    for kind, start in starts.items():
+        needed = {name for name in reached(f"{room}{start}.py") if name.startswith(room)}
+        listed = {f"{room}{name}" for name in measure_chunk.MODULES[kind]}
+        assert needed | {f"{room}measure_chunk.py"} <= listed, kind
+        assert all((REPO / name).exists() for name in listed)
