@@ -1,6 +1,5 @@
 """Rules that look at one row at a time: columns, heuristics, and words shared with a task."""
 
-import difflib
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,10 @@ from pipeline.curate.heuristics import Limits, Rule
 from pipeline.curate.pieces import Pieces
 from pipeline.params import ColumnRule, CurateParams
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.params_file import nearest
 
 CONTAMINATION = "contamination"
+_LIMITS_OF = {"short_line": "fineweb", "line_words": "c4", "word_length": "c4"}
 DUMP = "dump"
 """The column of the source that `scope: dump` reads."""
 
@@ -51,18 +52,14 @@ def thresholds(params: CurateParams) -> tuple[list[Threshold], Limits]:
             value = changed.pop(rule.name, rule.threshold)
             if value is not None:
                 found.append(Threshold(name, rule, value))
-        for key in [key for key in changed if key in limits]:
+        of_set = [limit for limit in limits if _LIMITS_OF[limit] == name]
+        for key in [key for key in changed if key in of_set]:
             value = changed.pop(key)
             if value is None or value < 0 or value != int(value):
                 raise UserError(f"params.yaml: curate.filters.{name}.{key}: not a number from 0")
             limits[key] = int(value)
         for key in changed:
-            close = difflib.get_close_matches(key, [rule.name for rule in rules], n=1)
-            hint = (
-                f"did you mean {close[0]}?"
-                if close
-                else f"known: {', '.join(r.name for r in rules)}"
-            )
+            hint = nearest(key, [*(rule.name for rule in rules), *of_set])
             raise UserError(f"params.yaml: curate.filters.{name}.{key}: unknown key; {hint}")
     return found, Limits(**limits)
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import os
 import re
+import shutil
+import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +34,8 @@ from pipeline.tokenize.stage import tokenize
 from pipeline.verify.stage import DataFault, verify
 from tests.pipeline.curate.corpus import some_rows, write_source
 from tests.support.repo import REPO
-from tests.support.small_data import CODE, flip, hashes, no_cluster, run_here
+from tests.support.small_data import CODE, Project, flip, hashes, no_cluster, run_here
+from tests.support.waiting import wait_for
 from tests.test_layout import reached
 
 RAW, TOKENS = Path("data/raw"), Path("data/tokens")
@@ -350,3 +357,38 @@ def test_each_kind_of_piece_depends_on_all_code_that_decides_it() -> None:
         listed = {f"{room}{name}" for name in measure_chunk.MODULES[kind]}
         assert needed | {f"{room}measure_chunk.py"} <= listed, kind
         assert all((REPO / name).exists() for name in listed)
+
+
+@pytest.mark.slow
+def test_workers_kills_and_shipped_data_change_nothing(tmp_path: Path, small_raw: Path) -> None:
+    """The real commands on real Ray: the second and third are killed three times each."""
+    rows, found, shards = some_rows(400, seed=3), [], []
+    for number, workers in enumerate("124"):
+        folder = tmp_path / workers
+        folder.mkdir()
+        project = Project(folder, small_raw)
+        shutil.rmtree(folder / RAW)
+        write_source(folder / RAW, rows, [25, 130])
+        params_file, module = folder / "params.yaml", folder / "pipeline/curate/measure_chunk.py"
+        text = params_file.read_text().replace("curate: {}", f"curate: {json.dumps(RULES)}")
+        params_file.write_text(text)
+        module.write_text(re.sub("CHUNK_TOKENS = .*", "CHUNK_TOKENS = 4_000", module.read_text()))
+        variables = {"GPT2_WORKERS": workers, "GPT2_DATA": ("shared", "ship")[number % 2]}
+        for pieces in (1, 6, 14) if number else ():
+            process = subprocess.Popen(
+                project.command("curate"), cwd=folder, env=project.environment(**variables),
+                start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            folders = functools.partial((folder / ".work").glob, "signatures/*")
+            wait_for(lambda: len([*folders()]) >= pieces or process.poll() is not None, 60)  # noqa: B023
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(30)
+        for stage in ("curate", "tokenize"):
+            result = project.run(stage, **variables)
+            assert result.returncode == 0, result
+        found.append(hashes(folder / SELECTION))
+        shards.append(hashes(folder / TOKENS))
+    assert found[0] == found[1] == found[2]
+    assert shards[0] == shards[1] == shards[2]
+    assert len(found[0]) == 7
