@@ -32,15 +32,18 @@ from pipeline.params import CurateParams, TokenizeParams
 from pipeline.runtime.errors import UserError, printable
 from pipeline.runtime.machine import Machine, project_root
 from pipeline.runtime.progress import Progress
-from pipeline.store.store import Store
+from pipeline.store.store import Store, require_space
 from pipeline.tokenize.chunk_plan import plan_chunks
 
 RAW = Path("data/raw")
 
-MAX_ROWS = 500_000_000
-"""Rows that are compared with each other at most, see docs/curate.md."""
+MAX_ROWS = 200_000_000
+"""Rows that are compared with each other at most: about 300 bytes of memory each."""
+MAX_SOURCE_ROWS = 2_000_000_000
+"""Rows of the source at most: 5 bytes of memory each, and 60 for each that is dropped."""
 
 _TASK_MEMORY = 400 * 2**20
+_PIECE_BYTES = 450  # of all pieces per row
 _OPEN_PIECES = 256
 
 
@@ -92,6 +95,11 @@ class _Stage:
     def decide(self) -> tuple[Decisions, dict[str, Any]]:
         """Apply the rules in order; return the decisions, and what was only counted."""
         params, pieces = self.params, self.pieces
+        if pieces.rows > MAX_SOURCE_ROWS:
+            raise UserError(
+                f"params.yaml: curate: the source has {pieces.rows:,} rows, and rules apply "
+                f"to at most {MAX_SOURCE_ROWS:,}; make one project per dump, or part, of it"
+            )
         if params.has_hashes and params.scope == "all":
             _check_rows(pieces.rows, "the source", "set curate.scope: dump")
         self._measure()
@@ -127,6 +135,8 @@ class _Stage:
             for kind, key in self.pieces.named():
                 with store.lock(kind, key):
                     store.discard(kind, key)
+        rows = sum(chunks[i].stop - chunks[i].start for i in missing)
+        require_space(store.root, _PIECE_BYTES * rows, "what curate measures")
         column = self.source.text_column
         self._run(
             measure_chunk.measure_chunk,
@@ -174,7 +184,8 @@ class _Stage:
             return np.zeros(len(rows), bool)
         hashes = np.empty(len(rows), np.uint64)
         self.pieces.gather("texts", "split.npy", rows, hashes)
-        return hashes % np.uint64(10_000) < np.uint64(self.split.val_per_10k)
+        is_val: np.ndarray = hashes % np.uint64(10_000) < np.uint64(self.split.val_per_10k)
+        return is_val
 
     def _passes(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """Yield the rows to compare at a time, and the groups within which to compare them."""
@@ -187,7 +198,8 @@ class _Stage:
             _check_rows(rows, f"dump {printable(name)}", "take fewer files of it")
         first = 0
         while first < len(names):  # as many dumps at a time as the limit allows
-            last = first + max(1, np.searchsorted(np.cumsum(sizes[first:]), MAX_ROWS, "right"))
+            fitting = np.searchsorted(np.cumsum(sizes[first:]), MAX_ROWS, "right")
+            last = first + max(1, int(fitting))
             rows = np.flatnonzero((groups >= first) & (groups < last))
             yield rows, groups[rows]
             first = last

@@ -263,7 +263,7 @@ def test_copies_are_looked_for_within_each_dump_and_not_among_too_many_rows(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_source(RAW, some_rows(), [25])
-    rules = {"columns": [], "filters": {}}
+    rules: dict[str, Any] = {"columns": [], "filters": {}}
     curate(params(**rules, scope="dump"))
     within = dropped()
     assert all((row - entry[3]) % 2 == 0 for row, entry in within.items())
@@ -275,6 +275,9 @@ def test_copies_are_looked_for_within_each_dump_and_not_among_too_many_rows(
     monkeypatch.setattr(curate_stage, "MAX_ROWS", 20)
     with pytest.raises(UserError, match=r"curate: 30 rows of dump dump-0"):
         curate(params(**rules, scope="dump"))
+    monkeypatch.setattr(curate_stage, "MAX_SOURCE_ROWS", 59)
+    with pytest.raises(UserError, match=r"curate: .*60 rows"):
+        curate(params(scope="dump"))
 
 
 @pytest.mark.parametrize(
