@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from pipeline.curate import decontaminate, heuristics, near_duplicates, signatures, words
@@ -174,7 +175,7 @@ def write_shingles(
         chosen = rows[(rows >= local) & (rows < local + len(batch))]
         if not len(chosen):
             continue
-        texts = words.as_texts(batch.take(pa.array(chosen - local)))
+        texts = words.as_texts(_utf8_only(batch.take(pa.array(chosen - local))))
         size += len(texts.data)
         sets = signatures.shingles(texts, ngram)
         lengths[done + 1 : done + 1 + len(sets)] = [len(values) for values in sets]
@@ -199,11 +200,22 @@ def _read_text(
         for first, column_texts in read_batches(
             raw / chunk.file.path, column, chunk.start, chunk.stop
         ):
-            texts = words.as_texts(column_texts)
+            texts = words.as_texts(_utf8_only(column_texts))
             size += len(texts.data)
             for writer in writers:
                 writer(first - chunk.start, texts)
     return size
+
+
+def _utf8_only(texts: pa.Array) -> pa.Array:
+    """Replace texts that are not UTF-8, which `tokenize` skips, by null: they have no words."""
+    try:
+        texts.cast(pa.large_string())
+    except pa.ArrowInvalid:
+        decoded = [text and text.decode(errors="ignore").encode() for text in texts.to_pylist()]
+        is_utf8 = pc.equal(texts, pa.array(decoded, texts.type))
+        return pc.if_else(is_utf8, texts, pa.scalar(None, texts.type))
+    return texts
 
 
 Writer = Callable[[int, Texts], None]

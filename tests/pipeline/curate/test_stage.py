@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,16 @@ from pipeline.tokenize.stage import tokenize
 from pipeline.verify.stage import DataFault, verify
 from tests.pipeline.curate.corpus import some_rows, write_source
 from tests.support.repo import REPO
-from tests.support.small_data import CODE, Project, flip, hashes, no_cluster, run_here
+from tests.support.small_data import (
+    CODE,
+    Project,
+    describe,
+    flip,
+    hashes,
+    no_cluster,
+    run_here,
+    write_manifest,
+)
 from tests.support.waiting import wait_for
 from tests.test_layout import reached
 
@@ -133,6 +143,23 @@ def test_the_same_rows_for_any_cutting(here: Path, changes: dict[str, Any]) -> N
     for row, twin in twins.items():
         assert twin < row or ledger[row][0] == "validation_copies"
         assert str(text[row])[-200:] == str(text[twin])[-200:]
+
+
+def test_text_that_is_not_utf8_changes_no_other_row(here: Path) -> None:
+    texts = [b"\xe0", b"a b c d e f", b"\xe0", None, b"a b c d e f", b"one \xc3", b"of the. A b."]
+    found = []
+    for number, borders in enumerate(([0, 7], [0, 1, 2, 3, 4, 5, 6, 7])):
+        raw, files = Path(f"raw-{number}"), []
+        raw.mkdir()
+        for first, last in pairwise(borders):
+            path = raw / f"part-{first}.parquet"
+            pq.write_table(pa.table({"text": pa.array(texts[first:last], pa.binary())}), path)
+            files.append(describe(path, last - first))
+        write_manifest(raw, files)
+        curate(params(columns=[], filters={"gopher_quality": {"min_words": 5}}), raw=raw)
+        found.append(dropped(raw))
+    assert found[0] == found[1]
+    assert found[0].keys() == {1, 4, 6}  # too few stop words, too few words
 
 
 def test_tokenize_and_verify_follow_the_selection(here: Path) -> None:
