@@ -36,7 +36,8 @@ def main(argv: Sequence[str] = ()) -> None:
     manifest = curate(RAW, SELECTION, params, split, machine)
     rows, kept = (sum(getattr(f, name) for f in manifest.files) for name in ("rows", "kept"))
     for rule, count in manifest.dropped.items():
-        print(f"curate: {rule}: {count:,} rows dropped")
+        if count:
+            print(f"curate: {rule}: {count:,} rows dropped")
     for name, count in manifest.found.items():
         print(f"curate: {name.replace('_', ' ')}: {count:,}")
     what = f"{kept:,} of {rows:,} rows kept" if params.has_rules else "no rules: all rows are kept"

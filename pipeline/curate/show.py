@@ -103,7 +103,7 @@ def sample(
                 yield _excerpt(raw, source, twin_path, entry["twin_row"])
         if narrow is not None:
             value, (path, row) = narrow
-            yield f"\n== narrowly kept: {printable(path)}, row {row:,}, {value:.4g}"
+            yield f"\n== narrowly kept: {printable(path)}, row {row:,}, {value:.6g}"
             yield _excerpt(raw, source, path, row)
 
 
@@ -176,7 +176,7 @@ def _place(source: RawManifest, entry: dict[str, Any]) -> str:
 
 def _decision(entry: dict[str, Any]) -> str:
     """Describe an entry of a ledger: the rule, and what decided."""
-    shown = [f"{entry['value']:.4g}"] if entry["value"] is not None else []
+    shown = [f"{entry['value']:.6g}"] if entry["value"] is not None else []
     shown += [entry["reason"]] if entry["reason"] is not None else []
     return printable(f"{entry['rule']} ({', '.join(shown)})" if shown else entry["rule"])
 
