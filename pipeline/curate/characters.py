@@ -23,7 +23,7 @@ CLASS, SYMBOL, TERMINAL = 15, 16, 32
 """Parts of a code: the class; whether Gopher's rules take the character for a symbol, and FineWeb's
 for the end of a sentence (datatrove's PUNCTUATION_SET and TERMINAL_PUNCTUATION, 0.10)."""
 
-_JOINING, _RUN, _APOSTROPHES = ".,:/-@_&", "=+~^|\\", "'’"
+_JOINING, _RUN, _APOSTROPHES = ".,:/-@_&", "~^|\\", "'’"
 
 _SPACES = """
 85 A0 1680 2000-200A 2028-2029 202F 205F 3000

@@ -13,6 +13,7 @@ import xxhash
 _MASK = (1 << 64) - 1
 ODD: Final = np.uint64(0x9E3779B97F4A7C15)
 """2**64 divided by the golden ratio."""
+_OTHER_ODD: Final = np.uint64(0xD6E8FEB86659FD93)
 _LONGEST = 64
 """Bytes of the longest span that is not hashed by XXH3: words are shorter."""
 _FIRST_BYTES = np.array([(1 << 8 * size) - 1 for size in range(9)], dtype=np.uint64)
@@ -64,7 +65,7 @@ def span_hashes(data: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.nd
                 break
         numbers = number_at[starts[chosen] + done]
         numbers &= _FIRST_BYTES[np.minimum(sizes[chosen] - done, 8)]
-        numbers *= ODD
+        numbers *= _OTHER_ODD
         hashes[chosen] = mix64(hashes[chosen] ^ numbers)
     view = data.data
     for i in np.flatnonzero(sizes > _LONGEST).tolist():

@@ -12,14 +12,15 @@ English tokenizer (datatrove) and count punctuation. White space separates, and 
 
 - a letter, digit or combining mark belongs to the word before it; each ideograph is a word;
 - a full stop joins its neighbours ("3.14", "U.S", "gpt2.py"), but not lower before upper case; it
-  ends the word after a single capital ("J.", "U.S.");
+  ends the word after a single letter ("J.", "U.S.", "e.g.") and after `ABBREVIATIONS` ("Mr.");
 - a comma joins two digits; a colon or slash joins if a digit follows; a hyphen joins a letter and a
   digit; ``@``, ``_`` and ``&`` join;
 - an apostrophe between word characters begins a word ("don" "'t");
-- any other mark is a word of its own, and so is a run of one of ``. - = + ~ ^ | \``.
+- any other mark is a word of its own, and so is a run of one of ``. - / ~ ^ | \``.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -38,8 +39,16 @@ LONG = 1 << 22
 """A document longer than this, in bytes, is cut between words where its reader allows it."""
 
 
+ABBREVIATIONS = (
+    "Adm Apr Ariz Ark Aug Bros Calif Co Colo Conn Corp Dec Del Dr Feb Fla Ga Gen Gov Ia Id Ill Inc "
+    "Ind Jan Jr Jul Jun Kan Kans Ky La Ltd Mar Mass Md Messrs Mich Minn Miss Mo Mont Mr Mrs Ms Mt "
+    "Neb Nebr Nev No Nov Oct Okla Ore Pa Ph Prof Rep Rev Sen Sep Sept St Tenn Va Wash Wis co vs"
+)
+"""Words that keep their full stop, of 2 to 6 letters: those of spaCy's English."""
+
+
 class Texts(NamedTuple):
-    """The documents of a batch, as bytes in UTF-8."""
+    """The documents of a batch, in valid UTF-8: a broken character could reach into the next row."""
 
     data: np.ndarray
     """(n,) uint8."""
@@ -73,7 +82,7 @@ class Piece(NamedTuple):
 def as_texts(column: pa.Array | pa.ChunkedArray) -> Texts:
     """View a column of strings or bytes in any of Arrow's layouts; null becomes empty."""
     if isinstance(column, pa.ChunkedArray):
-        column = pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
+        column = column.combine_chunks()
     column = column.cast(pa.large_binary())
     if column.null_count:
         column = pc.fill_null(column, b"")
@@ -214,7 +223,7 @@ def surface_spans(texts: Texts, codes: np.ndarray) -> tuple[np.ndarray, np.ndarr
     starts &= classes != SPACE
     lead = (data & 0xC0) != 0x80
     starts &= lead | (inside & ~before)
-    run = np.flatnonzero((classes == RUN) | (data == ord(".")) | (data == ord("-")))
+    run = np.flatnonzero((classes == RUN) | ((data >= ord("-")) & (data <= ord("/"))))
     run = run[run > 0]
     run = run[(data[run] == data[run - 1]) & ~inside[run] & ~inside[run - 1]]
     starts[run] = False
@@ -257,11 +266,9 @@ def _join(data: np.ndarray, classes: np.ndarray, inside: np.ndarray, begins: np.
         | (mark >= ord("@"))
         | (mark == ord("&"))
     )
-    initial = np.flatnonzero(point & (last == UPPER) & ~joins)
-    where = at[initial] - 2
-    alone = begins[at[initial] - 1] | (classes[where] < WORD)
-    joins[initial] = alone
     inside[at[joins]] = True
+    final_points = at[point & (last >= LETTER) & ~joins]
+    inside[final_points[_abbreviated(data, classes, begins, final_points)]] = True
 
     at = np.flatnonzero(classes == APOSTROPHE)
     at = at[(data[at] & 0xC0) != 0x80]
@@ -275,6 +282,31 @@ def _join(data: np.ndarray, classes: np.ndarray, inside: np.ndarray, begins: np.
     for i in range(3):
         inside[at[size > i] + i] = True
     begins[at] = True
+
+
+def _abbreviated(
+    data: np.ndarray, classes: np.ndarray, begins: np.ndarray, at: np.ndarray
+) -> np.ndarray:
+    """Tell which full stops end an abbreviation: (k,) bool."""
+    padded = np.concatenate([np.zeros(8, dtype=np.uint8), data])
+    eight = np.ndarray((len(data) + 1,), dtype="<u8", buffer=padded, strides=(1,))[at]
+    found = np.zeros(len(at), dtype=bool)
+    for size, numbers in _abbreviation_numbers().items():
+        first = at - size
+        alone = first >= 0
+        first = np.maximum(first, 0)
+        alone &= begins[first] | (classes[first - 1] < WORD)
+        found |= alone & (np.isin(eight >> np.uint64(64 - 8 * size), numbers) | (size == 1))
+    return found
+
+
+@lru_cache(1)
+def _abbreviation_numbers() -> dict[int, np.ndarray]:
+    """Return the abbreviations as little-endian numbers, by length; of length 1 any letter is."""
+    numbers: dict[int, list[int]] = {1: []}
+    for word in ABBREVIATIONS.split():
+        numbers.setdefault(len(word), []).append(int.from_bytes(word.encode(), "little"))
+    return {size: np.array(found, dtype=np.uint64) for size, found in numbers.items()}
 
 
 def lower_case(data: np.ndarray) -> np.ndarray:
