@@ -36,6 +36,8 @@ run: $(VENV)/.installed  ## run the pipeline of params.yaml: text, shards, model
 	@python -m pipeline.repair
 	dvc repro
 	@echo
+	@sed -n '/^## Before training/,$$p' artifacts/samples.md
+	@echo
 	@python -c 'import json; print("Result        validation loss {val_loss:.4f} nats per token, perplexity {perplexity:.2f}".format(**json.load(open("metrics/eval.json"))))'
 	@echo 'Model         artifacts/checkpoint; in the Hugging Face layout: artifacts/hf'
 	@echo 'Metrics       metrics/{data,train,eval}.json; dvc metrics show; dvc plots show'
@@ -55,7 +57,7 @@ soak: $(VENV)/.installed  ## run the longest tests: many kills, lost hosts, full
 	python -m tests.reliability --long --dry
 	python -m tests.soak.download
 
-rehearse: $(VENV)/.installed  ## rehearse the preset fineweb-10b in small sizes on this machine: 20 minutes
+rehearse: $(VENV)/.installed  ## rehearse the presets fineweb-10b and one-gpu in small sizes: 25 minutes
 	python -m tests.rehearse
 
 gpu: $(VENV)/.installed  ## on a machine with GPUs: run the tests that need one, then time a step

@@ -9,13 +9,14 @@ Reading order:
     loss.py        cross-entropy that never holds all logits
     init.py        initial weights
     generation.py  sampling
+    variants.py    options that GPT-2 does not have, all off by default
 
 The other modules are formats (`checkpoint.py`, `hf.py`, `llmc.py`, `tokenizer_files.py`), how they
 are read and written (`files.py`, `output.py`), parameter and FLOP counts (`size.py`) and commands
 (`generate.py`, `export.py`, `import_hf.py`). Measurements are in `docs/model.md`.
 
-A first reading takes about 20 minutes if you skip `config.py`, `generation.py`, `attention.py` from
-"documents" on and `gpt.py` from "text" on.
+A first reading takes about 20 minutes if you skip `config.py`, `generation.py`, `variants.py`,
+`attention.py` from "documents" on and `gpt.py` from "text" on.
 
 Letters in shape comments:
 

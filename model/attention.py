@@ -23,6 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from model.config import EOT, GPTConfig
 from model.layers import Implementation, Linear, upcast
+from model.variants import RMSNorm, Rotation, rotate
 
 Mask = Tensor | BlockMask | None
 CacheUpdate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -72,15 +73,21 @@ class CausalSelfAttention(Module):
         self.fused = implementation == "fused"
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, implementation)
         self.c_proj = Linear(config.n_embd, config.n_embd, implementation)
+        self.qk_norm = RMSNorm(implementation) if config.qk_norm else None
 
     def forward(
-        self, x: Tensor, mask: Mask = None, update_cache: CacheUpdate | None = None
+        self,
+        x: Tensor,
+        mask: Mask = None,
+        rotation: Rotation | None = None,
+        update_cache: CacheUpdate | None = None,
     ) -> Tensor:
         """Attend from each token to the tokens it may see.
 
         Args:
             x: (B, T, C).
             mask: Which keys each query may see (module docstring).
+            rotation: Of the T positions, if they are rotary.
             update_cache: In generation, adds the keys and values of earlier tokens.
 
         Returns:
@@ -88,9 +95,14 @@ class CausalSelfAttention(Module):
         """
         B, T, C = x.shape
         q, k, v = (
-            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
+            part.view(B, T, self.n_head, C // self.n_head)  # (B, T, H, D)
             for part in self.c_attn(x).split(C, dim=2)
         )
+        if self.qk_norm is not None:
+            q, k = self.qk_norm(q), self.qk_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, D)
         if update_cache is not None:
             k, v = update_cache(k, v)  # (B, H, S, D)
         if self.fused:

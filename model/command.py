@@ -20,6 +20,7 @@ _USER_ERRORS = (
     NotADirectoryError,
     PermissionError,
 )
+_USER_ERRNOS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,8 +69,8 @@ def run(main: Callable[[], None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
     except (ModelError, OSError) as error:
         print(f"error: {_printable(str(error))}", file=sys.stderr)
-        too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
-        sys.exit(2 if too_long or isinstance(error, (ModelError, *_USER_ERRORS)) else 1)
+        wrong_path = isinstance(error, OSError) and error.errno in _USER_ERRNOS
+        sys.exit(2 if wrong_path or isinstance(error, (ModelError, *_USER_ERRORS)) else 1)
     except KeyboardInterrupt:
         sys.exit(3)
     sys.exit(0)

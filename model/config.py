@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import reprlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 from model.errors import ConfigError
 
@@ -21,6 +22,12 @@ LARGEST = 2**31 - 1
 
 COLDEST, HOTTEST = 2.0**-126, 2.0**127
 """Temperatures that float32 can divide by."""
+
+Positions = Literal["learned", "rotary"]
+Activation = Literal["gelu", "relu_squared"]
+
+VARIANTS = ("positions", "qk_norm", "activation")
+"""Fields whose default is GPT-2 as published, and other values another model (`variants.py`)."""
 
 _SIZES = {
     # Radford et al. 2019, table 2: n_layer, n_head, n_embd
@@ -46,6 +53,10 @@ class GPTConfig:
             Changes rounding only.
         checkpoint_activations: Keep only the input of each block for the backward pass, and
             recompute the rest: a third more FLOPs for far less memory. Changes no result.
+        positions: "learned", or "rotary" without a table (Su et al. 2021); see `variants.py`.
+        qk_norm: Normalise queries and keys (Henry et al. 2020); see `variants.py`.
+        activation: Of the MLP: "gelu", or "relu_squared" (So et al. 2021).
+        zero_init: Maps that end in the residual stream start at zero (`init.py`).
 
     Raises:
         ConfigError: A value is out of range; the message names the field.
@@ -59,6 +70,10 @@ class GPTConfig:
     document_positions: bool = True
     loss_chunk: int | None = None
     checkpoint_activations: bool = False
+    positions: Positions = "learned"
+    qk_norm: bool = False
+    activation: Activation = "gelu"
+    zero_init: bool = False
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
@@ -67,21 +82,37 @@ class GPTConfig:
             object.__setattr__(self, "loss_chunk", None)
         if self.loss_chunk is not None:
             _require_count("loss_chunk", self.loss_chunk, alternative=", or null to choose")
-        for name in ("document_positions", "checkpoint_activations"):
+        for name in ("document_positions", "checkpoint_activations", "qk_norm", "zero_init"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(
                     f"{name} must be true or false, not {reprlib.repr(getattr(self, name))}"
                 )
+        _require_choice("positions", self.positions, get_args(Positions))
+        _require_choice("activation", self.activation, get_args(Activation))
         if self.n_embd % self.n_head:
             raise ConfigError(
                 f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}): "
                 f"try n_embd={self.n_head * max(1, round(self.n_embd / self.n_head))}"
+            )
+        if self.positions == "rotary" and self.n_embd // self.n_head % 2:
+            raise ConfigError(
+                f"n_embd ({self.n_embd}) over n_head ({self.n_head}) must be even for positions "
+                f"'rotary', which rotates pairs of channels: try n_embd={self.n_embd + self.n_head}"
             )
 
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the token table (P): `vocab_size` rounded up to a multiple of 128, for speed."""
         return -(-self.vocab_size // PAD_MULTIPLE) * PAD_MULTIPLE
+
+    @property
+    def variants(self) -> dict[str, Any]:
+        """The `VARIANTS` that differ from GPT-2 as published, by name."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name in VARIANTS and getattr(self, field.name) != field.default
+        }
 
     @classmethod
     def named(cls, name: str, **overrides: Any) -> GPTConfig:
@@ -131,6 +162,30 @@ def _require_count(name: str, value: object, alternative: str = "") -> None:
             f"{name} must be an integer of at least 1 and at most {LARGEST:,}{alternative}, "
             f"not {reprlib.repr(value)}"
         )
+
+
+def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be {' or '.join(choices)}, not {reprlib.repr(value)}")
+
+
+def require_gpt2(config: GPTConfig, layout: str, but: Sequence[str] = ()) -> None:
+    """Check that a layout of GPT-2 can hold a model.
+
+    Args:
+        config: The model.
+        layout: Name of the layout, for the message.
+        but: Variants that the layout can hold.
+
+    Raises:
+        ConfigError: It cannot; the message names the option.
+    """
+    for name, value in config.variants.items():
+        if name not in but:
+            raise ConfigError(
+                f"model.{name} is {json.dumps(value)}, which {layout} cannot hold: only models "
+                "with the default can be exported to it"
+            )
 
 
 def check_temperature(value: float) -> float:

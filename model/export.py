@@ -10,17 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from model import hf, llmc, output, tokenizer_files
 from model.command import Parser, folder_path, run
 from model.config import EOT
-from model.gpt import GPT
 
-HF_FILES = (*tokenizer_files.FILES, *hf.FILES)
+if TYPE_CHECKING:
+    from model.gpt import GPT
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the flags; write the files of the layout."""
+    from pipeline.runtime import command  # only commands know of DVC
+
+    command.die_with_parent()  # before torch is imported, which takes seconds
+    from model import hf, llmc, output, tokenizer_files
+    from model.gpt import GPT
+
     parser = Parser(
         prog="python -m model.export",
         description="Export a checkpoint for transformers and lm_eval, or for llm.c.",
@@ -33,9 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     if args.format == "hf":
-        output.check(args.out, args.checkpoint, HF_FILES, hf.wrote)
+        names: tuple[str, ...] = (*tokenizer_files.FILES, *hf.FILES)
+        output.check(args.out, args.checkpoint, names, hf.wrote)
         gpt = GPT.from_checkpoint(args.checkpoint)
-        with output.new_files(args.out, HF_FILES) as part:
+        with output.new_files(args.out, names) as part:
             _write_hf(part, gpt)
         print(f"wrote {args.out}: load it with transformers.GPT2LMHeadModel.from_pretrained")
     else:
@@ -48,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _write_hf(folder: Path, gpt: GPT) -> None:
+    from model import tokenizer_files
     from pipeline.format import tokenizer  # only commands know text
 
     if gpt.config.vocab_size == EOT + 1:

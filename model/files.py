@@ -135,6 +135,7 @@ def _opened(path: Path) -> Iterator[Any]:
     if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
         raise FormatError(f"{path} is not a regular file: replace it by one")
     try:
+        path.open("rb").close()  # names the reason; `safe_open` calls each "No such file"
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:

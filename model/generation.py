@@ -2,8 +2,9 @@
 
 A row's window holds at most `block_size` tokens: of a longer prompt the last ones. When it
 overflows, the last `block_size // 2` tokens are kept and their keys and values computed again:
-positions are learned and absolute, so the cache cannot slide. Every row of a batch has its own
-window, cache length and random numbers, and so does not depend on the other rows.
+these depend on absolute positions and on the dropped tokens, so the cache cannot slide. Every row
+of a batch has its own window, cache length and random numbers, and so does not depend on the other
+rows.
 """
 
 from __future__ import annotations

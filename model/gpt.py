@@ -12,6 +12,7 @@ Notable features:
 - loss in chunks of tokens: the B*T*V logits are never in memory at once (`loss.py`)
 - optional: attention within documents only, FlexAttention when compiled for CUDA (arXiv 2412.05496)
 - optional: activation checkpointing per block (arXiv 1604.06174)
+- optional, and not in GPT-2: rotary positions, QK-norm, ReLU squared (`variants.py`)
 - `implementation="explicit"` runs the mathematics of every layer instead of PyTorch's kernels
 - initial weights depend on the seed and the parameter's name alone (`init.py`)
 
@@ -45,20 +46,22 @@ from model.errors import ConfigError
 from model.init import initialise
 from model.layers import GELU, Embedding, Implementation, LayerNorm, Linear, explicit_linear
 from model.loss import Reduction, cross_entropy, linear_cross_entropy
+from model.variants import ReLUSquared, Rotation, rotation_of
 
 
 class MLP(Module):
-    """Two linear maps with a GELU between, 4 C wide, on each token alone. Output: as `Linear`."""
+    """Two linear maps with GELU between, 4 C wide, on each token alone. Output: as `Linear`."""
 
     def __init__(self, config: GPTConfig, implementation: Implementation = "fused") -> None:
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, implementation)
-        self.gelu = GELU(implementation)
+        activation = GELU if config.activation == "gelu" else ReLUSquared
+        self.activation = activation(implementation)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, implementation)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = self.gelu(self.c_fc(x))  # (B, T, 4 C)
+        x = self.activation(self.c_fc(x))  # (B, T, 4 C)
         x = self.c_proj(x)  # (B, T, C)
         return x
 
@@ -78,10 +81,14 @@ class Block(Module):
         self.mlp = MLP(config, implementation)
 
     def forward(
-        self, x: Tensor, mask: Mask = None, update_cache: CacheUpdate | None = None
+        self,
+        x: Tensor,
+        mask: Mask = None,
+        rotation: Rotation | None = None,
+        update_cache: CacheUpdate | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.attn(self.ln_1(x), mask, update_cache)
+        x = x + self.attn(self.ln_1(x), mask, rotation, update_cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -119,7 +126,8 @@ class GPT(Module):
         self.loss_chunk = config.loss_chunk
         self.document_masking = False
         self.wte = Embedding(config.padded_vocab_size, config.n_embd, implementation)
-        self.wpe = Embedding(config.block_size, config.n_embd, implementation)
+        if config.positions == "learned":
+            self.wpe = Embedding(config.block_size, config.n_embd, implementation)
         self.h = ModuleList(Block(config, implementation) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, implementation)
         if not self.wte.weight.is_meta:
@@ -186,15 +194,21 @@ class GPT(Module):
             assert documents is None, "with a cache, a row is one document"
             positions, mask = cache.prepare(T)  # (B, T), (B, 1, T, S)
 
-        x: Tensor = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
+        x: Tensor = self.wte(tokens)  # (B, T, C)
+        rotation = None
+        if self.config.positions == "learned":
+            x = x + self.wpe(positions)
+        else:
+            rotation = rotation_of(positions, self.config.n_embd // self.config.n_head)
         for layer, block in enumerate(self.h):
             update_cache = None if cache is None else partial(cache.update, layer)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(  # a block draws no random numbers: no generator state to restore
-                    block, x, mask, update_cache, use_reentrant=False, preserve_rng_state=False
-                )
+                    block, x, mask, rotation, update_cache,
+                    use_reentrant=False, preserve_rng_state=False,
+                )  # fmt: skip
             else:
-                x = block(x, mask, update_cache)
+                x = block(x, mask, rotation, update_cache)
         x = self.ln_f(x)
         return x
 

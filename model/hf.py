@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config import EOT, GPTConfig
+from model.config import EOT, Activation, GPTConfig, require_gpt2
 from model.errors import ConfigError, FormatError
 from model.files import (
     Stored,
@@ -47,20 +47,25 @@ TABLE, HEAD = "wte.weight", "lm_head.weight"
 _BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
 _TRANSPOSED = re.compile(r"h\.\d+\.(attn|mlp)\.c_\w+\.weight")
 
-# Config keys that must have one of these values, or be absent, for the model to be a GPT-2; the
-# first is written. The names of GELU's tanh approximation differ in how they compute it: the
-# largest difference on [-12, 12] is 4e-7, one float32 step.
-_REQUIRED = {
-    "model_type": ("gpt2",),
-    "activation_function": (
+# Names of our activations; the first is written. Those of GELU's tanh approximation differ in how
+# they compute it: the largest difference on [-12, 12] is 4e-7, one float32 step.
+_ACTIVATIONS: dict[Activation, tuple[str, ...]] = {
+    "gelu": (
         "gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate",
     ),
+    "relu_squared": ("relu2",),
+}  # fmt: skip
+
+# Config keys that must have one of these values, or be absent, for the model to be a GPT-2; the
+# first is written.
+_REQUIRED = {
+    "model_type": ("gpt2",),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
-}  # fmt: skip
+}
 
 # other names of config keys (`attribute_map` of transformers' GPT2Config)
 _ALIASES = {
@@ -103,7 +108,12 @@ def read(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
 
 
 def write(folder: Path, config: GPTConfig, parameters: dict[str, Tensor]) -> None:
-    """Write the layout of a `state_dict()`, without the tokenizer (`tokenizer_files.py`)."""
+    """Write the layout of a `state_dict()`, without the tokenizer (`tokenizer_files.py`).
+
+    Raises:
+        ConfigError: The model has an option that the layout cannot hold.
+    """
+    require_gpt2(config, "the GPT-2 of transformers", but=("activation",))
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         PREFIX + name: _to_hf(name, parameter.detach().cpu(), config)
@@ -128,6 +138,7 @@ def _config_values(config: GPTConfig) -> dict[str, Any]:
         **{key: values[0] for key, values in _REQUIRED.items()},
         **_end_of_text(config),
         "architectures": ["GPT2LMHeadModel"],
+        "activation_function": _ACTIVATIONS[config.activation][0],
         "n_layer": config.n_layer,
         "n_head": config.n_head,
         "n_embd": config.n_embd,
@@ -171,6 +182,7 @@ def _read_config(path: Path) -> GPTConfig:
             n_embd=values["n_embd"],
             block_size=values.get("n_positions", 1024),
             vocab_size=values.get("vocab_size", 50257),
+            activation=_read_activation(path, values.get("activation_function", "gelu_new")),
         )
     except KeyError as error:
         raise FormatError(f"{path}: key {error} is missing") from error
@@ -179,6 +191,14 @@ def _read_config(path: Path) -> GPTConfig:
     if values.get("n_inner") not in (None, 4 * config.n_embd):
         raise FormatError(f"{path}: n_inner is {shown(values['n_inner'])}, but 4 * n_embd in GPT-2")
     return config
+
+
+def _read_activation(path: Path, value: object) -> Activation:
+    for ours, names in _ACTIVATIONS.items():
+        if value in names:
+            return ours
+    known = ", ".join(name for names in _ACTIVATIONS.values() for name in names)
+    raise FormatError(f"{path}: activation_function is {shown(value)}, but must be one of {known}")
 
 
 def _find_tensors(folder: Path) -> dict[str, Stored]:

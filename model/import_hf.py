@@ -27,17 +27,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m model.import_hf",
         description="Import a model in the Hugging Face GPT-2 layout as a checkpoint.",
     )
-    parser.add_argument("source", metavar="DIR", help="a folder, or a name on the Hub")
+    parser.add_argument(
+        "source", type=folder_path, metavar="DIR", help="a folder, or a name on the Hub"
+    )
     parser.add_argument(
         "--out", type=folder_path, required=True, metavar="DIR", help="a new folder"
     )
     args = parser.parse_args(argv)
 
-    folder = Path(args.source) if Path(args.source).is_dir() else None
+    folder = args.source if args.source.is_dir() else None
     output.check(args.out, folder, checkpoint.FILES, _is_imported, replace=False)
-    gpt = GPT.from_hf(folder or _fetch(args.source))
+    gpt = GPT.from_hf(folder or _fetch(str(args.source)))
     with output.new_files(args.out, checkpoint.FILES) as part:
-        checkpoint.write(part, gpt.config, gpt.state_dict(), {IMPORTED_FROM: args.source})
+        checkpoint.write(part, gpt.config, gpt.state_dict(), {IMPORTED_FROM: str(args.source)})
     print(f"wrote {args.out}: sample from it with python -m model.generate --checkpoint {args.out}")
 
 

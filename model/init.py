@@ -6,6 +6,9 @@
     LayerNorm                                    1 (weight), 0 (bias)
     padded rows of the token table               0
 
+With `GPTConfig.zero_init`, maps that end in the residual stream start at 0, so that each block
+begins as the identity (Zhang et al. 2019, "Fixup", section 3).
+
 0.02 and the factor for the 2 L additions to the residual stream are from Radford et al. 2019,
 section 2.3, and OpenAI's code (which uses 0.01 for positions; later code, and this project, use
 0.02 throughout). Padded rows receive no gradient and are in no softmax, so their value is free.
@@ -44,6 +47,9 @@ def initialise(gpt: Module, config: GPTConfig, seed: int) -> None:
     construction. Only one drawn parameter is in host memory at a time.
     """
     for name, parameter in gpt.named_parameters():
+        if config.zero_init and name.endswith("c_proj.weight"):
+            parameter.zero_()
+            continue
         std = initial_std(name, config.n_layer)
         if std == 0:
             parameter.fill_(1.0 if name.endswith("weight") else 0.0)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.config import GPTConfig
+from model.config import GPTConfig, require_gpt2
 from model.files import write_atomically
 from model.size import block_shapes
 
@@ -31,7 +31,12 @@ _VERSIONS = {torch.float32: 3, torch.bfloat16: 5}
 
 
 def write(folder: Path, config: GPTConfig, parameters: dict[str, Tensor]) -> None:
-    """Write both files of a `state_dict()`."""
+    """Write both files of a `state_dict()`.
+
+    Raises:
+        ConfigError: The model has an option that llm.c does not have.
+    """
+    require_gpt2(config, "llm.c")
     for name, dtype in FILES.items():
         write_atomically(
             folder / name, partial(_write, config=config, parameters=parameters, dtype=dtype)

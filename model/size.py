@@ -33,7 +33,8 @@ def parameter_shapes(config: GPTConfig) -> Iterator[tuple[str, tuple[int, ...]]]
     """
     C = config.n_embd
     yield "wte.weight", (config.padded_vocab_size, C)
-    yield "wpe.weight", (config.block_size, C)
+    if config.positions == "learned":
+        yield "wpe.weight", (config.block_size, C)
     block = block_shapes(config)
     for layer in range(config.n_layer):
         for name, shape in block.items():
@@ -55,7 +56,8 @@ def parameter_count(config: GPTConfig, embeddings: bool = True) -> int:
     mlp = (C + 1) * 4 * C + (4 * C + 1) * C
     count = config.n_layer * (2 * layer_norm + attention + mlp) + layer_norm
     if embeddings:
-        count += (config.vocab_size + config.block_size) * C
+        positions = config.block_size if config.positions == "learned" else 0
+        count += (config.vocab_size + positions) * C
     return count
 
 

@@ -7,14 +7,19 @@ SIGKILL in such a moment, or a full disk, every later `dvc repro` ends with an e
                            it is moved aside, and the stages find their work in the store.
     .dvc/tmp/rwlock        likewise: removed. It says which running `dvc` uses which file.
     .dvc/cache/runs/       DVC takes a temporary file, and an empty folder, for an entry: removed
+
+Its temporary files elsewhere in the cache, beside dvc.yaml and beside the outs are read by nothing,
+but DVC leaves them for ever: removed as well.
 """
 
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +30,10 @@ from pipeline.store import atomic
 LOCK, RWLOCK = Path("dvc.lock"), Path(".dvc/tmp/rwlock")
 REPO_LOCK = Path(".dvc/tmp/lock")
 ASIDE = Path(".dvc/tmp/dvc.lock.damaged")  # git ignores this folder
-RUN_CACHE = Path(".dvc/cache/runs")
+CACHE = Path(".dvc/cache")
+RUN_CACHE = CACHE / "runs"
+OUTS = ("data", "artifacts", "metrics")  # folders of the outs
+_TEMPORARY = re.compile(r".*\.[\w-]{22}\.tmp")  # `tmp_fname` of the package dvc_objects
 
 
 def repair() -> Iterator[str]:
@@ -68,13 +76,15 @@ def _repair() -> Iterator[str]:
     if _users(RWLOCK) is None:
         RWLOCK.unlink()
         yield f"{RWLOCK}: was damaged; removed"
-    for path in sorted(RUN_CACHE.rglob("*"), reverse=True):  # a folder after its files
+    below = (Path(folder).rglob("*.tmp") for folder in (CACHE, *OUTS))
+    for path in sorted(chain(Path().glob("*.tmp"), *below)):
+        if _TEMPORARY.fullmatch(path.name) and not path.is_dir():
+            path.unlink()
+            yield f"{path}: was not complete; removed"
+    for path in sorted(RUN_CACHE.rglob("*"), reverse=True):  # a folder after those in it
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
             yield f"{path}: was empty; removed"
-        elif path.suffix == ".tmp":
-            path.unlink()
-            yield f"{path}: was not complete; removed"
 
 
 def _check_out(path: Path) -> bool:

@@ -1,17 +1,20 @@
 """A dry run of the real run on this machine: `make rehearse` (`python -m tests.rehearse`).
 
-It applies the preset `fineweb-10b` in a fresh clone in a temporary folder, and reduces the sizes in
-`SIZES`. All else, stages, code and parameters, is that of the real run. A server on loopback
-(tests/support/hub.py) takes the hub's place and serves files in FineWeb's layout.
+It applies the preset `fineweb-10b` in a fresh clone in a temporary folder, then `one-gpu`, and
+reduces the sizes in `SIZES`. All else, stages, code and parameters, is that of the real run. A
+server on loopback (tests/support/hub.py) takes the hub's place and serves files in FineWeb's
+layout.
 
     data       download, tokenize and verify on Ray: 15 files, one with too large row groups
     full       GPT-2 124M in 4 processes: killed (SIGKILL) after a checkpoint, resumed, evaluated,
                exported, reported
     shallow    two layers in 8 processes: the same; the weights equal those of a run never stopped
     compiled   GPT-2 124M in one compiled process: the losses of the 4 processes
+    one-gpu    the preset `one-gpu`, two layers in one process, with its own data: killed, resumed,
+               the weights equal those of a run never stopped
 
-It takes 20 minutes on 2 cores, 16 GB of free memory and 20 GB of disk; `--quick` has smaller sizes
-and takes three minutes. The log and the report of each part are written to `rehearsal/`. Exit
+It takes 25 minutes on 2 cores, 16 GB of free memory and 20 GB of disk; `--quick` has smaller sizes
+and takes four minutes. The log and the report of each part are written to `rehearsal/`. Exit
 status 1: a check failed.
 """
 
@@ -39,7 +42,7 @@ from tests.support.watched import run_watched
 from train.preset import merge
 from train.run_summary import commit
 
-PRESET = "fineweb-10b"
+PRESET, ONE_GPU = "fineweb-10b", "one-gpu"
 DATA_STAGES = {"download", "curate", "tokenize", "verify"}
 LATER_STAGES = {"evaluate", "export", "report"}
 
@@ -77,8 +80,13 @@ SIZES: dict[str, Overlay] = {
         "train": {"steps": 4, "batch_tokens": 8192},
     },
     "compiled": {"train": {"steps": 4}},
+    ONE_GPU: {
+        "source": {"files": 2},
+        "model": {"size": None, "n_layer": 2, "n_head": 12, "n_embd": 768},
+        "train": {"steps": 4},
+    },
 }  # fmt: skip
-FULL = Scale(SIZES, {"full": 4, "shallow": 8, "compiled": 1}, 15, None, coarse=True)
+FULL = Scale(SIZES, {"full": 4, "shallow": 8, "compiled": 1, ONE_GPU: 1}, 15, None, coarse=True)
 
 QUICK_SIZES: dict[str, Overlay] = {
     "every": {
@@ -92,8 +100,11 @@ QUICK_SIZES: dict[str, Overlay] = {
     },
     "shallow": {"model": {"n_layer": 1}},
     "compiled": {"train": {"steps": 4}},
+    ONE_GPU: {"source": {"files": 2}},
 }  # fmt: skip
-QUICK = Scale(QUICK_SIZES, {"full": 2, "shallow": 4, "compiled": 1}, 3, 5_000, coarse=False)
+QUICK = Scale(
+    QUICK_SIZES, {"full": 2, "shallow": 4, "compiled": 1, ONE_GPU: 1}, 3, 5_000, coarse=False
+)
 
 
 class Rehearsal:
@@ -106,8 +117,14 @@ class Rehearsal:
         self._file = open(out / "log.txt", "w", encoding="utf-8")
         self._peak = 0
         self.params = clone.folder / "params.yaml"
+        self.log(f"commit {commit()}, in {clone.folder}")
+        self.apply(PRESET)
+
+    def apply(self, preset: str) -> None:
+        """Apply a preset, with the sizes of `every`."""
+        self.log(f"preset {preset}")
+        self.clone.run(sys.executable, "-m", "train.preset", preset)
         self._preset = self.params.read_text()
-        self.log(f"preset {PRESET}, commit {commit()}, in {clone.folder}")
         self._base = self._resized(self._preset, "every")
 
     def log(self, line: str) -> None:
@@ -259,7 +276,7 @@ def rehearse(folder: Path, out: Path, scale: Scale) -> int:
             hub, scale.files, scale.documents, coarse=scale.coarse, tasks=scale.tasks
         )
         clone = make_clone(folder / "clone", PRESET)
-        clone.env |= {"HF_ENDPOINT": hub.endpoint, "GPT2_DEVICE": "cpu"}
+        clone.env |= {"HF_ENDPOINT": hub.endpoint, "GPT2_DEVICE": "cpu", "GPT2_COMPILE": "0"}
         rehearsal = Rehearsal(clone, out, scale)
         rehearsal.log(f"  size   {scale.files} files of {n_bytes / 1e6:.0f} MB")
         rehearsal.part("data", lambda: rehearsal.data(hub, n_bytes))
@@ -267,6 +284,8 @@ def rehearse(folder: Path, out: Path, scale: Scale) -> int:
         rehearsal.part("full", lambda: losses.update(rehearsal.kill_and_resume("full")))
         rehearsal.part("shallow", lambda: rehearsal.kill_and_resume("shallow", uninterrupted=True))
         rehearsal.part("compiled", lambda: rehearsal.compiled(losses))
+        rehearsal.apply(ONE_GPU)
+        rehearsal.part(ONE_GPU, lambda: rehearsal.kill_and_resume(ONE_GPU, uninterrupted=True))
         failures = rehearsal.failures
         rehearsal.log("\n" + "\n".join(rehearsal.table))
         rehearsal.log(f"{failures} checks failed" if failures else "all checks passed")
@@ -276,7 +295,7 @@ def rehearse(folder: Path, out: Path, scale: Scale) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Do a dry run of the real run in small sizes."""
     parser = argparse.ArgumentParser(prog="python -m tests.rehearse", description=main.__doc__)
-    parser.add_argument("--quick", action="store_true", help="smaller sizes: three minutes")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes: four minutes")
     parser.add_argument(
         "--out", type=Path, default=REPO / "rehearsal", help="folder of the log and the reports"
     )

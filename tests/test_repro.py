@@ -190,7 +190,7 @@ def test_comments_rebuild_nothing_and_damage_only_the_damaged_chunks(copy: Clone
     for path in damaged:
         path.chmod(0o644)
     flipped, truncated, foreign, edited = damaged
-    flip(flipped, 5000)
+    flip(flipped, 5000, keep_mtime=True)
     os.truncate(truncated, truncated.stat().st_size - 2)
     foreign.write_bytes((tokens / "train-00004.bin").read_bytes())  # valid, but of another chunk
     edited.write_text(edited.read_text().replace('"docs": ', '"docs": 1'))

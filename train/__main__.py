@@ -20,7 +20,8 @@ def main(argv: Sequence[str] = ()) -> None:
     """Join the process group and train the run of `params.yaml`; publish it if it is finished."""
     command.Parser(prog="python -m train", description=main.__doc__).parse_args(argv)
     # torch takes seconds to import, in which this process must notice that its parent has died.
-    from train.distributed.devices import check_compiler, check_gpu
+    from train.distributed.compiler import check_compiler
+    from train.distributed.devices import check_gpu
     from train.distributed.group import RUN_KEY, under_torchrun
     from train.distributed.rendezvous import process_group
     from train.loop import train
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] = ()) -> None:
         if not world.broadcast(world.first and not fresh and run.publish_finished()):
             compiles = run.compiles(world.device.type)
             if world.device.type == "cuda":
-                check_gpu(run.params.dtype, compiles)
+                check_gpu(run.dtype, compiles)
             if compiles:
                 check_compiler(world.device.type)
             train(run, world, fresh=fresh)

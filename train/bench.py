@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -36,15 +36,23 @@ from pipeline.runtime import command
 from pipeline.runtime.errors import Stopped, UserError
 from pipeline.runtime.machine import Machine
 from train.data.loader import Batches, MicroBatch
-from train.data.split import share_batch
-from train.distributed.devices import check_compiler, check_gpu, device_type, processes_here
+from train.distributed.compiler import check_compiler
+from train.distributed.devices import check_gpu, device_type, processes_here
 from train.distributed.group import read_group, under_torchrun
 from train.distributed.interrupt import Interrupt, Interrupted
 from train.distributed.rendezvous import process_group
 from train.distributed.torchrun import run_torchrun
 from train.distributed.world import World
-from train.numerics import clip_gradients, device_name, peak_memory, summed_loss
+from train.numerics import (
+    clip_gradients,
+    device_name,
+    gpu_memory,
+    native_dtype,
+    peak_memory,
+    summed_loss,
+)
 from train.plan.bench_report import GpuMonitor, Kernel, Measurement, constant_batch, report
+from train.plan.fit import choose
 from train.preset import load
 from train.run import TOKENS, Run
 from train.trainer import Trainer
@@ -152,6 +160,7 @@ def measure(run: BenchRun, world: World, max_steps: int, seconds: float) -> Meas
         compiled=trainer.compiled,
         micro_batch=trainer.split.micro_batch,
         micro_steps=trainer.split.micro_steps(run.batches.full),
+        loss_chunk=trainer.gpt.loss_chunk,
         made_up=isinstance(run.train_data, RandomTokens),
         start=start,
         steps=times,
@@ -180,7 +189,7 @@ def _parts(trainer: Trainer, batch: MicroBatch, clock: Clock) -> dict[str, float
 
     def micro_step() -> None:
         with trainer.ddp.no_sync():
-            summed_loss(trainer.ddp, batch.inputs, batch.targets, run.params.dtype).backward()
+            summed_loss(trainer.ddp, batch.inputs, batch.targets, run.dtype).backward()
 
     def clip() -> None:
         clip_gradients(trainer.named.values(), run.params.grad_clip)
@@ -229,28 +238,36 @@ def main(argv: Sequence[str] = ()) -> None:
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: no folder {args.json.parent}; create it")
     params, machine = load(args.preset), Machine.load()
+    params = replace(params, train=params.train.resolved(native_dtype(machine.device)))
     params.train.batches(params.model.block_size)
     kind = device_type(machine.device)
     processes = processes_here(machine, kind)
     timed = constant_batch(params, args.batch_tokens or params.train.batch_tokens)
-    micro_batch = None
+    settings = machine
     if not args.batch_tokens:  # the micro-batch of training, which divides its smallest batch
         world_size = read_group().size if under_torchrun() else processes
-        split = share_batch(params.model, params.train, world_size, machine.micro_batch, kind)
-        micro_batch = split.micro_batch
+        memory = gpu_memory(torch.device(kind))
+        split, chunk = choose(params.model, params.train, machine, world_size, memory)
+        chosen = {"micro_batch": split.micro_batch, "loss_chunk": chunk}
+        settings = machine.model_copy(update=chosen)
     shards = (TOKENS / "manifest.json").exists()
     data = TokenStream(TOKENS, "train") if shards else cast(TokenStream, RandomTokens())
     run = BenchRun(
         model=timed.model,
-        params=timed.train.model_copy(update={"steps": sys.maxsize}),  # `measure` stops earlier
-        machine=machine.model_copy(update={"micro_batch": micro_batch or machine.micro_batch}),
+        params=timed.train,
+        machine=settings,
         train_data=data,
         val_data=data,
         code_key="",
     )
+    run = replace(  # compiled as in training, but without an end: `measure` stops earlier
+        run,
+        machine=run.machine.model_copy(update={"compile": run.compiles(kind)}),
+        params=run.params.model_copy(update={"steps": sys.maxsize}),
+    )
     run.split(processes, kind)
     if kind == "cuda":
-        check_gpu(run.params.dtype, run.compiles(kind))
+        check_gpu(run.dtype, run.compiles(kind))
     if not under_torchrun() and processes > 1:
         if run.compiles(kind):
             check_compiler(kind)

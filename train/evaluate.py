@@ -7,7 +7,11 @@ are rounded to digits that are certain.
 
 from __future__ import annotations
 
-import hashlib
+from pipeline.runtime import command
+
+if __name__ == "__main__":
+    command.die_with_parent()  # before torch is imported, which takes seconds
+
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,7 +31,6 @@ from model.files import read_json
 from pipeline import TokenStream
 from pipeline.format import tokenizer
 from pipeline.format.shards import ShardError, open_shard
-from pipeline.runtime import command
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.params_file import load_section
@@ -45,6 +48,7 @@ from train.evals.likelihood import BATCH_TOKENS, Request
 from train.evals.task_files import find_file
 from train.params import EvaluateParams
 from train.run import CHECKPOINT, CURVES, TOKENS, compared
+from train.samples import as_markdown, before_and_after, sample
 from train.validation import check_val_tokens, mean_loss, windows
 
 RESULTS = Path("artifacts/evaluation.json")
@@ -97,7 +101,7 @@ def main(argv: Sequence[str] = ()) -> None:
     except FormatError as error:
         raise UserError(str(error)) from None
     tasks = Tasks.read(params) if read_group().rank == 0 else None
-    processes = _processes(machine)
+    processes = processes_here(machine, device_type(machine.device))
     if not under_torchrun() and processes > 1:
         run_torchrun(processes, module="train.evaluate")
         return
@@ -139,37 +143,41 @@ def main(argv: Sequence[str] = ()) -> None:
         name: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
         for name, value in metrics.items()
     }
-    page = as_markdown(sample(gpt, params), metrics, params).encode()
+    both = before_and_after(gpt, trained, params)
+    page = as_markdown(sample(gpt, params), both, metrics["val_loss"], params).encode()
     atomic.write_bytes(SAMPLES, page)
-    hashed = {**metrics, "samples_sha256": hashlib.sha256(page).hexdigest()}
-    atomic.write_json(RESULTS, atomic.sealed(hashed))
+    hashes = {
+        "samples_sha256": atomic.sha256_file(SAMPLES),
+        "reference_sha256": atomic.sha256_file(PUBLISHED),
+    }
+    atomic.write_json(RESULTS, atomic.sealed({**metrics, **hashes}))
     atomic.write_json(METRICS, compared(metrics, COMPARED))
     print(summary(metrics))
-
-
-def _processes(machine: Machine) -> int:
-    """Return the number of processes: as set, or one per GPU; on a CPU one, with many threads."""
-    kind = device_type(machine.device)
-    return processes_here(machine, kind) if kind == "cuda" else machine.processes or 1
 
 
 def open_val_shards(params: EvaluateParams) -> Tokens:
     """Open the token file of `val_shards`.
 
     Raises:
-        UserError: The file is missing, not in llm.c's format, or too short.
+        UserError: The file is missing, not in llm.c's format, too short, or of another tokenizer.
     """
     name = f"params.yaml: evaluate.val_shards: {params.val_shards}"
     try:
         tokens = open_shard(find_file(str(params.val_shards)))
-    except (ShardError, OSError):
+    except (ShardError, OSError, ValueError):  # ValueError: a NUL character
         raise UserError(f"{name}: not a token file in llm.c's format; name one, or null") from None
     if len(tokens) < params.val_tokens + 1:
         raise UserError(
             f"{name}: has {len(tokens)} tokens; set evaluate.val_tokens to at most "
             f"{max(0, len(tokens) - 1)}, or val_shards to null"
         )
-    return tokens[: params.val_tokens + 1]  # published losses are over the first tokens
+    tokens = tokens[: params.val_tokens + 1]  # published losses are over the first tokens
+    if (highest := tokens.max()) >= tokenizer.N_VOCAB:
+        raise UserError(
+            f"{name}: holds token {highest}, but GPT-2 has {tokenizer.N_VOCAB}; name a file of its "
+            "tokenizer, or null"
+        )
+    return tokens
 
 
 def measure(
@@ -244,7 +252,7 @@ def compare_with_reference(
     points = reference_curve.comparable_points(validations, exact)
     steps = sorted({*(s for s in reference_curve.CURVE if s <= step), step})
     atomic.write_bytes(PUBLISHED, reference_curve.as_csv(steps).encode())
-    other = reference_curve.other_recipe(state["train"])
+    other = reference_curve.other_recipe(state["model"], state["train"])
     result: dict[str, Any] = {"reference": reference_curve.verdict(points, other)}
     if points:
         result["above_reference"] = points[-1].difference
@@ -309,45 +317,6 @@ def unigram_entropy(stream: TokenStream) -> float:
         counts += np.bincount(stream[first : first + BLOCK], minlength=len(counts))
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
-
-
-@torch.no_grad()
-def sample(gpt: GPT, params: EvaluateParams) -> list[tuple[str, str]]:
-    """Return pairs of a prompt and its sampled continuation, `samples` per prompt."""
-    prompts = [prompt for prompt in params.prompts for _ in range(params.samples)]
-    rows = [[tokenizer.EOT, *tokenizer.encode(prompt)] for prompt in prompts]
-    if not rows:
-        return []
-    texts = gpt.generate(
-        rows,
-        params.sample_tokens,
-        temperature=params.temperature,
-        top_k=params.top_k,
-        seed=params.seed,
-    )
-    return [
-        (prompt, tokenizer.decode([token for token in text[len(row) :] if token != tokenizer.EOT]))
-        for prompt, row, text in zip(prompts, rows, texts, strict=True)
-    ]
-
-
-def as_markdown(
-    texts: list[tuple[str, str]], metrics: Mapping[str, Any], params: EvaluateParams
-) -> str:
-    """Format the samples as a Markdown page."""
-    lines = [
-        "# Samples",
-        "",
-        f"Validation loss {metrics['val_loss']:.4f} nats per token. "
-        f"Temperature {params.temperature}, top-k {params.top_k}, "
-        f"up to {params.sample_tokens} tokens. "
-        "The prompt is in bold; without one, the sample starts a document.",
-    ]
-    for number, (prompt, text) in enumerate(texts, 1):
-        lines += ["", f"## {number}", ""]
-        body = (f"**{prompt.strip()}**" if prompt.strip() else "") + text
-        lines += [f"> {line}".rstrip() for line in body.strip().splitlines()]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

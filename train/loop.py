@@ -63,7 +63,11 @@ def train(run: Run, world: World, *, fresh: bool = False) -> None:
         seconds=sum(history.last("seconds")),
         flops_per_token=flops_per_token(trainer.gpt.config, run.model.block_size),
         peak=peak,
-        health=Health(skips=run.params.non_finite == "skip", skipped=sum(history.last("skipped"))),
+        health=Health(
+            skips=run.params.non_finite == "skip",
+            skips_overflows=trainer.scaler.is_enabled(),
+            skipped=sum(history.last("skipped")),
+        ),
     )
     batches = Batches(
         run.train_data,
@@ -128,7 +132,7 @@ def train_steps(
         if saved < done:
             while not shards.complete(seconds=1.0):
                 interrupt.check()
-            check_same_weights(trainer.named, trainer.world, done)
+            check_same_weights(trainer.replicas(), trainer.world, done)
             trainer.save(done)
             saved = done
 

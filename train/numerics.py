@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import resource
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +15,11 @@ import safetensors
 import torch
 from torch import Tensor
 
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+# Values of ONEDNN_MAX_CPU_ISA that leave a CPU its instructions for bfloat16 (oneDNN, "CPU
+# dispatcher control").
+_ISA_WITH_BFLOAT16 = ("ALL", "DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10", "_AMX")
 
 PIECE = 4096  # elements whose squares are added in float32, at most
 
@@ -24,14 +31,56 @@ def summed_loss(forward: Any, inputs: Tensor, targets: Tensor, dtype: Dtype) -> 
         forward: A GPT, also compiled or wrapped in DDP.
         inputs: (B, T) int64.
         targets: (B, T) int64; -100 is ignored.
-        dtype: Type of the matrix products; "bfloat16" by autocast, "float32" without.
+        dtype: Type of the matrix products; all but "float32" by autocast.
 
     Returns:
         Scalar float32, nats.
     """
-    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+    with autocast(inputs.device, dtype):
         loss: Tensor = forward(inputs, targets, reduction="sum")
     return loss
+
+
+def autocast(device: torch.device, dtype: Dtype) -> torch.autocast:
+    """Context in which matrix products are computed in `dtype`."""
+    narrow = torch.float16 if dtype == "float16" else torch.bfloat16
+    return torch.autocast(device.type, narrow, enabled=dtype != "float32")
+
+
+def native_dtype(device: Literal["auto", "cpu", "cuda"]) -> Dtype:
+    """Return what `train.dtype: auto` becomes, given the setting `device`.
+
+    bfloat16 where the device has instructions for it: GPUs of the Ampere generation or later, CPUs
+    with AVX512-BF16, AMX, or ARM's BF16. Elsewhere it would be emulated, slower than float32. The
+    tensor cores of Volta and Turing compute float16.
+    """
+    if device != "cpu" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if capability >= (8, 0):
+            return "bfloat16"
+        return "float16" if capability >= (7, 0) else "float32"
+    return "bfloat16" if _cpu_has_bfloat16() else "float32"
+
+
+def _cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether PyTorch's kernels compute bfloat16 natively on this CPU.
+
+    The variables by which PyTorch and oneDNN are limited to older instructions count as an older
+    CPU. Where there is no `/proc` (macOS), PyTorch has no such kernels.
+    """
+    try:
+        found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+    except OSError:
+        return False
+    flags = set(found[1].split()) if found else set()
+    if "bf16" in flags:  # ARM
+        return "ATEN_CPU_CAPABILITY" not in os.environ
+    isa = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
+    return (
+        bool(flags & {"avx512_bf16", "amx_bf16"})
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        and any(part in isa for part in _ISA_WITH_BFLOAT16)
+    )
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
@@ -84,9 +133,29 @@ def configure(device: torch.device, *, deterministic: bool) -> None:
         torch.backends.cudnn.benchmark = False
 
 
+def repeat_compiled_gradients() -> None:
+    """Have models that are compiled for a CPU repeat bit for bit with several threads.
+
+    Inductor turns the backward pass of an embedding into additions by all threads at once, in any
+    order. Without that rule it calls PyTorch's kernel, in which each row belongs to one thread.
+    `use_deterministic_algorithms` does so too, but replaces kernels of the loss as well, for a
+    tenth of a step or more.
+    """
+    from torch._inductor.decomposition import decompositions  # private: there is no public switch
+
+    decompositions.pop(torch.ops.aten.embedding_dense_backward.default, None)
+
+
 def device_name(device: torch.device) -> str:
     """The GPU's name, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def gpu_memory(device: torch.device) -> int | None:
+    """Memory of a GPU in bytes, whatever of it is free; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

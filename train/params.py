@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from model.config import GPTConfig, check_temperature
+from model.config import Activation, GPTConfig, Positions, check_temperature
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.params_file import Section
 from train.optim.schedule import BatchSchedule, Schedule
+
+if TYPE_CHECKING:
+    from train.numerics import Dtype
 
 
 class ModelParams(Section):
@@ -32,6 +35,18 @@ class ModelParams(Section):
     block_size: int = Field(default=1024, ge=1)
     """Context length in tokens (T, at least 1; published: 1024)."""
 
+    positions: Positions = "learned"
+    """`learned`: a table of positions, as GPT-2; or `rotary`: RoFormer (Su et al. 2021)."""
+
+    qk_norm: bool = False
+    """RMSNorm without gain of queries and keys (after Henry et al. 2020). GPT-2: false."""
+
+    activation: Activation = "gelu"
+    """Of the MLP: `gelu`, as GPT-2; or `relu_squared`: Primer (So et al. 2021)."""
+
+    zero_init: bool = False
+    """Whether the maps that end in the residual stream start at zero. GPT-2: false."""
+
     @model_validator(mode="after")
     def _either_a_size_or_three_numbers(self) -> ModelParams:
         numbers = {name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd")}
@@ -49,17 +64,8 @@ class ModelParams(Section):
 
     def config(self) -> GPTConfig:
         """The model's configuration."""
-        if self.size is not None:
-            return GPTConfig.named(self.size, block_size=self.block_size)
-        assert self.n_layer is not None
-        assert self.n_head is not None
-        assert self.n_embd is not None
-        return GPTConfig(
-            n_layer=self.n_layer,
-            n_head=self.n_head,
-            n_embd=self.n_embd,
-            block_size=self.block_size,
-        )
+        values = self.model_dump(exclude={"size"}, exclude_none=True)
+        return GPTConfig.named(self.size, **values) if self.size else GPTConfig.from_dict(values)
 
 
 @dataclass(frozen=True)
@@ -85,15 +91,17 @@ class Start:
         """
         kind, _, folder = init.partition(" ")
         with_optimizer = init_with == "all"
-        if kind not in ("scratch", "checkpoint", "hf") or bool(folder.strip()) != (
-            kind != "scratch"
-        ):
+        fits = kind in ("scratch", "checkpoint", "hf") and "\0" not in folder
+        if not fits or bool(folder.strip()) != (kind != "scratch"):
             raise ValueError(f"init {init!r}: set scratch, checkpoint DIR, or hf DIR")
         if with_optimizer and kind != "checkpoint":
             raise ValueError(f"init_with all needs init: checkpoint DIR, but init is {init}")
         if kind == "scratch":
             return None
-        return cls(kind, Path(folder.strip()).expanduser(), with_optimizer)
+        try:
+            return cls(kind, Path(folder.strip()).expanduser(), with_optimizer)
+        except RuntimeError as error:  # a user who does not exist
+            raise ValueError(f"init {init!r}: {error}") from None
 
 
 class ObservingParams(Section):
@@ -188,6 +196,12 @@ class TrainParams(ObservingParams):
     learning_rate: float = Field(gt=0, lt=1)
     """Peak learning rate (above 0, below 1; 124M: 6e-4)."""
 
+    embeddings_lr_ratio: float = Field(default=1.0, gt=0)
+    """Learning rate of the embeddings, as a multiple of `learning_rate` (above 0)."""
+
+    vectors_lr_ratio: float = Field(default=1.0, gt=0)
+    """Learning rate of vectors (biases and LayerNorms), likewise (above 0)."""
+
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """Learning rate of the last step, as a fraction of `learning_rate` (0 to 1)."""
 
@@ -206,6 +220,13 @@ class TrainParams(ObservingParams):
     embeddings_decay: bool = True
     """Whether token and position embeddings decay with the matrices."""
 
+    weight_decay_schedule: Literal["constant", "linear"] = "constant"
+    """`constant`; or `linear`: from `weight_decay` at step 0 to 0 at the last (nanochat)."""
+
+    cautious_decay: bool = False
+    """Decay a weight only where its update has the same sign (Chen et al. 2025); it takes a copy of
+    the weights that decay."""
+
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW: decay of the first moment (0 to below 1)."""
 
@@ -218,8 +239,10 @@ class TrainParams(ObservingParams):
     grad_clip: float | None = Field(default=1.0, gt=0)
     """Largest norm of the gradient over all parameters (above 0); null: no clipping."""
 
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of the matrix products (autocast); weights and optimizer are float32 in any case."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of the matrix products (autocast); weights and optimizer are float32 in any case.
+    float16 scales the loss. `auto`: bfloat16 where the device computes it natively, else float16 on
+    a GPU with tensor cores, else float32; recorded as that."""
 
     order: Literal["shuffled", "sequential"] = "shuffled"
     """Sampling order: a new permutation of the windows per epoch, or their order on disk."""
@@ -263,6 +286,15 @@ class TrainParams(ObservingParams):
         """The keys that decide the weights, as JSON values: part of a run's key."""
         return self.model_dump(mode="json", exclude=set(ObservingParams.model_fields))
 
+    def resolved(self, native: Dtype) -> TrainParams:
+        """These parameters with ``native`` in the place of `dtype: auto`."""
+        return self.model_copy(update={"dtype": native}) if self.dtype == "auto" else self
+
+    def matmul_dtype(self) -> Dtype:
+        """Type of the matrix products, of parameters that are `resolved`."""
+        assert self.dtype != "auto", "resolved() first"
+        return self.dtype
+
     def observing(self) -> dict[str, Any]:
         """The keys that only observe, as JSON values."""
         return self.model_dump(mode="json", include=set(ObservingParams.model_fields))
@@ -285,6 +317,16 @@ class TrainParams(ObservingParams):
             warmup_steps=self.warmup_steps,
             decay_steps=max(1, round(self.steps * self.decay_ratio)),
         )
+
+    def lr_ratios(self) -> dict[str, float]:
+        """Learning rate of the parameter groups that have their own, as multiples."""
+        return {"embeddings": self.embeddings_lr_ratio, "vectors": self.vectors_lr_ratio}
+
+    def decay_fraction(self, step: int) -> float:
+        """Fraction of `weight_decay` that applies at a step, counted from 0."""
+        if self.weight_decay_schedule == "constant":
+            return 1.0
+        return 1.0 - step / max(1, self.steps - 1)
 
     def batches(self, block_size: int) -> BatchSchedule:
         """The samples (windows of `block_size` tokens) of each step.

@@ -27,6 +27,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from model.size import flops_per_token
 from pipeline import TokenStream
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
@@ -36,20 +37,22 @@ from pipeline.store.code_key import code_key
 from pipeline.store.store import Busy, Store, publish
 from train.checkpoint import directory, init_from
 from train.data.order import DataOrder
+from train.data.shard_check import check_verified
 from train.data.split import Split, share_batch
+from train.distributed import compiler
 from train.evals import reference_curve
 from train.monitor.history import History
+from train.numerics import Dtype, native_dtype
 from train.optim.schedule import BatchSchedule
 from train.params import ModelParams, TrainParams
 from train.validation import check_val_tokens
 
 TOKENS = Path("data/tokens")
-VERIFIED = Path("data/verified.json")
 CHECKPOINT = Path("artifacts/checkpoint")
 SUMMARY = Path("artifacts/training.json")
 METRICS = Path("metrics/train.json")
 # Those numbers of the summary by which runs are compared.
-COMPARED = ("loss", "val_loss", "hellaswag_acc_completion", "tokens_per_second", "mfu")
+COMPARED = ("loss", "val_loss", "hellaswag_acc_completion", "tokens_per_second", "mfu", "dtype")
 RECORD = "run.json"
 FINAL = "final.json"
 FAILED = "failed.json"
@@ -61,7 +64,7 @@ LOCK_TIMEOUT = 60.0  # seconds: workers of a killed torchrun need some to save a
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything that decides a run, validated, and its folder."""
+    """Everything that decides a run, validated, and its folder; `dtype: auto` is resolved."""
 
     model: ModelParams
     params: TrainParams
@@ -78,8 +81,8 @@ class Run:
             UserError: A parameter, a machine setting or the data is missing or impossible.
         """
         model = load_section("model", ModelParams)
-        params = load_section("train", TrainParams)
         machine = Machine.load()
+        params = load_section("train", TrainParams).resolved(native_dtype(machine.device))
         params.batches(model.block_size)
         start = params.start()
         if start is not None and CHECKPOINT.resolve() in (p := start.folder.resolve(), *p.parents):
@@ -88,7 +91,7 @@ class Run:
                 f"before the stage runs; name the run's folder in the store, or a copy"
             )
         train_data, val_data = TokenStream(TOKENS, "train"), TokenStream(TOKENS, "val")
-        _check_verified()
+        check_verified(TOKENS)
         if len(train_data) < model.block_size + 1:
             raise UserError(
                 f"params.yaml: model.block_size: {model.block_size}, but the train split has only "
@@ -167,9 +170,20 @@ class Run:
         """
         return share_batch(self.model, self.params, world_size, self.machine.micro_batch, device)
 
+    @property
+    def dtype(self) -> Dtype:
+        """Type of the matrix products."""
+        return self.params.matmul_dtype()
+
     def compiles(self, device: str) -> bool:
-        """Whether the model is compiled: by machine.yaml, else on a GPU."""
-        return device == "cuda" if self.machine.compile is None else self.machine.compile
+        """Whether the model is compiled."""
+        return self.why_eager(device) is None
+
+    def why_eager(self, device: str) -> str | None:
+        """Why the model is not compiled: `compile` of machine.yaml, or by default where it pays."""
+        per_token = flops_per_token(self.model.config(), self.model.block_size)
+        flops = per_token * self.tokens(self.params.steps)
+        return compiler.why_eager(self.machine.compile, device, flops)
 
     @cached_property
     def history(self) -> History:
@@ -267,21 +281,21 @@ class Run:
     def note_start(self, record: dict[str, Any]) -> None:
         """Append a line to `starts.jsonl`."""
         path = self.folder / "starts.jsonl"
-        _remove_folder(path)
+        _remove_other(path)
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, sort_keys=True) + "\n")
 
     def beside_reference(self, step: int, loss: float) -> reference_curve.Point | None:
         """A validation beside the published curve; None where they are not comparable."""
         model, train = self.model.config().to_dict(), self.params.model_dump(mode="json")
-        raw, other = self.train_data.manifest.source, reference_curve.other_recipe(train)
+        raw, other = self.train_data.manifest.source, reference_curve.other_recipe(model, train)
         if other or reference_curve.recipe_mismatch(model, train, raw):
             return None
         return reference_curve.Point.at(step, loss)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the run as finished."""
-        _remove_folder(self.folder / FINAL)
+        _remove_other(self.folder / FINAL)
         atomic.write_json(self.folder / FINAL, atomic.sealed(summary))
 
     def summary(self) -> dict[str, Any] | None:
@@ -365,28 +379,13 @@ def _warn(path: Path, error: Exception, what: str) -> None:
     print(f"warning: {path}: damaged ({error}); {what}", file=sys.stderr, flush=True)
 
 
-def _remove_folder(path: Path) -> None:
-    """Remove a folder that is in the place of one of the run's files."""
-    if path.is_dir():
-        _warn(path, IsADirectoryError("it is a folder"), "replaced")
+def _remove_other(path: Path) -> None:
+    """Remove what is in the place of one of the run's files, but is none, such as a folder."""
+    if path.exists() and not path.is_file():
+        _warn(path, OSError("not a regular file"), "replaced")
         atomic.remove(path)
 
 
-def compared(numbers: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
+def compared(numbers: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Return those of ``names`` that have a value, for a file of `metrics/`."""
     return {name: numbers[name] for name in names if numbers.get(name) is not None}
-
-
-def _check_verified() -> None:
-    """Refuse data that `verify` has not passed."""
-    manifest = atomic.sha256_file(TOKENS / "manifest.json")
-    try:
-        passed = atomic.parse_json(VERIFIED.read_bytes())["manifest_sha256"]
-    except (OSError, ValueError, LookupError, TypeError):
-        raise UserError(
-            f"{VERIFIED}: missing or unreadable; run python -m pipeline.verify"
-        ) from None
-    if manifest != passed:
-        raise UserError(
-            f"{VERIFIED}: belongs to other data than {TOKENS}; run python -m pipeline.verify"
-        )

@@ -13,6 +13,7 @@ from model.size import parameter_count
 from train.checkpoint.init_from import first_step
 from train.numerics import device_name, peak_memory, versions
 from train.optim.param_groups import groups_table
+from train.plan.fit import nominal_memory
 from train.trainer import Trainer
 
 # Files that DVC changes before or while a stage runs.
@@ -22,23 +23,35 @@ CHANGED_BY_DVC = ("dvc.lock", "metrics", "params.yaml")
 def banner(trainer: Trainer, done: int) -> str:
     """Text that a run prints first, after ``done`` steps: model, data, batch and devices."""
     run, world, split, params = trainer.run, trainer.world, trainer.split, trainer.params
-    config = trainer.gpt.config
+    config, eager = trainer.gpt.config, run.why_eager(world.device.type)
+    variants = "".join(f", {name} {value}" for name, value in config.variants.items())
     return "\n".join(
         [
             f"training GPT-2, {parameter_count(config):,} parameters ({config.n_layer} layers, "
-            f"{config.n_head} heads, width {config.n_embd}, context {config.block_size}), "
-            f"on {len(run.train_data):,} tokens (dataset {run.dataset_key[:12]}): "
+            f"{config.n_head} heads, width {config.n_embd}, context {config.block_size}"
+            f"{variants}), on {len(run.train_data):,} tokens (dataset {run.dataset_key[:12]}): "
             f"{params.steps:,} steps of {params.batch_tokens:,} tokens{_ramp(trainer)}, "
             f"{run.tokens(params.steps):,} in all; "
             f"{world.size} x {device_name(world.device)}, "
             f"{split.micro_steps(run.batches.full)} micro-steps of "
-            f"{split.micro_batch} sequences, {params.dtype}, "
+            f"{split.micro_batch} sequences{_for_memory(trainer)}, {params.dtype}, "
             f"compile {'on' if trainer.compiled else 'off'}, "
+            f"{f'attention {trainer.attention}, ' if trainer.attention else ''}"
             f"commit {commit() or 'unknown (no git here)'}",
+            *([f"not compiled: {eager}"] if eager else []),
             f"run {run.folder}: " + (f"resumes after step {done}" if done else "starts"),
             groups_table(trainer.groups, params.weight_decay, params.optimizer),
         ]
     )
+
+
+def _for_memory(trainer: Trainer) -> str:
+    """What was chosen for the memory of a GPU, in addition to the micro-batch."""
+    if trainer.gpu_memory is None:
+        return ""
+    gib = nominal_memory(trainer.gpu_memory) / 2**30
+    chunk = trainer.gpt.loss_chunk
+    return f" (for {gib:.0f} GiB){f', loss chunks of {chunk:,} tokens' if chunk else ''}"
 
 
 def _ramp(trainer: Trainer) -> str:
@@ -78,6 +91,7 @@ def start_record(trainer: Trainer, done: int, peak: float | None) -> dict[str, A
         "dataset_key": run.dataset_key,
         "step": done,
         "device_name": device_name(trainer.world.device),
+        "gpu_memory": trainer.gpu_memory,
         "peak_flops": peak,
         "arithmetic": trainer.arithmetic(),
         "versions": versions(),

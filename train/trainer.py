@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT
 from pipeline.runtime.errors import UserError
-from train import numerics
+from train import attention_kernels, numerics
 from train.checkpoint import directory, init_from
 from train.checkpoint.directory import Keep
 from train.checkpoint.writer import Writer
@@ -28,8 +28,10 @@ from train.optim.param_groups import (
     flat_state,
     load_flat_state,
     make_optimizer,
-    set_learning_rate,
+    set_rates,
+    step_with_cautious_decay,
 )
+from train.plan import fit
 from train.run import Run
 from train.validation import WINDOWS, mean_loss
 
@@ -44,6 +46,8 @@ class Trainer:
         forward: The same module, compiled where the machine says so, for measuring.
         ddp: ``forward`` wrapped in DDP, which averages gradients over the ranks, for training.
         writer: Saves checkpoints in the background, on rank 0.
+        attention: Name of the attention kernel in use; None on a CPU.
+        gpu_memory: Bytes of the smallest GPU of the run, as reported; None on a CPU.
         measured: Validation loss of the current weights, nats; None where not measured.
 
     Args:
@@ -55,16 +59,24 @@ class Trainer:
     def __init__(self, run: Run, world: World, tasks: list[hellaswag.Task] | None = None) -> None:
         self.run, self.world, self.params = run, world, run.params
         self.tasks = tasks
-        self.split = run.split(world.size, world.device.type)
+        own = numerics.gpu_memory(world.device)
+        self.gpu_memory = min(world.gather(own)) if own else None
+        self.split, loss_chunk = fit.choose(
+            run.model, run.params, run.machine, world.size, self.gpu_memory
+        )
         self.schedule = run.params.lr_schedule()
         numerics.configure(world.device, deterministic=run.params.deterministic)
 
         self.gpt = GPT.initialised(run.model.config(), seed=run.params.seed, device=world.device)
         self.gpt.checkpoint_activations = run.machine.checkpoint_activations
-        self.gpt.loss_chunk = run.machine.loss_chunk
+        self.gpt.loss_chunk = loss_chunk
         self.gpt.document_masking = run.params.document_masking
         self.named = dict(self.gpt.named_parameters())
-        self.groups = decay_groups(self.named.items(), embeddings_decay=run.params.embeddings_decay)
+        self.groups = decay_groups(
+            self.named.items(),
+            embeddings_decay=run.params.embeddings_decay,
+            lr_ratios=run.params.lr_ratios(),
+        )
         self.optimizer = make_optimizer(
             self.groups,
             run.params.optimizer,
@@ -72,7 +84,9 @@ class Trainer:
             weight_decay=run.params.weight_decay,
             betas=(run.params.beta1, run.params.beta2),
             eps=run.params.eps,
+            world=world,
         )
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=run.dtype == "float16")
         keep = Keep(last=run.params.keep_checkpoints, every=run.params.keep_every)
         self.writer = Writer(run.folder, keep)
         self.measured: float | None = None
@@ -82,7 +96,26 @@ class Trainer:
             # One graph is fastest. Cut at DDP's bucket boundaries, the graph sends each bucket
             # during the backward, which pays where the links between nodes are slow.
             torch._dynamo.config.optimize_ddp = run.machine.overlap
+            if world.device.type == "cpu":
+                numerics.repeat_compiled_gradients()
             self.forward = torch.compile(self.gpt, fullgraph=True)
+        self.attention = self._choose_attention()
+
+    def _choose_attention(self) -> str | None:
+        """Set the order of the attention kernels of a GPU; return the one in use."""
+        device, run = self.world.device, self.run
+        if device.type != "cuda":
+            return None
+        order = attention_kernels.kernel_order(
+            run.machine.attention,
+            torch.cuda.get_device_capability(device),
+            run.params.deterministic,
+        )
+        attention_kernels.set_kernel_order(order)
+        masked = run.params.document_masking
+        if masked and self.compiled:
+            return "flex"  # model/attention.py
+        return attention_kernels.kernel_in_use(order, self.gpt.config, run.dtype, device, masked)
 
     def restore(self) -> int:
         """Load the newest valid checkpoint; without one, the weights that the run starts from.
@@ -111,6 +144,8 @@ class Trainer:
         self.gpt.load_state_dict(weights)
         if moments:  # none where all steps so far were skipped
             load_flat_state(self.optimizer, self.named, moments)
+        if "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])
         measured = state["train"]["val_tokens"], state.get("val_windows")
         if measured == (self.params.val_tokens, WINDOWS):
             self.measured = state.get("val_loss")
@@ -187,10 +222,10 @@ class Trainer:
         inputs = torch.zeros(shape, dtype=torch.int64, device=device)
         targets = torch.zeros_like(inputs)  # one tensor in both places would compile another graph
         for _ in range(2):
-            summed_loss(self.ddp, inputs, targets, self.params.dtype).backward()
+            summed_loss(self.ddp, inputs, targets, self.run.dtype).backward()
         self.optimizer.zero_grad(set_to_none=False)
         with torch.no_grad():
-            summed_loss(self.forward, inputs, targets, self.params.dtype)
+            summed_loss(self.forward, inputs, targets, self.run.dtype)
         del moments
 
     def _out_of_memory(self) -> str:
@@ -208,7 +243,7 @@ class Trainer:
 
     def peak(self) -> float | None:
         """Peak of all devices together, FLOP/s; None where it is not known."""
-        own = peak_flops.peak(self.world.device, self.params.dtype)
+        own = peak_flops.peak(self.world.device, self.run.dtype)
         total = torch.tensor(own or math.nan, dtype=torch.float64, device=self.world.device)
         together = self.world.sum(total).item()
         return None if math.isnan(together) else together
@@ -229,7 +264,7 @@ class Trainer:
             Interrupted: On all ranks; the step is dropped.
         """
         learning_rate = self.schedule(step)
-        set_learning_rate(self.optimizer, learning_rate)
+        set_rates(self.optimizer, learning_rate, self.params.decay_fraction(step))
 
         # Accumulate. The loss is the mean over the global batch: a sum over its tokens, divided
         # once. DDP divides the summed gradients by the number of ranks, which is undone here.
@@ -244,16 +279,22 @@ class Trainer:
             # Only the last backward synchronises; no_sync must cover the forward as well.
             last = micro_step == micro_steps - 1
             with nullcontext() if last else self.ddp.no_sync():
-                loss = summed_loss(self.ddp, batch.inputs, batch.targets, self.params.dtype) * scale
-                loss.backward()
+                loss = summed_loss(self.ddp, batch.inputs, batch.targets, self.run.dtype) * scale
+                self.scaler.scale(loss).backward()
             total += loss.detach()
 
         # Optimize. Loss and norm are reduced, so that all ranks skip a step or none. Reading them
         # waits for the device, so it is done only where a step may be skipped.
+        self.scaler.unscale_(cast(Any, self.optimizer))  # reads only the gradients of its groups
         norm = clip_gradients(self.named.values(), self.params.grad_clip)
         numbers = torch.stack([self.world.sum(total) / self.world.size, norm])
-        if self.params.non_finite == "stop" or torch.isfinite(numbers).all():
-            self.optimizer.step()
+        may_skip = self.params.non_finite == "skip" or self.scaler.is_enabled()
+        if not may_skip or torch.isfinite(numbers).all():
+            if self.params.cautious_decay:
+                step_with_cautious_decay(self.optimizer)
+            else:
+                self.optimizer.step()
+        self.scaler.update()  # halves the scale after an overflow
         self.optimizer.zero_grad(set_to_none=False)  # gradients stay views of DDP's buckets
         self.measured = None
         return learning_rate, numbers
@@ -270,7 +311,7 @@ class Trainer:
             self.params.val_tokens,
             block_size=self.run.model.block_size,
             rows=self.split.micro_batch,
-            dtype=self.params.dtype,
+            dtype=self.run.dtype,
             device=self.world.device,
             world=self.world,
             check=interrupt.check,
@@ -286,7 +327,7 @@ class Trainer:
         if self.tasks is None:
             return None
         return hellaswag.completion_accuracy(
-            self.gpt, self.tasks, self.world, dtype=self.params.dtype, check=interrupt.check
+            self.gpt, self.tasks, self.world, dtype=self.run.dtype, check=interrupt.check
         )
 
     def sample(self) -> list[int]:
@@ -301,6 +342,12 @@ class Trainer:
         return self.gpt.generate(
             [prompt], self.params.sample_tokens, 0.8, top_k=50, seed=self.params.seed
         )[0]
+
+    def replicas(self) -> dict[str, Tensor]:
+        """Tensors of which every rank has the same: the weights, and the momenta of Muon."""
+        state = flat_state(self.optimizer, self.named)
+        momenta = {n: t for n, t in state.items() if n.endswith(".momentum_buffer")}
+        return {**self.named, **momenta}
 
     def save(self, step: int) -> None:
         """Start to write the checkpoint after ``step`` complete steps, on rank 0."""
@@ -331,6 +378,7 @@ class Trainer:
             "skipped": [r["step"] for r in run.history.records if "skipped" in r],
             "arithmetic": self.arithmetic(),
             "versions": numerics.versions(),
+            **({"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}),
         }
 
     def arithmetic(self) -> dict[str, Any]:
@@ -341,6 +389,7 @@ class Trainer:
             "device": self.world.device.type,
             "threads": torch.get_num_threads(),
             "loss_chunk": self.gpt.loss_chunk,
+            "attention": self.attention,
             "compile": self.compiled,
             "overlap": self.compiled and self.run.machine.overlap,
         }

@@ -102,15 +102,20 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         return float(after)
     if after:
         with contextlib.suppress(ValueError, TypeError, OverflowError):
-            date = parsedate_to_datetime(after)
-            date = date if date.tzinfo else date.replace(tzinfo=timezone.utc)
-            return max(0.0, (date - datetime.now(timezone.utc)).total_seconds())
+            # By the server's clock: this machine's may be wrong.
+            now = _date(headers["Date"]) if "Date" in headers else datetime.now(timezone.utc)
+            return max(0.0, (_date(after) - now).total_seconds())
     # "api";r=0;t=55: no requests remain, and the window ends in 55 seconds.
     limit = headers.get("RateLimit", "")
     remains, until = re.search(r"\br\s*=\s*(\d+)", limit), re.search(r"\bt\s*=\s*(\d+)", limit)
     if until and (remains is None or remains[1] == "0"):
         return float(until[1])
     return None
+
+
+def _date(text: str) -> datetime:
+    date = parsedate_to_datetime(text)
+    return date if date.tzinfo else date.replace(tzinfo=timezone.utc)
 
 
 def fetch(

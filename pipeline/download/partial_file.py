@@ -8,6 +8,8 @@ may be zeros: only the hash of the complete file proves that it is right.
 import hashlib
 from pathlib import Path
 
+from pipeline.store import atomic
+
 DATA = "data"
 _ETAG = "etag"
 _READ_BYTES = 1 << 20
@@ -25,6 +27,9 @@ class PartialFile:
     def __init__(self, folder: Path, size: int, git: bool = False) -> None:
         self.path, self.size = folder / DATA, size
         self._etag, self._with_git = folder / _ETAG, git
+        for path in (self.path, self._etag):
+            if not path.is_file():  # a pipe would block
+                atomic.remove(path)
         self.path.touch()
         self._file = open(self.path, "r+b", buffering=0)
         self._reset()

@@ -2,9 +2,7 @@
 
 A manifest is written last, so a folder with a manifest is complete. It holds no clock time, host
 name or absolute path: the same inputs give the same bytes anywhere. Readers ignore unknown keys and
-refuse an unknown major ``schema_version``. Those of the source files and of the selection hold
-their own hash, as nothing else knows what decided them; `verify` compares that of the shards with
-the shards.
+refuse an unknown major ``schema_version``. Each holds its own hash.
 """
 
 from pathlib import Path, PurePosixPath
@@ -14,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from pipeline.runtime.errors import UserError, printable
 from pipeline.store import atomic
+from pipeline.store.store import mark_damaged
 
 NAME = "manifest.json"
 SCHEMA_VERSION = "1.0"
@@ -70,7 +69,7 @@ class _Manifest(_Record):
         """
         path = Path(folder) / NAME
         try:
-            value = atomic.parse_json(path.read_bytes())
+            value = atomic.parse_json(atomic.read_bytes(path))
             manifest = cls.model_validate(value)
             if atomic.SEAL in value:
                 atomic.unsealed(value)
@@ -85,8 +84,9 @@ class _Manifest(_Record):
             reason = str(error.strerror)
         except ValueError as error:  # of JSON, or of its hash
             reason = str(error)
+        mark_damaged(path)  # or `dvc repro` would find nothing to do
         reason = printable(reason)[:_MAX_REASON]
-        raise UserError(f"{path}: {reason}; run `dvc repro` to rebuild it")
+        raise UserError(f"{path}: {reason}; remove it, then run `dvc repro` to rebuild it")
 
 
 class SourceFile(_Record):

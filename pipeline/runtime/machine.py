@@ -22,6 +22,8 @@ from pipeline.runtime.params_file import first_error, nearest, read_yaml
 
 PREFIX = "GPT2_"
 
+AttentionKernel = Literal["cudnn", "flash", "efficient", "math"]
+
 
 def project_root() -> Path:
     """Return the folder of `machine.yaml` and the store.
@@ -77,19 +79,25 @@ class Machine(BaseSettings):
     """Seconds for which a download is retried without a new byte, waits included."""
 
     processes: int | None = Field(default=None, ge=1)
-    """Training processes on this machine; null: one per GPU, or 2 on a CPU with 2 or more cores."""
+    """Training processes on this machine; null: one per GPU, one on a CPU."""
 
     cores: int | None = Field(default=None, ge=1)
     """Cores of one training run on a CPU, which is pinned to them (Linux); null: all."""
 
     micro_batch: int | None = Field(default=None, ge=1)
-    """Sequences per process in one forward pass; null: chosen to divide the batch."""
+    """Sequences per process in one forward pass; null: chosen to divide the batch and to
+    fit the memory of a GPU."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the model; auto: cuda if there is a GPU, else cpu."""
 
     compile: bool | None = None
-    """Compile the model with torch.compile; null: on a GPU only."""
+    """Compile the model with torch.compile; null: on a GPU, and on a CPU in runs of some minutes if
+    there is a C++ compiler."""
+
+    attention: AttentionKernel | None = None
+    """Attention kernel that a GPU tries first; null: cudnn on Hopper and Blackwell of data centres,
+    else flash. One that cannot compute the model is passed over."""
 
     restarts: int = Field(default=0, ge=0)
     """Times that training restarts from its last checkpoint after a process died."""
@@ -105,8 +113,8 @@ class Machine(BaseSettings):
     more arithmetic, the same results (gpt2-xl)."""
 
     loss_chunk: int | None = Field(default=None, ge=1)
-    """Tokens whose logits are in memory at a time in training; null: about twice the model's width.
-    More is faster on a GPU with memory to spare (docs/gpu.md)."""
+    """Tokens whose logits are in memory at a time in training; null: chosen from the memory of a
+    GPU; on a CPU about twice the model's width (docs/gpu.md)."""
 
     fresh: bool = False
     """Rebuild everything, ignoring the finished pieces in the store."""

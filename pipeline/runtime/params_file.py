@@ -9,6 +9,7 @@ from ruamel.yaml import YAML
 
 from pipeline.runtime.errors import StageFailed, UserError, printable
 from pipeline.runtime.yaml_size import check_size
+from pipeline.store import atomic
 
 PARAMS = Path("params.yaml")
 SECTIONS = ("source", "curate", "tokenize", "verify", "model", "train", "evaluate")
@@ -48,6 +49,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: The file is missing, is not YAML, or holds no mapping.
     """
     try:
+        atomic.check_regular(path)
         with open(path, "rb") as file:
             data = file.read(_MAX_FILE_BYTES + 1)
     except FileNotFoundError:

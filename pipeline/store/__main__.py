@@ -21,7 +21,7 @@ def _pieces_of_outs(root: Path, store: Store) -> set[tuple[str, str]]:
     """
 
     def load(path: Path) -> dict[str, Any]:
-        value: dict[str, Any] = atomic.parse_json(path.read_bytes()) if path.exists() else {}
+        value: dict[str, Any] = atomic.parse_json(atomic.read_bytes(path)) if path.exists() else {}
         return value
 
     used = {("files", f["sha256"]) for f in load(root / "data/raw/manifest.json").get("files", [])}

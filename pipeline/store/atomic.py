@@ -94,6 +94,16 @@ def check_regular(path: Path) -> None:
         raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        OSError: It cannot be read, or is no file.
+    """
+    check_regular(path)
+    return path.read_bytes()
+
+
 def sha256_file(path: Path) -> str:
     """Return the sha256 of a file in hexadecimal.
 
@@ -151,7 +161,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         OSError: It cannot be read.
         ValueError: It is damaged.
     """
-    value = parse_json(path.read_bytes())
+    value = parse_json(read_bytes(path))
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return unsealed(value) if SEAL in value else value

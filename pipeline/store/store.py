@@ -8,8 +8,8 @@
 
 `piece.json` records size, mtime and sha256 of each file, and its own hash. A file that is small, or
 whose size or mtime differs, is hashed again; a damaged piece is discarded and rebuilt. Outs of DVC
-stages are hard links to these files, so a damaged file is made writable before it is unlinked, see
-`unlink_damaged`. Removing and changing modes never follows a link.
+stages are hard links to these files, so a damaged file is marked before it is unlinked, see
+`mark_damaged`. Removing and changing modes never follows a link.
 """
 
 import contextlib
@@ -116,6 +116,8 @@ class Store:
         path = self.root / "locks" / f"{kind}-{self.path(kind, key).name}"
         with self._writing():
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                atomic.check_regular(path)
             file = open(path, "a")
         with file:
             try:
@@ -231,7 +233,7 @@ def _read_index(folder: Path) -> tuple[dict[str, Any], bool]:
         OSError: It cannot be read.
         ValueError: It is damaged.
     """
-    index = atomic.parse_json((folder / INDEX).read_bytes())
+    index = atomic.parse_json(atomic.read_bytes(folder / INDEX))
     if is_sealed := isinstance(index, dict) and atomic.SEAL in index:
         index = atomic.unsealed(index)
     if (
@@ -252,22 +254,23 @@ def merged_key(chunk_keys: Sequence[str]) -> str:
 
 
 def unlink_damaged(path: Path) -> None:
-    """Remove a damaged file or folder, for which its files are made writable; not through links."""
+    """Remove a damaged file or folder, with `mark_damaged`; not through links."""
     if path.is_dir() and not path.is_symlink():
         for entry in path.iterdir():
             unlink_damaged(entry)
         path.rmdir()
         return
-    make_writable(path)
+    mark_damaged(path)
     path.unlink()
 
 
-def make_writable(damaged: Path) -> None:
-    """Make a damaged file writable for its owner, so that DVC replaces it in its cache.
+def mark_damaged(damaged: Path) -> None:
+    """Have DVC hash a damaged file again, and replace it in its cache.
 
-    The cache holds the same inode by hard link. DVC trusts a read-only object, but hashes one that
-    is writable again, finds that it changed, and replaces it. A symbolic link is followed only to
-    such an object, which DVC has linked where it cannot make hard links.
+    The cache holds the same inode by hard link. DVC trusts an object that is read-only, and one
+    whose time and size are those for which it knows a hash: so the file becomes writable for its
+    owner, and its time is now. A symbolic link is followed only to such an object, which DVC has
+    linked where it cannot make hard links.
     """
     with contextlib.suppress(OSError):  # another user's file
         if damaged.is_symlink():
@@ -277,6 +280,7 @@ def make_writable(damaged: Path) -> None:
         mode = damaged.lstat().st_mode
         if stat.S_ISREG(mode):
             damaged.chmod(stat.S_IMODE(mode) | stat.S_IWUSR)
+            os.utime(damaged)
 
 
 def publish(files: Mapping[str, Path | bytes], out: Path) -> None:

@@ -121,7 +121,7 @@ def tokenize(
         commits.append(ChunkRecord(name=name, chunk_key=key, sha256=sha256))
     selection_key = selected.key if selected else None
     manifest = _manifest(source, selection_key, params, records, commits, shards)
-    publish({**files, NAME: atomic.json_bytes(manifest.model_dump())}, out)
+    publish({**files, NAME: atomic.json_bytes(atomic.sealed(manifest.model_dump()))}, out)
     return manifest
 
 

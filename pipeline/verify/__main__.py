@@ -46,9 +46,11 @@ def main(argv: Sequence[str] = ()) -> None:
     pieces = (store.find("chunks", chunk.chunk_key) for chunk in manifest.chunks)
     engines = engine_metrics([piece for piece in pieces if piece is not None])
     statistics = report.statistics(manifest, engines)
-    for name, table in report.tables().items():
-        atomic.write_bytes(METRICS.with_name(f"{name}.csv"), table.encode())
-    atomic.write_json(STATISTICS, atomic.sealed(statistics))
+    tables = {METRICS.with_name(f"{name}.csv"): text for name, text in report.tables().items()}
+    for path, text in tables.items():
+        atomic.write_bytes(path, text.encode())
+    hashes = {path.name: atomic.sha256_file(path) for path in tables}
+    atomic.write_json(STATISTICS, atomic.sealed({**statistics, "tables_sha256": hashes}))
     atomic.write_json(METRICS, {name: statistics[name] for name in COMPARED})
     atomic.write_json(VERIFIED, {"manifest_sha256": atomic.sha256_file(TOKENS / NAME)})
     warning = statistics.pop("warning", None)

@@ -79,8 +79,7 @@ def part_spans(shard: Shard) -> list[PartSpan]:
 def check_record(path: Path, chunk: ChunkRecord) -> Record | Fault:
     """Return a chunk's commit record, or a fault if it does not match the manifest."""
     try:
-        atomic.check_regular(path)
-        data = path.read_bytes()
+        data = atomic.read_bytes(path)
     except OSError as error:
         return Fault(path, _reason(error))
     if (found := hashlib.sha256(data).hexdigest()) != chunk.sha256:

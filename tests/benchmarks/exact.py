@@ -6,10 +6,12 @@
 the same windows: model, loss, gradient norm, clipping, schedule, decay groups and optimizer are
 written again from their papers, in float64, with no module of train/ except the sampling order.
 Both start from the same weights. Printed are losses, norms and rates side by side, their largest
-differences, and how far the weights are apart at the end. Takes some minutes on two cores.
+differences, and how far the weights are apart at the end. Takes ten minutes on two cores and 6 GB
+of temporary files: the checkpoint of each step.
 
-Rounding errors grow during training. How much is shown by `exact` beside a second float64 loop,
-whose initial weights differ by 6e-8 of themselves, the rounding of float32.
+Rounding errors grow during training, so two more comparisons show what of the difference is no
+rounding: `exact` in float32, which shares no operation with `ours`; and each step of `exact` from
+the weights that `ours` had there, so that nothing grows.
 
 Muon orthogonalizes in bfloat16, here as in its published code (KellerJordan/Muon). So `exact` runs
 twice: with that rounding of the orthogonalization alone, and in float64 throughout.
@@ -22,6 +24,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +41,17 @@ MODEL: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 
 TRAIN: dict[str, Any] = {
     "steps": 300, "batch_tokens": 256, "learning_rate": 1e-3, "warmup_steps": 60, "grad_clip": 0.7,
     "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "min_lr_ratio": 0.1, "seed": 1,
-    "dtype": "float32", "val_every": 300, "checkpoint_every": 300, "log_every": 1,
-    "sample_tokens": 0,
+    "dtype": "float32", "val_every": 300, "checkpoint_every": 1, "keep_every": 1,
+    "log_every": 1, "sample_tokens": 0,
 }  # fmt: skip
 VOCAB = 50257
+KEYS = ("train/loss", "grad_norm", "lr")
 SHOWN = (1, 2, 3, 10, 30, 31, 100, 200, 300)
 MOMENTUM, NEWTON_SCHULZ = 0.95, (3.4445, -4.7750, 2.0315)
 
 Weights = dict[str, Tensor]
 Curves = dict[str, list[float]]
+Run = tuple[Curves, Weights]
 
 
 def layer_norm(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
@@ -126,63 +131,102 @@ class Muon:
         for _ in range(5):
             s = x @ x.T
             x = a * x + (b * s + c * s @ s) @ x
-        return (x.T if g.shape[0] > g.shape[1] else x).double()
+        return (x.T if g.shape[0] > g.shape[1] else x).to(g.dtype)
 
 
-def exact(
-    order: DataOrder, tokens: np.ndarray, muon: torch.dtype | None = None, noise: float = 0.0
-) -> tuple[Curves, Weights]:
-    """Train in float64.
+class Exact:
+    """The training loop.
 
     Args:
         muon: Its dtype, for the matrices of the blocks; None: AdamW for all.
-        noise: Relative, added to the initial weights.
+        dtype: Of everything else.
     """
-    generator = torch.Generator().manual_seed(0)
-    gpt = GPT.initialised(GPTConfig(**MODEL), seed=TRAIN["seed"])
-    w = {name: p.detach().double().requires_grad_() for name, p in gpt.named_parameters()}
-    with torch.no_grad():
-        for p in w.values():
-            p *= 1 + noise * torch.randn(p.shape, generator=generator)
-    optimizers: dict[str, AdamW | Muon] = {
-        name: Muon(p.detach(), muon, 3 if "c_attn" in name else 1)
-        if muon is not None and name.startswith("h.") and p.dim() == 2
-        else AdamW(p.detach())
-        for name, p in w.items()
-    }
-    T, rows = MODEL["block_size"], TRAIN["batch_tokens"] // MODEL["block_size"]
-    curves: Curves = {"train/loss": [], "grad_norm": [], "lr": []}
-    for step in range(TRAIN["steps"]):
-        windows = order.samples(step * rows, rows)[:, None] * T + np.arange(T + 1)
-        loss = summed_loss(w, torch.from_numpy(tokens[windows].astype(np.int64))) / (rows * T)
-        gradients = torch.autograd.grad(loss, list(w.values()))
+
+    def __init__(
+        self,
+        order: DataOrder,
+        tokens: np.ndarray,
+        muon: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        self.order, self.tokens = order, tokens
+        gpt = GPT.initialised(GPTConfig(**MODEL), seed=TRAIN["seed"])
+        self.w = {n: p.detach().to(dtype).requires_grad_() for n, p in gpt.named_parameters()}
+        self.optimizers: dict[str, AdamW | Muon] = {
+            name: Muon(p.detach(), muon, 3 if "c_attn" in name else 1)
+            if muon is not None and name.startswith("h.") and p.dim() == 2
+            else AdamW(p.detach())
+            for name, p in self.w.items()
+        }
+
+    def step(self, step: int) -> tuple[float, float, float]:
+        """Train one step; return loss, gradient norm and rate."""
+        T, rows = MODEL["block_size"], TRAIN["batch_tokens"] // MODEL["block_size"]
+        windows = self.order.samples(step * rows, rows)[:, None] * T + np.arange(T + 1)
+        batch = torch.from_numpy(self.tokens[windows].astype(np.int64))
+        loss = summed_loss(self.w, batch) / (rows * T)
+        gradients = torch.autograd.grad(loss, list(self.w.values()))
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
         with torch.no_grad():
             scale = min(1.0, TRAIN["grad_clip"] / (norm + 1e-6))  # PyTorch adds 1e-6
-            for (name, p), g in zip(w.items(), gradients, strict=True):
-                optimizers[name].update(p, g * scale, rate(step))
-        for curve, value in zip(curves.values(), (loss.item(), norm, rate(step)), strict=True):
-            curve.append(value)
-    return curves, {name: p.detach() for name, p in w.items()}
+            for (name, p), g in zip(self.w.items(), gradients, strict=True):
+                self.optimizers[name].update(p, g * scale, rate(step))
+        return loss.item(), norm, rate(step)
+
+    def run(self) -> Run:
+        """Train all steps."""
+        values = [self.step(step) for step in range(TRAIN["steps"])]
+        return curves(values), self.w
+
+    def follow(self, folders: list[Path]) -> Run:
+        """Train each step from the weights of the checkpoint before it, with own moments.
+
+        Prints the largest distance of the weights after one step.
+        """
+        values, apart = [], dict.fromkeys(self.w, 0.0)
+        theirs: Weights = {}
+        for step, folder in enumerate(folders):
+            for name, w in theirs.items():
+                self.w[name].detach().copy_(w)
+            values.append(self.step(step))
+            theirs = load_file(folder / "model.safetensors")
+            for name, w in theirs.items():
+                apart[name] = max(apart[name], distance(w, self.w[name].detach()))
+        worst = max(apart, key=lambda name: apart[name])
+        print(f"\nweights after one step: at most {apart[worst]:.1e} of their norm ({worst})")
+        return curves(values), self.w
 
 
-def ours(project: Project) -> tuple[Curves, Weights]:
-    """Run `train.launch` in a project; return its log and its weights."""
+def curves(values: Iterable[tuple[float, ...]]) -> Curves:
+    return dict(zip(KEYS, map(list, zip(*values, strict=True)), strict=True))
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Distance of weights, as a fraction of the norm of the second."""
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
+
+
+def ours(project: Project) -> tuple[Run, list[Path]]:
+    """Run `train.launch` in a project; return its log and weights, and its checkpoints."""
     command = [sys.executable, "-m", "train.launch"]
     machine = {"GPT2_PROCESSES": 2, "GPT2_MICRO_BATCH": 2, "GPT2_TIMEOUT": 7200}
     subprocess.run(command, cwd=project.folder, env=project.environ(**machine), check=True)
     lines = (project.folder / "artifacts/log.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "train/loss" in record]
-    curves = {key: [r[key] for r in records] for key in ("train/loss", "grad_norm", "lr")}
-    return curves, load_file(project.folder / "artifacts/checkpoint/model.safetensors")
+    checkpoints = sorted(project.folder.glob(".work/runs/*/step-*"))
+    assert len(checkpoints) == TRAIN["steps"], checkpoints
+    weights = load_file(project.folder / "artifacts/checkpoint/model.safetensors")
+    return (curves(tuple(r[key] for key in KEYS) for r in records), weights), checkpoints
 
 
-def compare(mine: tuple[Curves, Weights], right: tuple[Curves, Weights]) -> None:
+def compare(title: str, mine: Run, right: Run) -> None:
     """Print two runs side by side, and their largest differences."""
     a, b = mine[0], right[0]
+    print(f"\n{title}")
     print(f"{'step':>5} {'loss':>10} {'exact':>10} {'norm':>10} {'exact':>10} {'rate':>10} exact")
     for i in (step - 1 for step in SHOWN):
-        print(f"{i + 1:5d}", *(f"{c[k][i]:10.7f}" for k in a for c in (a, b)))
+        print(f"{i + 1:5d}", *(f"{c[k][i]:10.7f}" for k in KEYS for c in (a, b)))
 
     def difference(key: str) -> np.ndarray:
         return np.abs(np.subtract(a[key], b[key]))
@@ -190,10 +234,11 @@ def compare(mine: tuple[Curves, Weights], right: tuple[Curves, Weights]) -> None
     clipped = sum(norm > TRAIN["grad_clip"] for norm in b["grad_norm"])
     print(f"{len(b['lr'])} steps, clipped in {clipped}; largest differences:")
     loss = difference("train/loss")
-    print(f"  loss {loss.max():.1e} nats, mean {loss.mean():.1e}")
+    early = loss[:30].max()
+    print(f"  loss {loss.max():.1e} nats, mean {loss.mean():.1e}, up to step 30 {early:.1e}")
     print(f"  gradient norm {(difference('grad_norm') / b['grad_norm']).max():.1e} of it")
     print(f"  rate {(difference('lr') / b['lr']).max():.1e} of it")
-    apart = {n: float((mine[1][n].double() - w).norm() / w.norm()) for n, w in right[1].items()}
+    apart = {name: distance(mine[1][name], w) for name, w in right[1].items()}
     worst = max(apart, key=lambda name: apart[name])
     print(f"  weights after the last step: {apart[worst]:.1e} of their norm ({worst})", flush=True)
 
@@ -213,19 +258,19 @@ def main() -> None:
         splits = {"train": [tokens], "val": [some_tokens(2000, seed=2)]}
         write_tokens(project.folder / "data/tokens", splits)
         project.verify()
-        mine = ours(project)
-    T = MODEL["block_size"]
-    order = DataOrder(n_tokens=len(tokens), block_size=T, seed=TRAIN["seed"])
-    if args.optimizer == "adamw":
-        right = exact(order, tokens)
-        print("\nours beside float64")
-        compare(mine, right)
-        print("\nfloat64 beside float64 from rounded weights")
-        compare(exact(order, tokens, noise=6e-8), right)
-        return
-    for muon in (torch.bfloat16, torch.float64):
-        print(f"\nours beside float64, orthogonalized in {muon}")
-        compare(mine, exact(order, tokens, muon))
+        T = MODEL["block_size"]
+        order = DataOrder(n_tokens=len(tokens), block_size=T, seed=TRAIN["seed"])
+        mine, checkpoints = ours(project)
+        muon = torch.bfloat16 if args.optimizer == "muon" else None
+        right = Exact(order, tokens, muon).run()
+        compare("ours beside float64", mine, right)
+        plain = Exact(order, tokens, muon, dtype=torch.float32).run()
+        compare("a plain loop in float32 beside float64", plain, right)
+        followed = Exact(order, tokens, muon).follow(checkpoints)
+        compare("ours beside float64, each step from our weights", mine, followed)
+        if muon is not None:
+            right = Exact(order, tokens, torch.float64).run()
+            compare("ours beside float64, orthogonalized in float64", mine, right)
 
 
 if __name__ == "__main__":

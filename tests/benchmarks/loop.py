@@ -40,7 +40,7 @@ def bare_step(run: Run) -> Callable[[], None]:
     inputs, targets = torch.randint(50257, (2, *shape)).unbind()
 
     def step() -> None:
-        loss = summed_loss(gpt, inputs, targets, run.params.dtype) / run.params.batch_tokens
+        loss = summed_loss(gpt, inputs, targets, run.dtype) / run.params.batch_tokens
         loss.backward()
         clip_gradients(gpt.parameters(), 1.0)
         optimizer.step()

@@ -46,7 +46,7 @@ from model.init import STD
 from model.size import flops_per_token
 from pipeline.runtime.params_file import read_yaml, validate
 from train.data.split import MICRO_BATCH_TOKENS
-from train.numerics import clip_gradients
+from train.numerics import clip_gradients, native_dtype
 from train.optim.param_groups import adamw, decay_groups
 from train.params import ModelParams, TrainParams
 from train.preset import read_preset
@@ -352,7 +352,7 @@ def main() -> None:
         train = validate(TrainParams, sections["train"], "train")
         config = validate(ModelParams, sections["model"], "model").config()
         batch = min(train.batch_tokens, MICRO_BATCH_TOKENS["cpu"]) // config.block_size
-        dtypes = [args.dtype or train.dtype]
+        dtypes = [args.dtype or train.resolved(native_dtype("cpu")).dtype]
     elif args.size:
         config = GPTConfig.named(args.size, block_size=args.block_size or 1024)
         batch = 1

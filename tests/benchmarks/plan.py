@@ -165,7 +165,12 @@ class Published:
         model = params.model.model_copy(update=update)
         train = params.train.model_copy(update={"batch_tokens": self.batch_tokens})
         params = replace(params, model=model, train=train)
-        options = Options(hardware=self.hardware, gpus=self.gpus, micro_batch=self.micro_batch)
+        options = Options(
+            hardware=self.hardware,
+            gpus=self.gpus,
+            micro_batch=self.micro_batch,
+            loss_chunk=2 * self.sizes[-1],  # about the model's default, to which the MFU applies
+        )
         return make_plan(params, options)
 
     @property

@@ -58,7 +58,13 @@ def test_training_and_evaluation_compile_to_two_graphs(
     steps, autocast, masking, checkpointed, monkeypatch
 ):
     """The number of graphs depends on tracing only, so a backend without code generation does."""
-    config = dataclasses.replace(CONFIG, checkpoint_activations=checkpointed)
+    config = dataclasses.replace(
+        CONFIG,
+        checkpoint_activations=checkpointed,
+        positions="rotary" if checkpointed else "learned",
+        qk_norm=checkpointed,
+        activation="relu_squared" if checkpointed else "gelu",
+    )
     monkeypatch.setattr("model.attention.EOT", 119)  # in each of three batches
     model, eager = GPT(config), GPT(config)
     model.document_masking = eager.document_masking = masking

@@ -22,11 +22,13 @@ def test_published_sizes():
 
 
 def test_config_is_frozen_and_survives_json():
-    config = GPTConfig(**TINY, loss_chunk=7, document_positions=False)
+    config = GPTConfig(**TINY, loss_chunk=7, document_positions=False, positions="rotary")
     assert GPTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert GPTConfig(**TINY, loss_chunk=0) == GPTConfig(**TINY)
     with pytest.raises(AttributeError):
         config.n_layer = 3  # type: ignore[misc]
+    assert GPTConfig.from_dict(TINY).variants == {}  # also of checkpoints older than these keys
+    assert config.variants == {"positions": "rotary"}
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,12 @@ def test_config_is_frozen_and_survives_json():
         ({"loss_chunk": -2}, "loss_chunk"),
         ({"checkpoint_activations": "yes"}, "checkpoint_activations"),
         ({"n_layers": 2}, "'n_layer'"),
+        ({"positions": "alibi"}, "positions"),
+        ({"positions": None}, "positions"),
+        ({"activation": ["gelu"]}, "activation"),
+        ({"qk_norm": 1}, "qk_norm"),
+        ({"zero_init": "yes"}, "zero_init"),
+        ({"positions": "rotary", "n_embd": 34}, "n_embd (34)"),
     ],
 )
 def test_invalid_fields_are_named_in_one_line(change, named):

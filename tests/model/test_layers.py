@@ -1,5 +1,8 @@
 """Tests for layers and attention: explicit equals fused, in values, gradients and dtypes."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask
@@ -7,6 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from model import GPT, GPTConfig
 from model.attention import document_mask, document_positions, explicit_attention, fused_attention
 from model.layers import GELU, Embedding, LayerNorm, Linear
+from model.variants import ReLUSquared, RMSNorm
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=300)
 LAYERS = {
@@ -14,7 +18,10 @@ LAYERS = {
     "linear without bias": lambda kind: Linear(24, 40, kind, bias=False),
     "layer_norm": lambda kind: LayerNorm(24, kind),
     "gelu": lambda kind: GELU(kind),
+    "rms_norm": lambda kind: RMSNorm(kind),
+    "relu_squared": lambda kind: ReLUSquared(kind),
 }
+VARIANTS: dict[str, Any] = {"positions": "rotary", "qk_norm": True, "activation": "relu_squared"}
 BF16_STEP = 2.0**-8
 
 
@@ -56,9 +63,9 @@ def test_explicit_layer_equals_fused(name, autocast):
         assert distance(a, b) < (BF16_STEP if autocast else 1e-5)
 
 
-@pytest.mark.parametrize("make", [LAYERS["gelu"], LAYERS["linear"], LAYERS["layer_norm"]])
-def test_bfloat16_input_without_autocast_keeps_its_dtype(make):
-    fused, explicit = twins(lambda kind: make(kind).bfloat16())
+@pytest.mark.parametrize("name", ["linear", "layer_norm", "gelu", "rms_norm", "relu_squared"])
+def test_bfloat16_input_without_autocast_keeps_its_dtype(name):
+    fused, explicit = twins(lambda kind: LAYERS[name](kind).bfloat16())
     x = torch.randn(3, 24).bfloat16()
     assert fused(x).dtype == explicit(x).dtype == torch.bfloat16
     assert distance(explicit(x), fused(x)) < 2 * BF16_STEP
@@ -114,10 +121,15 @@ def test_document_mask_and_positions():
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("documents", [False, True], ids=["plain", "documents"])
-def test_explicit_model_equals_fused(autocast, documents):
+@pytest.mark.parametrize(
+    ("documents", "options"),
+    [(False, {}), (True, {}), (False, VARIANTS), (True, VARIANTS)],
+    ids=["plain", "documents", "variants", "variants and documents"],
+)
+def test_explicit_model_equals_fused(autocast, documents, options):
     torch.manual_seed(0)
-    fused, explicit = GPT(TINY), GPT(TINY, implementation="explicit")
+    config = dataclasses.replace(TINY, **options)
+    fused, explicit = GPT(config), GPT(config, implementation="explicit")
     tokens, targets = torch.randint(300, (2, 2, 32)).unbind()
     ids = torch.arange(32).expand(2, 32) // 10 if documents else None
     results = []

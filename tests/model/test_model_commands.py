@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from model import GPT, GPTConfig, checkpoint, command, export, generate, import_hf
+from model import GPT, GPTConfig, checkpoint, export, generate, import_hf
 from model.config import EOT
 from model.generate import decode_stream
 from pipeline.format.tokenizer import encode
@@ -24,20 +24,6 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     checkpoint.write(folder, CONFIG, GPT(CONFIG).state_dict(), {})
     return folder
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a command in this process; return exit status, stdout and stderr."""
-
-    def call(module, *flags):
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, flags)])
-        with pytest.raises(SystemExit) as caught:
-            command.run(module.main)
-        out, err = capsys.readouterr()
-        return caught.value.code, out, err
-
-    return call
 
 
 def fails(result, *named):
@@ -132,6 +118,7 @@ def test_export_and_import_name_wrong_folders(saved, call, tmp_path, monkeypatch
     assert fails(call(export, "--checkpoint", saved, "--out", tmp_path / "file"), "file")
     assert fails(call(import_hf, saved, "--out", tmp_path / "new"), "config.json")
     assert fails(call(import_hf, tmp_path / "hf", "--out", saved), "--out", str(saved))
+    assert fails(call(import_hf, "", "--out", tmp_path / "new"), "DIR")  # not the folder we are in
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
     assert fails(call(import_hf, tmp_path / "none", "--out", tmp_path / "new"), "none")
     assert not (tmp_path / "new").exists()

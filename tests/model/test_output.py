@@ -165,7 +165,7 @@ def test_a_link_or_file_in_place_of_the_hidden_folder_is_refused(
         assert run(*flags, "--out", tmp_path / "out") == 2
 
 
-@pytest.mark.parametrize("out", ["", "a\0b", "x" * 300])
+@pytest.mark.parametrize("out", ["", "a\0b", "x" * 300, "loop", "loop/x", "file/x"])
 def test_a_path_that_no_folder_can_have_is_refused(
     folders: tuple[Path, Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -174,6 +174,8 @@ def test_a_path_that_no_folder_can_have_is_refused(
     out: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
     for _, (module, *flags) in commands(*folders):
         monkeypatch.setattr(sys, "argv", ["command", *map(str, flags), "--out", out])
         with pytest.raises(SystemExit) as caught:

@@ -31,9 +31,13 @@ def test_parameter_counts_are_the_published_ones(name, count):
     assert parameter_count(config, embeddings=False) == count - tables
 
 
-@pytest.mark.parametrize("T", [16, 48])
-def test_flops_equal_those_counted_by_pytorch(T):
-    config = GPTConfig(n_layer=3, n_head=2, n_embd=32, block_size=64, vocab_size=300, loss_chunk=20)
+@pytest.mark.parametrize(
+    ("T", "options"), [(16, {}), (48, {}), (16, {"positions": "rotary", "qk_norm": True})]
+)
+def test_flops_equal_those_counted_by_pytorch(T, options):
+    config = GPTConfig(
+        n_layer=3, n_head=2, n_embd=32, block_size=64, vocab_size=300, loss_chunk=20, **options
+    )
     gpt = GPT(config, implementation="explicit")
     tokens = torch.randint(300, (2, T))
     with FlopCounterMode(display=False) as counter:
@@ -42,6 +46,16 @@ def test_flops_equal_those_counted_by_pytorch(T):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         gpt(tokens)
     assert counter.get_total_flops() == 2 * T * flops_per_token(config, T, backward=False)
+
+
+def test_rotary_positions_have_no_table():
+    config = GPTConfig.named("gpt2", positions="rotary")
+    assert parameter_count(config) == 124_439_808 - 1024 * 768
+    assert parameter_count(config, embeddings=False) == 85_056_000
+    with torch.device("meta"):
+        gpt = GPT(config)
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in gpt.state_dict().items()]
+    assert list(parameter_shapes(config)) == shapes
 
 
 def test_the_chunked_loss_has_the_flops_of_the_plain_loss():

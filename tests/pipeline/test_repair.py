@@ -31,15 +31,18 @@ def rwlock(pid: int) -> str:
 
 def test_torn_files_of_dvc_are_repaired_and_others_are_kept(project: Path) -> None:
     done = project / ".dvc/cache/runs/ab/abcd/ef01"
-    torn = [done.with_name("ef01.x7.tmp"), done.parents[1] / "ab02/.x7.tmp"]
-    for path in (done, *torn):
+    token = ".HrVB8rG-_LMBalT7q1jMEg.tmp"
+    torn = [done.with_name(f"ef01{token}"), done.parents[1] / "ab02" / token]
+    torn += [project / ".dvc/cache/files/md5/02" / f"0c4e.dir{token}", project / "data" / token]
+    ours = project / "data/.manifest.json.host.123.tmp"
+    for path in (done, ours, *torn, project / token):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(GOOD)
     (project / ".dvc/tmp/rwlock").write_text(rwlock(1)[:-9])
     repo_lock = project / ".dvc/tmp/lock"  # which DVC keeps
-    assert len([*repair.repair()]) == 4  # two files, a folder, and the rwlock
+    assert len([*repair.repair()]) == 7  # five files, a folder, and the rwlock
     kept = {p for p in project.rglob("*") if p.is_file()}
-    assert kept == {project / "dvc.lock", done, repo_lock}
+    assert kept == {project / "dvc.lock", done, ours, repo_lock}
     assert not torn[1].parent.exists()
     assert [*repair.repair()] == []
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from tests.reliability.damage import DAMAGES, Damages, Outcome
 from tests.reliability.stages import Stages
 from tests.support.downloads import hub_variables, sample_files
 from tests.support.hub import Hub
+from tests.support.pages import replace_between
 from tests.support.repo import REPO
 
 PAGE = REPO / "docs/reliability.md"
@@ -69,7 +69,7 @@ def table(results: Sequence[Result]) -> str:
 
 def damage_table(outcomes: Sequence[Outcome]) -> str:
     """Format what happened to damaged files as a table in Markdown."""
-    lines = ["| file | flipped bit | truncation |", "|---|---|---|"]
+    lines = [f"| file | {' | '.join(DAMAGES)} |", "|---|" + "---|" * len(DAMAGES)]
     found = {(o.kind, o.damage): o.what + (" (problem)" if o.problems else "") for o in outcomes}
     for kind in dict.fromkeys(o.kind for o in outcomes):
         lines.append(f"| `{kind}` | " + " | ".join(found[kind, how] for how in DAMAGES) + " |")
@@ -80,10 +80,7 @@ def write(name: str, text: str) -> None:
     """Replace the part of the page between the markers of this name."""
     begin, end = f"<!-- {name}: written by python -m tests.reliability -->", f"<!-- /{name} -->"
     page = PAGE.read_text(encoding="utf-8")
-    assert begin in page, f"{PAGE}: no {begin}"
-    pattern = re.escape(begin) + ".*?" + re.escape(end)
-    page = re.sub(pattern, lambda _: f"{begin}\n{text}\n{end}", page, flags=re.DOTALL)
-    PAGE.write_text(page, encoding="utf-8")
+    PAGE.write_text(replace_between(page, begin, end, text), encoding="utf-8")
 
 
 def measured_on(form: str, seconds: float) -> str:

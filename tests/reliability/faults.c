@@ -9,7 +9,11 @@
  *   mode 0    count only; each call becomes a line of the trace: name, needs, path
  *   mode -1   SIGKILL before call number `at`
  *   mode -2   SIGKILL in the middle of it: a write writes half
+ *   mode -3   from this call on, the wall clock is an hour earlier
  *   mode n    call number `at` fails with errno n; with ENOSPC, all later calls that need space too
+ *
+ * The variable CLOCK names a file with a long: seconds by which the wall clock differs, now, for all
+ * processes that have the variable. Times of files are the kernel's, and do not change.
  *
  * fsync is counted and skipped: a killed process loses no written byte, and a test need not wait.
  */
@@ -18,16 +22,21 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <pthread.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/time.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { SPACE = 1, DATA = 2, PERMISSION = 4 }; /* what a call needs: see `applies` */
@@ -38,6 +47,8 @@ static long mode, at;
 static int trace = -1;
 static pid_t armed;
 static atomic_long calls;
+static long own_clock;
+static volatile long *seconds = &own_clock; /* added to the wall clock */
 
 void faults_arm(const char *folder, long how, long number, const char *trace_path) {
     snprintf(root, sizeof root, "%s/", folder);
@@ -54,6 +65,11 @@ __attribute__((constructor)) static void arm_by_variable(void) {
     if (text && sscanf(text, "%ld:%ld:%4095[^:]:%4095s", &how, &number, folder, trace_path) >= 3)
         faults_arm(folder, how, number, trace_path);
     unsetenv("FAULTS");
+    int fd = getenv("CLOCK") ? syscall(SYS_openat, AT_FDCWD, getenv("CLOCK"), O_RDONLY | O_CLOEXEC) : -1;
+    if (fd < 0) return;
+    void *shared = mmap(NULL, sizeof *seconds, PROT_READ, MAP_SHARED, fd, 0);
+    if (shared != MAP_FAILED) seconds = shared;
+    syscall(SYS_close, fd);
 }
 
 static void die(void) {
@@ -104,6 +120,7 @@ static int counted(const char *name, int needs, int fd, const char *path) {
     }
     if (mode == -1 && fires) die();
     if (mode == -2 && fires) return 2;
+    if (mode == -3 && fires) *seconds = -3600;
     if (mode > 0 && (fires || (mode == ENOSPC && number > at)) && applies(needs)) {
         errno = (int)mode;
         return 1;
@@ -270,4 +287,47 @@ int fchmodat(int fd, const char *path, mode_t bits, int flags) {
 int utimensat(int fd, const char *path, const struct timespec times[2], int flags) {
     FAULT("utime", PERMISSION, fd, path)
     return REAL(int, utimensat, int, const char *, const struct timespec *, int)(fd, path, times, flags);
+}
+
+/* The wall clock, and waits that end at one of its times. */
+
+#define CACHED(type, name, ...)                                              \
+    static type (*real)(__VA_ARGS__);                                        \
+    if (!real) real = (type(*)(__VA_ARGS__))dlsym(RTLD_NEXT, name);
+int clock_gettime(clockid_t clock, struct timespec *t) {
+    CACHED(int, "clock_gettime", clockid_t, struct timespec *)
+    int result = real(clock, t);
+    if (!result && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE)) t->tv_sec += *seconds;
+    return result;
+}
+int gettimeofday(struct timeval *restrict t, void *restrict zone) {
+    CACHED(int, "gettimeofday", struct timeval *, void *)
+    int result = real(t, zone);
+    if (!result) t->tv_sec += *seconds;
+    return result;
+}
+time_t time(time_t *out) {
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t);
+    if (out) *out = t.tv_sec;
+    return t.tv_sec;
+}
+/* As the kernel has it; times of CLOCK_MONOTONIC, which a wait may have as well, are small. */
+static struct timespec of_kernel(const struct timespec *end) {
+    struct timespec t = *end;
+    if (t.tv_sec > 1000000000) t.tv_sec -= *seconds;
+    return t;
+}
+int pthread_cond_timedwait(pthread_cond_t *restrict condition, pthread_mutex_t *restrict mutex,
+                           const struct timespec *restrict end) {
+    static int (*real)(pthread_cond_t *, pthread_mutex_t *, const struct timespec *);
+    if (!real) *(void **)&real = dlvsym(RTLD_NEXT, "pthread_cond_timedwait", "GLIBC_2.3.2");
+    if (!real) *(void **)&real = dlsym(RTLD_NEXT, "pthread_cond_timedwait");
+    struct timespec t = of_kernel(end);
+    return real(condition, mutex, &t);
+}
+int sem_timedwait(sem_t *restrict semaphore, const struct timespec *restrict end) {
+    CACHED(int, "sem_timedwait", sem_t *, const struct timespec *)
+    struct timespec t = of_kernel(end);
+    return real(semaphore, &t);
 }

@@ -1,4 +1,7 @@
-"""Loss of each kind of process: one is killed or stopped, and the same command is run again.
+"""Loss of each kind of process, and a clock that is set back; then the same command runs again.
+
+A process is killed, stopped for good, or stopped and continued, by signals to real Ray and real
+torchrun. The clock is that of faults.c, in all processes.
 
 The first run must end by itself within `END` seconds; no process of it may be alive `GONE` seconds
 later, and so none of its ports is open; nothing may be left in /dev/shm. The second run must end
@@ -9,26 +12,49 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import struct
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
 from tests.reliability.commit_points import Result
+from tests.reliability.stages import compile_faults
 from tests.support import small_data, training
 from tests.support.waiting import wait_for
 
 END, GONE = 300.0, 30.0  # seconds
 SHARED_MEMORY = Path("/dev/shm")
 TIMEOUT = 5  # seconds, of ranks for each other
+STOPPED = 30.0  # seconds; longer than that timeout, and than Ray waits for a node
+HOUR = 3600
 
-Case = tuple["Choose", signal.Signals, bool | None]
 Choose = Callable[[list[psutil.Process], int], list[psutil.Process]]
 """From all processes of a run and the id of the first, those that the fault hits."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What happens to a run.
+
+    Attributes:
+        choose: The processes that are hit.
+        number: The signal that they get.
+        completes: Whether the same run ends with status 0; None: it may.
+        continues: Whether they continue after `STOPPED` seconds.
+        clock: Whether the clock is set back, for this run and the next.
+    """
+
+    choose: Choose
+    number: signal.Signals
+    completes: bool | None
+    continues: bool = False
+    clock: bool = False
 
 
 def named(*parts: str) -> Choose:
@@ -50,6 +76,11 @@ def everything(processes: list[psutil.Process], _: int) -> list[psutil.Process]:
     return processes
 
 
+def nobody(processes: list[psutil.Process], _: int) -> list[psutil.Process]:
+    """Choose no process."""
+    return []
+
+
 def ranks(*numbers: int) -> Choose:
     """Choose ranks of a training run."""
 
@@ -60,20 +91,33 @@ def ranks(*numbers: int) -> Choose:
 
 
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
-RAY_CASES: dict[str, Case] = {
-    "a Ray worker killed": (named("ray::"), KILL, True),
-    "the raylet killed": (named("raylet/raylet"), KILL, False),
-    "the GCS killed": (named("gcs_server"), KILL, None),
-    "the driver killed": (first, KILL, False),
-    "all processes killed": (everything, KILL, False),
+_CLOCK_CASES = {
+    "the clock set back by an hour": Case(nobody, KILL, True, clock=True),
+    "all processes killed, then the clock set back": Case(everything, KILL, False, clock=True),
 }
-"""What is hit, by which signal, and whether the same run ends with status 0; None: it may."""
-TRAINING_CASES: dict[str, Case] = {
-    "a rank killed": (ranks(1), KILL, False),
-    "all ranks killed": (ranks(0, 1), KILL, False),
-    "torchrun's agent killed": (first, KILL, False),
-    "all processes killed": (everything, KILL, False),
-    "a rank stopped for longer than the timeout": (ranks(1), STOP, False),
+RAY_CASES = {
+    "a Ray worker killed": Case(named("ray::"), KILL, True),
+    "the raylet killed": Case(named("raylet/raylet"), KILL, False),
+    "the GCS killed": Case(named("gcs_server"), KILL, None),
+    "the driver killed": Case(first, KILL, False),
+    "all processes killed": Case(everything, KILL, False),
+    "a Ray worker stopped for 30 s": Case(named("ray::"), STOP, True, continues=True),
+    "the raylet stopped for 30 s": Case(named("raylet/raylet"), STOP, None, continues=True),
+    "the GCS stopped for 30 s": Case(named("gcs_server"), STOP, None, continues=True),
+    "the driver stopped for 30 s": Case(first, STOP, None, continues=True),
+    "all processes stopped for 30 s": Case(everything, STOP, None, continues=True),
+    **_CLOCK_CASES,
+}
+TRAINING_CASES = {
+    "a rank killed": Case(ranks(1), KILL, False),
+    "all ranks killed": Case(ranks(0, 1), KILL, False),
+    "torchrun's agent killed": Case(first, KILL, False),
+    "all processes killed": Case(everything, KILL, False),
+    "a rank stopped for good": Case(ranks(1), STOP, False),
+    "a rank stopped for 30 s": Case(ranks(1), STOP, False, continues=True),
+    "torchrun's agent stopped for 30 s": Case(first, STOP, True, continues=True),
+    "all processes stopped for 30 s": Case(everything, STOP, None, continues=True),
+    **_CLOCK_CASES,
 }
 
 
@@ -82,13 +126,14 @@ def hit_tokenize(folder: Path, case: str) -> Result:
     raw = small_data.write_raw(folder / "raw", [small_data.some_texts(120)], group=2)
     project = small_data.Project(folder / "project", raw, shard_tokens=1000)
     expected = small_data.Project(folder / "undisturbed", raw, shard_tokens=1000)
-    assert expected.run("tokenize").returncode == 0
+    undisturbed = expected.run("tokenize")
+    assert undisturbed.returncode == 0, undisturbed.stderr
 
     def is_busy() -> bool:
         return len([*(project.root / ".work/chunks").glob("*")]) >= 2
 
-    def second_run() -> str | None:
-        done = project.run("tokenize")
+    def second_run(variables: Mapping[str, str]) -> str | None:
+        done = project.run("tokenize", **variables)
         if done.returncode != 0:
             return f"second run: status {done.returncode}: {done.stderr[-200:]}"
         same = small_data.hashes(project.tokens) == small_data.hashes(expected.tokens)
@@ -114,8 +159,8 @@ def hit_train(folder: Path, case: str) -> Result:
     def is_busy() -> bool:
         return any((folder / ".work/runs").glob("*/step-*"))
 
-    def second_run() -> str | None:
-        done = project.run("train.launch", GPT2_PROCESSES=2)
+    def second_run(variables: Mapping[str, str]) -> str | None:
+        done = project.run("train.launch", GPT2_PROCESSES=2, **variables)
         if done.returncode != 0:
             return f"second run: status {done.returncode}: {done.stderr[-200:]}"
         return None if project.weights() == weights else "second run: other weights"
@@ -132,9 +177,14 @@ def _test(
     folder: Path,
     environment: Mapping[str, str],
     is_busy: Callable[[], bool],
-    second_run: Callable[[], str | None],
+    second_run: Callable[[Mapping[str, str]], str | None],
 ) -> Result:
-    choose, number, goes_on = cases[case]
+    what = cases[case]
+    clock = folder.with_name(f"{folder.name}.clock")
+    clock.write_bytes(struct.pack("l", 0))
+    variables = {}
+    if what.clock:
+        variables = {"LD_PRELOAD": str(compile_faults(folder.parent)), "CLOCK": str(clock)}
     begin, mark = time.monotonic(), uuid.uuid4().hex
     result = Result(case, stage, points=1, of=1)
     shared = set(SHARED_MEMORY.iterdir())
@@ -143,7 +193,7 @@ def _test(
         process = subprocess.Popen(
             command,
             cwd=folder,
-            env={**environment, "RELIABILITY": mark},
+            env={**environment, **variables, "RELIABILITY": mark},
             stdout=out,
             stderr=out,
             start_new_session=True,
@@ -153,21 +203,25 @@ def _test(
         wait_for(lambda: is_busy() or process.poll() is not None, END, every=0.01)
 
         def found() -> bool:
-            hit[:] = choose(_marked(mark), process.pid)
-            return bool(hit) or process.poll() is not None
+            hit[:] = what.choose(_marked(mark), process.pid)
+            return bool(hit) or what.choose is nobody or process.poll() is not None
 
         wait_for(found, END, every=0.01)
-        if not hit:
+        if process.poll() is not None:
             result.unexplained.append(f"{stage}, {case}: ended before the fault")
-        for victim in hit:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                victim.send_signal(number)
+        _send(hit, what.number)
+        if what.clock:
+            with open(clock, "r+b") as file:
+                file.write(struct.pack("l", -HOUR))
+        if what.continues:
+            time.sleep(STOPPED)
+            _send(hit, signal.SIGCONT)
         try:
             process.wait(END)
         except subprocess.TimeoutExpired:
             result.unexplained.append(f"{stage}, {case}: hangs: {log.read_text()[-200:]}")
         else:
-            if goes_on is not None and goes_on != (process.returncode == 0):
+            if what.completes is not None and what.completes != (process.returncode == 0):
                 end = f"status {process.returncode}: {log.read_text()[-300:]}"
                 result.unexplained.append(f"{stage}, {case}: {end}")
         if left := _wait_until_gone(mark):
@@ -180,11 +234,17 @@ def _test(
         for orphan in _marked(mark):
             with contextlib.suppress(psutil.NoSuchProcess):
                 orphan.kill()
-    if problem := second_run():
+    if problem := second_run(variables):
         result.lost.append(f"{stage}, {case}: {problem}")
     result.survived = int(not result.lost and not result.unexplained)
     result.seconds = time.monotonic() - begin
     return result
+
+
+def _send(processes: list[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 def _wait_until_gone(mark: str) -> list[str]:

@@ -57,8 +57,15 @@ _VARIES = {
 }  # fmt: skip
 # Files that differ altogether: locks, starts (one more line per start), and curves of such keys.
 _VARYING_FILES = ("starts.jsonl", *(f"{name}.tsv" for name in sorted(_VARIES)))
-# What DVC leaves in its cache and beside dvc.yaml when it is killed; nothing reads it.
-_OF_DVC = re.compile(r"(^|/)\.[\w-]{22}\.tmp$")
+# What the report shows of times: tiles, rows of tables, and charts.
+_TIMES_IN_REPORT = re.compile(
+    r'<div class="tile"><b>[^<]*</b><span>(tokens per second|training time)</span></div>'
+    r"|<tr><th>(training, without [^<]*|seconds per step|tokens per second|process-hours"
+    r"|operations per second|fraction of the devices[^<]*|peak memory of rank 0)</th>"
+    r"<td[^>]*>[^<]*</td></tr>"
+    r"|<figcaption>(Throughput|MFU|Data wait|Memory)\b.*?</figure>",
+    re.DOTALL,
+)
 _NOT_RESULTS = (".work/locks/", ".dvc/tmp/", "home/", ".git/")
 
 
@@ -128,10 +135,19 @@ def contents(folder: Path) -> dict[str, str]:
     return found
 
 
+def read(path: Path) -> bytes:
+    """Return the content of a file, or a word for what is none."""
+    return path.read_bytes() if path.is_file() else b"not a regular file"
+
+
 def _comparable(path: Path) -> bytes:
     if path.name in _VARYING_FILES:
         return b""
-    data = path.read_bytes()
+    data = read(path)
+    if path.suffix == ".html":
+        return _TIMES_IN_REPORT.sub("", data.decode(errors="surrogateescape")).encode(
+            errors="surrogateescape"
+        )
     if len(data) > 1 << 17:  # vocabularies and tensors, without times
         return data
     try:
@@ -154,9 +170,8 @@ def _without_times(value: Any) -> Any:
 
 def differences(found: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:
     """Describe how the contents of a folder differ from those of an undisturbed run."""
-    more = (name for name in found.keys() - expected.keys() if not _OF_DVC.search(name))
     return [
-        *(f"stray {name}" for name in sorted(more)),
+        *(f"stray {name}" for name in sorted(found.keys() - expected.keys())),
         *(f"missing {name}" for name in sorted(expected.keys() - found.keys())),
         *(f"other {name}" for name, what in expected.items() if found.get(name, what) != what),
     ]

@@ -28,7 +28,7 @@ from tests.reliability.project import EXPORT
 from tests.support.repo import REPO
 from tests.support.small_data import no_cluster, run_here
 
-COUNT, KILL, TEAR = 0, -1, -2  # modes of faults.c; a positive mode is an errno
+COUNT, KILL, TEAR, CLOCK = 0, -1, -2, -3  # modes of faults.c; a positive mode is an errno
 
 COMMANDS: dict[str, tuple[str, list[str]]] = {
     "download": ("pipeline.download.__main__", []),

@@ -408,7 +408,9 @@ def test_any_headers(
 
 @fuzz
 @given(
-    st.dictionaries(st.sampled_from(["Retry-After", "RateLimit"]), DIGITS | st.text(max_size=30))
+    st.dictionaries(
+        st.sampled_from(["Retry-After", "Date", "RateLimit"]), DIGITS | st.text(max_size=30)
+    )
 )
 def test_any_requested_wait(headers: dict[str, str]) -> None:
     wait = retry_after(headers)

@@ -17,8 +17,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPT2_DEVICE", "cpu")
     # One thread: on a busy machine, two of them mostly wait for each other.
-    for module in ("devices", "rendezvous"):
-        monkeypatch.setattr(f"train.distributed.{module}.usable_cores", lambda: 1)
+    monkeypatch.setattr("train.distributed.rendezvous.usable_cores", lambda: 1)
     yield made
     for process in made.processes:
         kill_group(process)

@@ -23,6 +23,7 @@ from train.plan.bench_report import (
     Kernel,
     Measurement,
     advice,
+    best_fit,
     median_clocks,
     plan_for,
     report,
@@ -135,6 +136,7 @@ def on_gpus(**changes: Any) -> Measurement:
         compiled=True,
         micro_batch=64,
         micro_steps=1,
+        loss_chunk=8192,
         made_up=False,
         start=60.0,
         steps=[0.349, 0.350, 0.350, 0.351],
@@ -159,26 +161,36 @@ def on_gpus(**changes: Any) -> Measurement:
         ({"compiled": False}, "compile: true"),
         ({"kernels": [Kernel("nvjet", 100, 0.2)]}, "43%"),
         ({"clocks": {"clocks.sm": 900.0, "clocks.max.sm": 1410.0}}, "900 of 1410 MHz"),
-        ({"memory": 20 << 30, "micro_batch": 16, "micro_steps": 4}, "GPT2_MICRO_BATCH=32"),
         ({"data_wait": 0.05}, "data/tokens: 5.0%"),
         ({"steps": [0.3, 0.3, 0.4, 0.4]}, "29%"),
     ],
 )
 def test_each_problem_has_its_advice(changes: dict[str, Any], named: str) -> None:
-    none = advice(on_gpus(), None, Machine(), 512)
-    lines = advice(on_gpus(**changes), None, Machine(), 512)
+    none = advice(on_gpus(), None, Machine())
+    lines = advice(on_gpus(**changes), None, Machine())
     assert len(none) == 1
     assert lines[0] != none[0]
     assert named in lines[0]
-    if "memory" in changes:
-        assert "GPT2_LOSS_CHUNK" in lines.pop()
     assert len(lines) == 1
 
 
-def test_advised_micro_batch_is_one_that_training_accepts() -> None:
-    spare = on_gpus(memory=20 << 30, micro_batch=16, micro_steps=4)
-    assert "MICRO_BATCH" not in str(advice(spare, None, Machine(), 128))  # 16 per process
-    assert "GPT2_MICRO_BATCH=32" in str(advice(spare, None, Machine(), 256))
+def test_the_best_that_fits_is_named_with_its_gain(project: Project) -> None:
+    params, small = load("fineweb-10b"), on_gpus(micro_batch=16, micro_steps=4, loss_chunk=1490)
+    fit = best_fit(small, params, Machine(micro_batch=16))
+    assert fit
+    assert (fit.micro_batch, fit.loss_chunk) == (64, 8192)
+    plans = [plan_for(m, params, Machine()) for m in (small, on_gpus())]
+    assert fit.gain == pytest.approx(1 - plans[1].step.total / plans[0].step.total)  # type: ignore[union-attr]
+    assert "GPT2_MICRO_BATCH=64 GPT2_LOSS_CHUNK=8192" in advice(small, None, Machine(), fit)[0]
+    taken = best_fit(on_gpus(), params, Machine())
+    assert taken
+    assert taken.gain == 0
+    assert "GPT2_MICRO_BATCH" not in str(advice(on_gpus(), None, Machine(), taken))
+    unknown = best_fit(on_gpus(device="NVIDIA A40", total=int(44.4 * 2**30)), params, Machine())
+    assert unknown
+    assert (unknown.micro_batch, unknown.gain) == (64, None)
+    assert best_fit(on_gpus(total=None), params, Machine()) is None  # a CPU
+    assert best_fit(on_gpus(tokens=65536), params, Machine()) is None  # --batch-tokens
 
 
 def test_batch_tokens_changes_the_timed_batch_and_not_the_run(
@@ -196,7 +208,8 @@ def test_batch_tokens_changes_the_timed_batch_and_not_the_run(
 
 def test_cpu_plan_uses_the_peak_that_all_ranks_measured(project: Project) -> None:
     found = on_gpus(device="cpu", world=4, total=None, reserved=None, peak=4e11)
-    plan = plan_for(found, load("fineweb-10b"), Machine(loss_chunk=512))
+    found = dataclasses.replace(found, loss_chunk=512)
+    plan = plan_for(found, load("fineweb-10b"), Machine())
     assert plan
     assert (plan.options.hardware, plan.options.loss_chunk, plan.peak) == ("cpu", 512, 4e11)
     products = 524_288 * plan.flops_per_token / 4e11 / plan.mfu
@@ -206,11 +219,11 @@ def test_cpu_plan_uses_the_peak_that_all_ranks_measured(project: Project) -> Non
 def test_slow_all_reduce_is_named_with_its_bandwidth() -> None:
     slow = on_gpus(parts={**on_gpus().parts, "all-reduce": 0.08})
     assert slow.bus == pytest.approx(2 * 7 / 8 * slow.reduced / 0.08)
-    (line,) = advice(slow, None, Machine(), 512)
+    (line,) = advice(slow, None, Machine())
     assert f"{slow.bus / 1e9:.1f} GB/s" in line
     assert "nvidia-smi topo" in line
     assert "overlap: true" in line
-    assert "overlap: true" not in advice(slow, None, Machine(overlap=True), 512)[0]
+    assert "overlap: true" not in advice(slow, None, Machine(overlap=True))[0]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +236,8 @@ def test_slow_all_reduce_is_named_with_its_bandwidth() -> None:
         ("NVIDIA H200", 139.8, "h200"),
         ("NVIDIA L4", 22.0, "l4"),
         ("NVIDIA GeForce RTX 4090", 23.5, "rtx4090"),
-        ("NVIDIA L40S", 44.4, None),
+        ("NVIDIA L40S", 44.4, "l40s"),
+        ("NVIDIA A40", 44.4, None),
     ],
 )
 def test_plan_is_for_the_measured_hardware(

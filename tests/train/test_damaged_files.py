@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pipeline.runtime.errors import StageFailed
+from pipeline.runtime.errors import StageFailed, UserError
 from tests.support.small_data import flip
 from tests.support.training import Project, records, train_here
 from train import evaluate
@@ -105,13 +106,15 @@ def test_damaged_record_of_a_run_is_written_again(
     assert "failed.json: damaged" in capsys.readouterr().err
 
 
-def test_folders_in_the_place_of_the_files_of_a_run_are_replaced(
-    project: Project, capsys: pytest.CaptureFixture[str]
+@pytest.mark.timeout(60)  # reading a pipe would wait for ever
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_in_the_place_of_one_of_a_run_is_replaced(
+    project: Project, capsys: pytest.CaptureFixture[str], make: Callable[[Path], None]
 ) -> None:
     run = Run.open()
     names = ("log.jsonl", "starts.jsonl", "failed.json", "final.json")
     for name in names:
-        (run.folder / name / "inner").mkdir(parents=True)
+        make(run.folder / name)
     assert run.summary() is None
     run.forget_failure()
     run.note_start({"step": 12})
@@ -122,6 +125,30 @@ def test_folders_in_the_place_of_the_files_of_a_run_are_replaced(
     assert all(f"warning: {run.folder / name}: " in err for name in names if name != "failed.json")
     assert run.summary() == {"step": 12}
     assert [(run.folder / name).is_file() for name in names] == [True, True, False, True]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["params.yaml", "data/tokens/manifest.json", "data/verified.json"])
+def test_pipe_in_the_place_of_an_input_is_named(project: Project, name: str) -> None:
+    path = project.folder / name
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=name):
+        Run.open()
+
+
+@pytest.mark.timeout(60)
+def test_checkpoint_whose_state_is_a_pipe_is_skipped(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train_here()
+    weights, state = project.weights(), run.folder / directory.folder_name(12) / directory.STATE
+    state.unlink()
+    os.mkfifo(state)
+    start_again()
+    assert f"{state.parent}: " in capsys.readouterr().err
+    assert project.weights() == weights
+    assert state.is_file()
 
 
 def test_log_is_read_once_and_again_after_the_run_is_cleared(project: Project) -> None:

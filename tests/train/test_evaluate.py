@@ -37,7 +37,10 @@ def test_a_trained_model_is_evaluated_and_sampled(
     assert (project.folder / "metrics/reference.csv").read_text() == "step,reference\n"
     samples = (project.folder / "artifacts/samples.md").read_text()
     assert "**The people**" in samples
-    assert samples.count("\n## ") == 2
+    assert samples.count("\n## ") == 4
+    before, after = (samples.split(f"\n## {part} training\n")[1] for part in ("Before", "After"))
+    assert before.split("\n## ")[0] != after
+    assert "> **The people**" in before
     assert "val loss" in capsys.readouterr().out
     evaluate.main()
     assert (project.folder / "artifacts/samples.md").read_text() == samples
@@ -82,7 +85,9 @@ def test_metrics_do_not_depend_on_ranks_batch_size_or_source(
     ("changes", "named"),
     [
         ({"val_shards": "none.bin"}, r"evaluate\.val_shards: none\.bin"),
+        ({"val_shards": "a\0.bin"}, r"evaluate\.val_shards: "),
         ({"val_shards": "params.yaml"}, r"evaluate\.val_shards: params\.yaml"),
+        ({"val_shards": "other/train-00000.bin"}, r"evaluate\.val_shards: other.* 50257"),
         (
             {"val_shards": "data/tokens/train-00000.bin", "val_tokens": 1700},
             r"evaluate\.val_tokens.* 1665",
@@ -95,6 +100,7 @@ def test_invalid_inputs_are_named_before_the_checkpoint_is_read(
     project: Project, changes: dict[str, Any], named: str
 ) -> None:
     atomic.write_json(Path("artifacts/checkpoint/state.json"), {})
+    write_tokens(project.folder / "other", {"train": [np.full(700, EOT + 1)]})
     project.write(evaluate=changes)
     with pytest.raises(UserError, match=named):
         evaluate.main()

@@ -19,6 +19,7 @@ from train.distributed.interrupt import Interrupt
 from train.distributed.rendezvous import process_group
 from train.launch import __main__ as launch
 from train.monitor import history
+from train.numerics import native_dtype
 from train.run import Run
 from train.trainer import Trainer
 
@@ -26,6 +27,7 @@ from train.trainer import Trainer
 def test_what_a_finished_run_publishes(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    project.write(train={"dtype": "auto"})
     run = train_here()
     out = capsys.readouterr().out
     n = parameter_count(run.model.config())
@@ -46,6 +48,11 @@ def test_what_a_finished_run_publishes(
     assert all(s[:16] == prompt and 16 < len(s) <= 16 + 48 for s in samples.values())
     log = (project.folder / "artifacts/log.jsonl").read_bytes()
     assert history.parse(log, "log") == run.history.records
+
+    dtype = native_dtype("cpu")  # `auto` is recorded as what it became
+    assert run.record()["train"]["dtype"] == run.dtype == dtype
+    assert json.loads((project.folder / "metrics/train.json").read_text())["dtype"] == dtype
+    assert f", {dtype}, compile off" in out
 
     metrics = project.results()
     assert metrics["step"] == 12
@@ -175,12 +182,16 @@ def test_a_loss_over_other_targets_is_measured_again(project: Project) -> None:
     [
         ({}, {0: signal.SIGINT, 8: signal.SIGUSR1}),
         (
-            {"optimizer": "muon", "batch_doublings": 1, "batch_ramp_steps": 8},
+            {
+                "optimizer": "muon", "batch_doublings": 1, "batch_ramp_steps": 8,
+                "embeddings_lr_ratio": 2.0, "weight_decay_schedule": "linear",
+                "cautious_decay": True,
+            },
             {7: signal.SIGTERM},
         ),
     ],
     ids=["adamw", "muon"],
-)
+)  # fmt: skip
 def test_stopped_and_resumed_ends_with_the_same_bits(
     project: Project,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,13 +1,16 @@
-"""Tests for train.numerics: the gradient norm and clipping."""
+"""Tests for train.numerics: the native type, the gradient norm and clipping."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from model import GPT, GPTConfig
+from train import numerics
 from train.numerics import clip_gradients, gradient_norm
 
 # (rows, columns) of GPT-2 124M's token table. "frequent": frequent tokens come first, as they do.
@@ -17,6 +20,40 @@ TABLE = (50304, 768)
 def table(kind: str) -> torch.Tensor:
     values = torch.randn(TABLE, generator=torch.Generator().manual_seed(0))
     return values / torch.arange(1, 50305)[:, None] if kind == "frequent" else values
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "variables", "native"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16\nflags\t\t: fpu\n", {}, True),
+        ("flags : avx512f amx_bf16 amx_tile\n", {"ONEDNN_MAX_CPU_ISA": "avx512_core_amx"}, True),
+        ("flags : avx512f amx_bf16 amx_tile\n", {"ONEDNN_MAX_CPU_ISA": "AVX2"}, False),
+        ("flags : avx512_bf16\n", {"DNNL_MAX_CPU_ISA": "AVX512_CORE"}, False),
+        ("flags : avx512_bf16\n", {"ATEN_CPU_CAPABILITY": "avx2"}, False),
+        ("flags : fpu avx2 avx512f avx_vnni\n", {}, False),
+        ("Features\t: fp asimd bf16 i8mm\n", {}, True),
+        ("Features\t: fp asimd\n", {}, False),
+        ("", {}, False),
+        (None, {}, False),
+    ],
+)
+def test_bfloat16_is_native_where_kernels_use_its_instructions(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cpuinfo: str | None,
+    variables: dict[str, str],
+    native: bool,
+) -> None:
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    # PyTorch reads its variable once, when it starts.
+    capability = variables.get("ATEN_CPU_CAPABILITY", "avx512").upper()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert numerics._cpu_has_bfloat16(tmp_path / "cpuinfo") is native
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "frequent"])
@@ -60,3 +97,22 @@ def test_the_norm_of_no_gradients_is_zero_and_any_size_is_computed_in_large_piec
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_the_norm_of_a_non_finite_gradient_is_non_finite(bad: float) -> None:
     assert not gradient_norm([torch.ones(2, 2), torch.tensor([1.0, bad])]).isfinite()
+
+
+@pytest.mark.slow  # compiles
+def test_gradients_of_a_compiled_model_repeat() -> None:
+    """Threads add to the same rows of the table; their speed must not decide the order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        numerics.repeat_compiled_gradients()
+        gpt = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=128, vocab_size=300), seed=0)
+        forward = torch.compile(gpt, fullgraph=True)
+        tokens = torch.randint(20, (64, 129))
+        found = [
+            torch.autograd.grad(forward(tokens[:, :-1], tokens[:, 1:]), gpt.wte.weight)[0]
+            for _ in range(5)
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, found[0]) for gradient in found)

@@ -30,6 +30,14 @@ def test_the_schedule_follows_the_parameters() -> None:
     assert wsd(90) < 0.5
 
 
+def test_weight_decay_may_fall_to_zero_over_the_run() -> None:
+    values: dict[str, Any] = {"batch_tokens": 8, "learning_rate": 0.5, "val_tokens": 8}
+    params = TrainParams(**values, steps=5, weight_decay_schedule="linear")
+    assert [params.decay_fraction(step) for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert TrainParams(**values, steps=1, weight_decay_schedule="linear").decay_fraction(0) == 1.0
+    assert TrainParams(**values, steps=5).decay_fraction(4) == 1.0
+
+
 def test_every_field_is_described() -> None:
     for section in (ModelParams, TrainParams, EvaluateParams):
         for name, field in section.model_fields.items():
@@ -60,6 +68,8 @@ def test_a_key_of_train_either_decides_or_observes() -> None:
         ("file x", "weights", "init"),
         ("scratch x", "weights", "init"),
         ("hf", "weights", "init"),
+        ("hf a\0b", "weights", "init"),
+        ("hf ~no-such-user/x", "weights", "init"),
         ("hf x", "all", "init_with"),
         ("scratch", "all", "init_with"),
     ],

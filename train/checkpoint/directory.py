@@ -28,7 +28,7 @@ from torch import Tensor
 from model.files import save_tensors
 from pipeline.runtime.errors import printable
 from pipeline.store import atomic
-from pipeline.store.store import make_writable
+from pipeline.store.store import mark_damaged
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 FILES = (MODEL, OPTIMIZER, STATE)
@@ -158,7 +158,7 @@ def verify(folder: Path, samples: Callable[[int], int] | None = None) -> dict[st
         hashes = state["sha256"]
         for name in (MODEL, OPTIMIZER):
             if atomic.sha256_file(folder / name) != hashes[name]:
-                make_writable(folder / name)
+                mark_damaged(folder / name)
                 raise BrokenCheckpoint(f"{folder / name}: does not match its sha256 in {STATE}")
             with safe_open(folder / name, "pt"):  # refuses any other format, such as a pickle
                 pass
@@ -184,12 +184,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     path = folder / STATE
     try:
-        state = atomic.parse_json(path.read_bytes())
+        state = atomic.parse_json(atomic.read_bytes(path))
         version = state.get("schema_version") if isinstance(state, dict) else None
         if version != UNSEALED_VERSION:
             state = atomic.unsealed(state)
     except ValueError as error:
-        make_writable(path)
+        mark_damaged(path)
         raise BrokenCheckpoint(f"{path}: {error}") from None
     if version not in (SCHEMA_VERSION, UNSEALED_VERSION):
         raise BrokenCheckpoint(f"{path}: schema_version {version} is unknown")

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from model import GPT, GPTConfig
+from model.config import VARIANTS
 from model.errors import FormatError
 from model.files import read_json
 from pipeline.runtime.errors import UserError
@@ -32,13 +33,13 @@ def content_key(start: Start) -> str:
     Raises:
         UserError: A file is missing or damaged.
     """
-    if start.kind == "checkpoint":
-        # Of state.json only the step decides anything.
-        names = (directory.MODEL, *([directory.OPTIMIZER] if start.with_optimizer else []))
-        paths = [start.folder / name for name in names]
-    else:
-        paths = sorted(start.folder.glob("*.safetensors"))
     try:
+        if start.kind == "checkpoint":
+            # Of state.json only the step decides anything.
+            names = (directory.MODEL, *([directory.OPTIMIZER] if start.with_optimizer else []))
+            paths = [start.folder / name for name in names]
+        else:
+            paths = sorted(start.folder.glob("*.safetensors"))
         hashes: list[str | int] = [atomic.sha256_file(path) for path in paths]
     except OSError as error:
         raise UserError(
@@ -85,6 +86,12 @@ def load(start: Start, config: GPTConfig) -> tuple[dict[str, Tensor], dict[str, 
         raise UserError(
             f"params.yaml: model: {start.folder} has another size: {sizes}; set its numbers"
         )
+    for name in VARIANTS:
+        if ours[name] != theirs[name]:
+            raise UserError(
+                f"params.yaml: model.{name}: {ours[name]}, but {start.folder} was trained with "
+                f"{theirs[name]}; set that"
+            )
     if not start.with_optimizer:
         return gpt.state_dict(), {}, 0, 0
     _, moments = directory.load_tensors(start.folder)

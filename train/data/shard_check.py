@@ -24,12 +24,33 @@ import torch
 from pipeline import TokenStream
 from pipeline.format.manifest import Shard
 from pipeline.runtime import command
-from pipeline.runtime.errors import StageFailed
+from pipeline.runtime.errors import StageFailed, UserError
+from pipeline.store import atomic
 from train.checkpoint.writer import lower_priority
 from train.distributed.group import read_group
 from train.distributed.world import World
 
 BLOCK_BYTES = 1 << 22
+VERIFIED = Path("data/verified.json")
+
+
+def check_verified(tokens: Path) -> None:
+    """Refuse data that `verify` has not passed.
+
+    Raises:
+        UserError: Names the file that is missing or belongs to other data.
+    """
+    manifest = atomic.sha256_file(tokens / "manifest.json")
+    try:
+        passed = atomic.parse_json(atomic.read_bytes(VERIFIED))["manifest_sha256"]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(
+            f"{VERIFIED}: missing or unreadable; run python -m pipeline.verify"
+        ) from None
+    if manifest != passed:
+        raise UserError(
+            f"{VERIFIED}: belongs to other data than {tokens}; run python -m pipeline.verify"
+        )
 
 
 class ShardCheck:

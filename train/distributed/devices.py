@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.machine import Machine, usable_cores
+from pipeline.runtime.machine import Machine
+from train.numerics import Dtype
 
 # The oldest NVIDIA driver for a major version of CUDA (NVIDIA, "CUDA Compatibility").
 OLDEST_DRIVER = {12: 525, 13: 580}
@@ -47,13 +45,13 @@ def device_type(wanted: Literal["auto", "cpu", "cuda"]) -> DeviceType:
 
 
 def processes_here(machine: Machine, kind: DeviceType) -> int:
-    """Processes to start on this node: the `processes` setting; else one per GPU, or two on a CPU.
+    """Processes to start on this node: the `processes` setting; else one per GPU, one on a CPU.
 
     Raises:
         UserError: There are fewer GPUs.
     """
     if kind == "cpu":
-        return machine.processes or min(2, machine.cores or usable_cores())
+        return machine.processes or 1
     gpus = torch.cuda.device_count()
     if machine.processes and machine.processes > gpus:
         raise UserError(
@@ -98,7 +96,7 @@ def why_no_gpu(proc: Path = Path("/proc"), dev: Path = Path("/dev")) -> str | No
     return f"the NVIDIA driver {driver} gives PyTorch no GPU; see nvidia-smi"
 
 
-def check_gpu(dtype: Literal["float32", "bfloat16"], compiled: bool) -> None:
+def check_gpu(dtype: Dtype, compiled: bool) -> None:
     """Refuse a GPU that cannot compute the run, or only by emulation.
 
     Raises:
@@ -115,7 +113,7 @@ def check_gpu(dtype: Literal["float32", "bfloat16"], compiled: bool) -> None:
     if dtype == "bfloat16" and capability < (8, 0):
         raise UserError(
             f"params.yaml: train.dtype: bfloat16, but {name} only emulates it, slower than "
-            "float32; use float32, or a GPU of the Ampere generation or later"
+            "float32; use auto or float16, or a GPU of the Ampere generation or later"
         )
     if compiled and (missing := _missing_for_triton()):
         raise UserError(
@@ -137,61 +135,4 @@ def _missing_for_triton() -> str | None:
         return "a C compiler"
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         return "Python's headers (Python.h)"
-    return None
-
-
-_PROBE = """
-#include <cmath>
-#include <Python.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-"""
-
-
-def check_compiler(kind: str) -> None:
-    """Refuse torch.compile where its cache or, on a CPU, the C++ compiler does not work.
-
-    On a CPU this builds and loads a small library, which takes a second. `check_gpu` asks for what
-    Triton needs.
-
-    Raises:
-        UserError: Names what does not work and how to fix it.
-    """
-    key = "compile (machine.yaml, GPT2_COMPILE)"
-    try:
-        from torch._inductor.runtime.cache_dir_utils import cache_dir  # takes 3 s, makes folders
-
-        folder = tempfile.TemporaryDirectory(dir=cache_dir())
-    except OSError as error:
-        raise UserError(
-            f"{key}: torch.compile cannot write its cache ({error}); set TORCHINDUCTOR_CACHE_DIR "
-            "to another folder, or compile: false"
-        ) from None
-    with folder as name:
-        if kind == "cpu" and (reason := _why_no_cpp(Path(name))):
-            raise UserError(
-                f"{key}: the C++ compiler does not work ({reason}); install it (apt-get install "
-                "g++ python3-dev), name another in CXX, or set compile: false"
-            )
-
-
-def _why_no_cpp(folder: Path) -> str | None:
-    """Build and load a library as torch.compile does; return why that fails."""
-    mac = sys.platform == "darwin"
-    compiler = os.environ.get("CXX", "clang++" if mac else "g++")  # as torch._inductor.config.cpp
-    flags = ["-fPIC", "-I", sysconfig.get_paths()["include"]]
-    flags += ["-undefined", "dynamic_lookup"] if mac else ["-fopenmp"]
-    library = folder / "probe.so"
-    command = [compiler, "-shared", *flags, "-x", "c++", "-", "-o", str(library)]
-    try:
-        done = subprocess.run(
-            command, input=_PROBE, capture_output=True, text=True, errors="replace"
-        )
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if "error" in line]
-            return (errors or [f"{compiler} exited with status {done.returncode}"])[0]
-        ctypes.CDLL(str(library))
-    except OSError as error:
-        return str(error)
     return None

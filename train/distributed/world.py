@@ -69,6 +69,14 @@ class World:
         dist.all_reduce(value)
         return value
 
+    def all_gather(self, rows: Tensor) -> None:
+        """Give every rank all rows of (size, n), of which each has written its own.
+
+        On CUDA this is queued and not waited for.
+        """
+        if self.size > 1:
+            dist.all_gather_single(rows.view(-1), rows[self.rank])
+
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank; all ranks get the same answer."""
         value = torch.tensor([flag], dtype=torch.int32)

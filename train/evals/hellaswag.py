@@ -14,6 +14,7 @@ OpenAI's GPT-2 124M scores 0.289, 0.311 and 0.296 on the 10,042 validation tasks
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from model import GPT
 from pipeline.format import tokenizer
 from train.distributed.world import World
 from train.evals.likelihood import Request, Score, score_requests
-from train.evals.task_files import read_tasks
+from train.evals.task_files import read_tasks, text
 from train.numerics import Dtype
 
 HUB = ("Rowan/hellaswag", None, "validation")
@@ -57,18 +58,23 @@ class Task:
         Raises:
             KeyError, TypeError, ValueError: The row is not from HellaSwag.
         """
-        context = harness = str(row["ctx"])
+        context = harness = text(row, "ctx")
         if "ctx_a" in row and "ctx_b" in row:
-            harness = f"{row['ctx_a']} {str(row['ctx_b']).capitalize()}"
-        endings, label = tuple(map(str, row["endings"])), int(row["label"])
-        if not (all(map(_clean, endings)) and 0 <= label < len(endings)):
-            raise ValueError(f"{len(endings)} endings, label {label}")
+            harness = f"{text(row, 'ctx_a')} {text(row, 'ctx_b').capitalize()}"
+        if not context:
+            raise ValueError("ctx is empty")
+        endings, label = row["endings"], row["label"]
+        texts = isinstance(endings, list) and all(isinstance(ending, str) for ending in endings)
+        if not (texts and all(map(_clean, endings))):
+            raise ValueError(f"endings {reprlib.repr(endings)}")
+        if not (isinstance(label, (str, int)) and 0 <= int(label) < len(endings)):
+            raise ValueError(f"{len(endings)} endings, label {reprlib.repr(label)}")
         return cls(
-            activity=str(row["activity_label"]),
+            activity=text(row, "activity_label"),
             context=context,
             context_harness=harness,
-            endings=endings,
-            label=label,
+            endings=tuple(endings),
+            label=int(label),
         )
 
     def harness_requests(self) -> list[tuple[Request, int]]:

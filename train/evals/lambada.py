@@ -7,13 +7,14 @@ space is the context, and the last word is right if each of its tokens is the mo
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from model import GPT
 from train.distributed.world import World
 from train.evals.likelihood import Request, score_requests
-from train.evals.task_files import read_tasks
+from train.evals.task_files import read_tasks, text
 
 HUB = ("EleutherAI/lambada_openai", "default", "test")
 
@@ -22,11 +23,11 @@ def request(row: Mapping[str, Any]) -> Request:
     """Build a request for the last word of a row's ``text``.
 
     Raises:
-        KeyError, ValueError: The row has no ``text`` of several words.
+        KeyError, TypeError, ValueError: The row has no ``text`` of several words.
     """
-    context, space, word = str(row["text"]).rpartition(" ")
+    context, space, word = text(row, "text").rpartition(" ")
     if not (context.strip() and word):
-        raise ValueError(f"text {row['text']!r} has no last word")
+        raise ValueError(f"text {reprlib.repr(row['text'])} has no last word")
     return Request.from_text(context, space + word)
 
 

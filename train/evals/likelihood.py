@@ -21,7 +21,7 @@ from torch import Tensor
 from model import GPT
 from pipeline.format import tokenizer
 from train.distributed.world import World
-from train.numerics import Dtype
+from train.numerics import Dtype, autocast
 
 BATCH_TOKENS = 8192  # per batch, if no batch size is given
 HEAD_TOKENS = 1024  # logits held at a time: 206 MB for GPT-2's vocabulary
@@ -111,7 +111,7 @@ def score_requests(
         for batch in plan[own : own + 1]:  # empty for some ranks in the last round
             tokens = torch.tensor([windows[i][0] for i in batch], device=device)  # (B, T + 1)
             counts = torch.tensor([windows[i][1] for i in batch], device=device)  # (B,)
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            with autocast(device, dtype):
                 table[batch] = _score_batch(gpt, tokens, counts)
     if world is not None:
         world.sum(table)

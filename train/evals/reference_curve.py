@@ -21,6 +21,7 @@ from typing import Any
 
 from pipeline.format.manifest import RawManifest
 from pipeline.runtime.errors import UserError
+from pipeline.store import atomic
 
 CURVE = {
     250: 6.171,
@@ -41,21 +42,24 @@ COMPARABLE: dict[str, dict[str, Any]] = {
 """Parameters that a run must share with the published one for losses of the same step to be
 comparable: the same model has seen equally many tokens."""
 
-RECIPE: dict[str, Any] = {
-    "steps": 19560,
-    "optimizer": "adamw",
-    "learning_rate": 6e-4,
-    "schedule": "cosine",
-    "min_lr_ratio": 0.0,
-    "warmup_steps": 700,
-    "weight_decay": 0.1,
-    "embeddings_decay": True,
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "eps": 1e-8,
-    "grad_clip": 1.0,
+RECIPE: dict[str, dict[str, Any]] = {
+    "model": {"positions": "learned", "qk_norm": False, "activation": "gelu", "zero_init": False},
+    "train": {
+        "steps": 19560,
+        "optimizer": "adamw",
+        "learning_rate": 6e-4,
+        "schedule": "cosine",
+        "min_lr_ratio": 0.0,
+        "warmup_steps": 700,
+        "weight_decay": 0.1,
+        "embeddings_decay": True,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "eps": 1e-8,
+        "grad_clip": 1.0,
+    },
 }
-"""Parameters of `train` that the published loss depends on. With others, a higher loss is no sign
+"""Parameters that the published loss depends on as well. With others, a higher loss is no sign
 of a fault: at step 18,000 a cosine to a tenth has a rate 6 times that of a cosine to zero."""
 
 # Tolerances. Another validation split shifts the loss a little, and more while it falls fast. On
@@ -144,15 +148,21 @@ def recipe_mismatch(
     return None
 
 
-def other_recipe(train: Mapping[str, Any]) -> str | None:
-    """Return how the section `train` differs from the published recipe; None if it does not."""
-    return _difference("train", train, RECIPE)
+def other_recipe(model: Mapping[str, Any], train: Mapping[str, Any]) -> str | None:
+    """Return how a run differs from the published recipe; None if it does not.
+
+    The arguments are those of `recipe_mismatch`.
+    """
+    return _difference("model", model, RECIPE["model"]) or _difference(
+        "train", train, RECIPE["train"]
+    )
 
 
 def _difference(name: str, section: Mapping[str, Any], published: Mapping[str, Any]) -> str | None:
     for key, value in published.items():
-        if section.get(key) != value:
-            return f"{name}.{key} is {section.get(key)}, but {value} in the published run"
+        found = section.get(key, value)  # a key that is newer than the run had its default
+        if found != value:
+            return f"{name}.{key} is {found}, but {value} in the published run"
     return None
 
 
@@ -198,7 +208,7 @@ def read_validations(path: Path) -> dict[int, float]:
     if not path.exists():
         return {}
     try:
-        rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines(), delimiter="\t")
+        rows = csv.DictReader(atomic.read_bytes(path).decode().splitlines(), delimiter="\t")
         return {int(row["step"]): float(row["loss"]) for row in rows}
     except (ValueError, KeyError, TypeError, csv.Error):
         raise UserError(f"{path}: damaged; run python -m train.launch, which writes it") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +48,17 @@ def read_tasks(
     return tasks
 
 
+def text(row: Row, key: str) -> str:
+    """Return a text of a row.
+
+    Raises:
+        KeyError, TypeError: There is none.
+    """
+    if not isinstance(value := row[key], str):
+        raise TypeError(f"{key} is no text: {reprlib.repr(value)}")
+    return value
+
+
 def find_file(path: str) -> Path:
     """Find a file of `params.yaml` in the working directory or in the main checkout.
 
@@ -58,7 +70,8 @@ def find_file(path: str) -> Path:
 
 def _read_file(key: str, source: str) -> Iterator[Row]:
     try:
-        with open(find_file(source), encoding="utf-8") as file:
+        atomic.check_regular(path := find_file(source))
+        with open(path, encoding="utf-8") as file:
             for line in file:
                 row = atomic.parse_json(line)
                 if not isinstance(row, dict):

@@ -10,7 +10,8 @@ from model.size import parameter_count
 from pipeline.runtime.errors import UserError
 from pipeline.store.store import require_space
 from train.checkpoint import directory, init_from
-from train.distributed.devices import check_compiler, check_gpu, device_type, processes_here
+from train.distributed.compiler import check_compiler
+from train.distributed.devices import check_gpu, device_type, processes_here
 from train.distributed.group import under_torchrun
 from train.distributed.torchrun import run_torchrun
 from train.evals import hellaswag
@@ -49,7 +50,7 @@ def launch(adopted: str | None = None, *, retry: bool = False) -> None:
     device = device_type(run.machine.device)
     processes = processes_here(run.machine, device)
     if device == "cuda":
-        check_gpu(run.params.dtype, run.compiles(device))
+        check_gpu(run.dtype, run.compiles(device))
     if run.compiles(device):
         check_compiler(device)
     run.split(processes, device)

@@ -3,7 +3,8 @@
 DDP gives every rank the same gradients, and each rank updates its own copy of the weights. A fault
 of the memory or of the arithmetic, or GPUs of two kinds, make one copy differ. No number of the log
 shows it: losses are means over all ranks, and only rank 0's copy is saved. So the copies are
-compared before each checkpoint.
+compared before each checkpoint. Muon's momenta are compared as well: each rank's are used for its
+share of the update, so a wrong one changes the weights of all ranks alike.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def check_same_weights(named: Mapping[str, Tensor], world: World, step: int) -> 
     """Compare the weights of all ranks; every rank must call it.
 
     Args:
-        named: The weights of this rank.
+        named: The weights of this rank, and other float32 state that all ranks must have alike.
         step: Number of complete steps, for the message.
 
     Raises:

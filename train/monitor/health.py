@@ -40,11 +40,13 @@ class Health:
 
     Args:
         skips: Whether non-finite steps are skipped (`train.non_finite`).
+        skips_overflows: Whether those with a finite loss are: the loss is scaled (`train.dtype`
+            float16), and a scale that is too large is halved.
         skipped: Number of steps that the run skipped before this start.
     """
 
-    def __init__(self, *, skips: bool, skipped: int = 0) -> None:
-        self._skips, self._skipped = skips, skipped
+    def __init__(self, *, skips: bool, skips_overflows: bool = False, skipped: int = 0) -> None:
+        self._skips, self._skips_overflows, self._skipped = skips, skips_overflows, skipped
         self._in_a_row = 0
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
@@ -60,9 +62,10 @@ class Health:
             NonFinite: The run must stop.
         """
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            return self._non_finite(
-                step, f"loss {loss}, gradient norm {norm}: non-finite (NaN or Inf)"
-            )
+            problem = f"loss {loss}, gradient norm {norm}: non-finite (NaN or Inf)"
+            if overflows := self._skips_overflows and math.isfinite(loss):
+                problem += ", an overflow of float16; the loss scale is halved"
+            return self._non_finite(step, problem, self._skips or overflows)
         self._in_a_row = 0
         anomaly = None
         if len(self._losses) >= MIN_LOSSES:
@@ -76,12 +79,12 @@ class Health:
         self._losses.append(loss)
         return anomaly
 
-    def _non_finite(self, step: int, problem: str) -> Anomaly:
+    def _non_finite(self, step: int, problem: str, skips: bool) -> Anomaly:
         self._skipped += 1
         self._in_a_row += 1
-        if self._skips and self._in_a_row < MAX_SKIPPED_IN_A_ROW:
+        if skips and self._in_a_row < MAX_SKIPPED_IN_A_ROW:
             return Anomaly("skipped", self._skipped, f"skipped: {problem}; {_how_to_trace(step)}")
-        if self._skips:
+        if skips:
             problem += f", {MAX_SKIPPED_IN_A_ROW} steps in a row"
         raise NonFinite(f"step {step}: {problem}; {_how_to_trace(step)}")
 

@@ -65,8 +65,8 @@ class History:
         """
         self.records = [record for record in self.records if record["step"] <= step]
         self._warn_if_cut(step)
-        if self.path.is_dir():
-            _warn(f"{self.path}: a folder is in the place of the log; replaced")
+        if self.path.exists() and not self.path.is_file():
+            _warn(f"{self.path}: not a regular file; replaced")
             atomic.remove(self.path)
         atomic.write_bytes(self.path, self.content())
         self._open_curves()

@@ -4,6 +4,9 @@ Weight decay applies to matrices (two or more dimensions), not to vectors (biase
 and to embeddings if `train.embeddings_decay` is set: the recipes of GPT-2 and GPT-3 decay them,
 others do not. AdamW decays the weight itself and adds nothing to the gradient (Loshchilov and
 Hutter 2019). With `train.optimizer: muon`, Muon updates the group "matrices" (muon.py).
+
+Embeddings and vectors may have learning rates of their own, as ratios to that of the matrices
+(modded-nanogpt and nanochat train the embeddings at much higher rates than the blocks).
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from train.distributed.world import World
 from train.optim.muon import MuonAdamW
 
 Optimizer = torch.optim.AdamW | MuonAdamW
@@ -25,11 +29,12 @@ EMBEDDINGS = ("wte.", "wpe.")
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share one weight decay."""
+    """Parameters that share one weight decay and one learning rate."""
 
     name: str
     decays: bool
     parameters: tuple[tuple[str, Tensor], ...]
+    lr_ratio: float = 1.0
 
     @property
     def size(self) -> int:
@@ -37,11 +42,20 @@ class Group:
         return sum(parameter.numel() for _, parameter in self.parameters)
 
 
-def decay_groups(named: Iterable[tuple[str, Tensor]], *, embeddings_decay: bool) -> list[Group]:
+def decay_groups(
+    named: Iterable[tuple[str, Tensor]],
+    *,
+    embeddings_decay: bool,
+    lr_ratios: Mapping[str, float] | None = None,
+) -> list[Group]:
     """Put each parameter into one of the groups "matrices", "embeddings" and "vectors".
 
     Names that start with ``wte.`` or ``wpe.`` are embeddings. Empty groups are left out.
+
+    Args:
+        lr_ratios: Learning rate by name of the group, relative to the optimizer's; default 1.
     """
+    lr_ratios = lr_ratios or {}
     named = list(named)
     kinds: dict[str, list[tuple[str, Tensor]]] = {"matrices": [], "embeddings": [], "vectors": []}
     for name, parameter in named:
@@ -51,7 +65,9 @@ def decay_groups(named: Iterable[tuple[str, Tensor]], *, embeddings_decay: bool)
             kinds["matrices" if parameter.dim() >= 2 else "vectors"].append((name, parameter))
     decays = {"matrices": True, "embeddings": embeddings_decay, "vectors": False}
     groups = [
-        Group(kind, decays[kind], tuple(members)) for kind, members in kinds.items() if members
+        Group(kind, decays[kind], tuple(members), lr_ratios.get(kind, 1.0))
+        for kind, members in kinds.items()
+        if members
     ]
     seen = [id(parameter) for group in groups for _, parameter in group.parameters]
     assert len(seen) == len(set(seen)) == len(named), "a parameter in no group or in two (tied?)"
@@ -64,6 +80,7 @@ def groups_table(groups: Iterable[Group], weight_decay: float, kind: Kind = "ada
         f"  {group.name:<10} {len(group.parameters):>5} tensors {group.size:>14,} parameters"
         f"   weight decay {weight_decay if group.decays else 0.0:g}"
         f"   {'Muon' if _uses_muon(group, kind) else 'AdamW'}"
+        + (f"   learning rate x {group.lr_ratio:g}" if group.lr_ratio != 1.0 else "")
         for group in groups
     )
 
@@ -86,6 +103,7 @@ def adamw(
             {
                 "params": [parameter for _, parameter in group.parameters],
                 "weight_decay": weight_decay if group.decays else 0.0,
+                "lr_ratio": group.lr_ratio,
             }
             for group in groups
         ],
@@ -104,8 +122,12 @@ def make_optimizer(
     weight_decay: float,
     betas: tuple[float, float],
     eps: float,
+    world: World | None = None,
 ) -> Optimizer:
-    """Make an AdamW over all groups, or Muon over the matrices and AdamW over the others."""
+    """Make an AdamW over all groups, or Muon over the matrices and AdamW over the others.
+
+    The ranks of `world` share the work of Muon.
+    """
     hidden = [pair for group in groups if _uses_muon(group, kind) for pair in group.parameters]
     rest = adamw(
         [group for group in groups if not _uses_muon(group, kind)],
@@ -116,13 +138,38 @@ def make_optimizer(
     )
     if not hidden:
         return rest
-    return MuonAdamW(hidden, rest, learning_rate=learning_rate, weight_decay=weight_decay)
+    return MuonAdamW(
+        hidden, rest, learning_rate=learning_rate, weight_decay=weight_decay, world=world
+    )
 
 
-def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of every group."""
+def set_rates(optimizer: Optimizer, learning_rate: float, decay: float = 1.0) -> None:
+    """Set the learning rate of every group, and the fraction of its weight decay that applies."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
+        full = group.setdefault("full_weight_decay", group["weight_decay"])
+        group["weight_decay"] = full * decay
+
+
+@torch.no_grad()
+def step_with_cautious_decay(optimizer: Optimizer) -> None:
+    """Update all parameters, and decay only where the update and the weight have the same sign.
+
+    There decay and update pull the same way; elsewhere decay would undo what the loss asks for
+    (Chen et al. 2025, "Cautious weight decay", algorithm 1). The update is what the optimizer has
+    changed without decay, so any optimizer will do; it costs a copy of the weights that decay.
+    """
+    decaying = [group for group in optimizer.param_groups if group["weight_decay"]]
+    before = [[p.clone() for p in group["params"]] for group in decaying]
+    decays = [group["weight_decay"] for group in decaying]
+    for group in decaying:
+        group["weight_decay"] = 0.0
+    optimizer.step()
+    for group, old, decay in zip(decaying, before, decays, strict=True):
+        group["weight_decay"] = decay
+        for parameter, weight in zip(group["params"], old, strict=True):
+            agrees = (weight - parameter) * weight >= 0
+            parameter.sub_(weight.mul_(agrees), alpha=group["lr"] * decay)
 
 
 def flat_state(optimizer: Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:

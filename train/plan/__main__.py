@@ -32,7 +32,7 @@ PARTS = {
     "weights": "float32",
     "gradients": "float32, in DDP's buckets",
     "optimizer": "moments, float32",
-    "copies": "the blocks' weights in bfloat16",
+    "copies": "the blocks' weights in 16 bits",
     "activations": "kept for the backward pass",
     "work": "head and loss, or the gradients of a block",
     "reserve": "CUDA, cuBLAS, NCCL: assumed",

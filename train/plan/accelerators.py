@@ -14,7 +14,7 @@ from typing import Literal
 
 from pipeline.runtime.errors import UserError
 from train.monitor.peak_flops import cpu_peak, gpu_peak
-from train.numerics import Dtype
+from train.numerics import Dtype, native_dtype
 
 GB, GIB = 1e9, 2.0**30
 Link = Literal["nvlink", "pcie"]
@@ -50,6 +50,13 @@ class Accelerator:
         position = math.log(parameters / SMALL) / math.log(LARGE / SMALL)
         small, large = self.mfu
         return small + (large - small) * min(1.0, max(0.0, position))
+
+    @property
+    def native_dtype(self) -> Dtype:
+        """What `train.dtype: auto` becomes on it."""
+        if self.gpu_name is None:
+            return native_dtype("cpu")
+        return "float16" if self.gpu_name.startswith("Tesla") else "bfloat16"
 
     def peak(self, dtype: Dtype) -> float:
         """Return the dense peak of matrix products in FLOP/s; on a CPU it is timed, in 30 ms."""
@@ -90,7 +97,7 @@ class Accelerator:
 _A100 = "assumed from llm.c, build-nanogpt, llm-foundry", (0.52, 0.61)
 _H100 = "assumed from llm.c, modded-nanogpt, llm-foundry", (0.42, 0.48)
 _4090 = "assumed from nanogpt-speedrun, 124M", (0.57, 0.57)
-_L4 = "a guess: no published figure was found", (0.40, 0.40)
+_GUESS = "a guess: no published figure was found", (0.40, 0.40)
 
 # Typical prices, dollars per GPU-hour: the middle of the range of the specialised clouds
 # (mercatus-ai.com, "Cloud GPU pricing", May 2026: A100-80 1.10 to 1.50, H100 2.50 to 3.50, H200
@@ -100,19 +107,27 @@ _CLOUDS, _RUNPOD, _LAMBDA = "typical, May 2026", "RunPod, March 2026", "Lambda, 
 # memory: "total capacity" in PyTorch's own messages on such cards (79.1 GiB on an A100-80, 23.6 on
 # an RTX 4090, ...). bandwidth, nvlink (half of the "600" and "900 GB/s", which count both
 # directions), pcie (x16: 31.5 GB/s for generation 4, 63 for generation 5): NVIDIA's data sheet of
-# each card, in SXM form where it exists. network: a DGX A100 has eight 200 Gbit/s cards, a DGX H100
-# eight of 400 Gbit/s; rented L4 and RTX 4090 hosts rarely have more than 25 Gbit/s in total.
+# each card, in SXM form where it exists (V100: with 16 GB). network: a DGX A100 has eight of 200
+# Gbit/s, a DGX H100 eight of 400; rented hosts of other cards rarely have more than 25 in total.
 _Row = tuple[
-    str, str, float, float, float | None, float, float, tuple[str, tuple[float, float]], float, str
-]
+    str, str, float, float, float | None, float, float, tuple[str, tuple[float, float]],
+    float | None, str,
+]  # fmt: skip
 _TABLE: tuple[_Row, ...] = (
     # name, GPU, GiB, GB/s, NVLink GB/s, PCIe GB/s, network Gbit/s, MFU, dollars, their source
     ("a100-40", "A100", 39.4, 1555, 300, 31.5, 1600, _A100, 1.29, _LAMBDA),
     ("a100-80", "A100", 79.1, 2039, 300, 31.5, 1600, _A100, 1.30, _CLOUDS),
     ("h100", "H100", 79.1, 3350, 450, 63.0, 3200, _H100, 3.00, _CLOUDS),
     ("h200", "H200", 139.8, 4800, 450, 63.0, 3200, _H100, 4.00, _CLOUDS),
-    ("l4", "L4", 22.0, 300, None, 31.5, 25, _L4, 0.44, _RUNPOD),
+    ("l4", "L4", 22.0, 300, None, 31.5, 25, _GUESS, 0.44, _RUNPOD),
     ("rtx4090", "RTX 4090", 23.5, 1008, None, 31.5, 25, _4090, 0.34, _RUNPOD),
+    ("b200", "B200", 178.4, 8000, 900, 63.0, 3200, _GUESS, None, ""),
+    ("l40s", "L40S", 44.4, 864, None, 31.5, 25, _GUESS, None, ""),
+    ("rtx6000-ada", "RTX 6000 Ada", 47.4, 960, None, 31.5, 25, _GUESS, None, ""),
+    ("rtx5090", "RTX 5090", 31.4, 1792, None, 63.0, 25, _GUESS, None, ""),
+    ("rtx3090", "RTX 3090", 23.7, 936, None, 31.5, 25, _GUESS, None, ""),
+    ("t4", "Tesla T4", 14.6, 320, None, 15.8, 25, _GUESS, None, ""),
+    ("v100", "Tesla V100", 15.8, 900, 150, 15.8, 100, _GUESS, None, ""),
 )
 
 NAMES = (*(row[0] for row in _TABLE), "cpu")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import statistics
 import subprocess
@@ -13,10 +12,10 @@ import torch
 
 from model.size import parameter_count
 from pipeline.runtime.machine import Machine
-from train.data.split import divisors
 from train.distributed.world import World
 from train.plan.accelerators import identify
 from train.plan.estimate import Options, Plan, make_plan
+from train.plan.fit import choose
 from train.preset import Parameters
 
 SHOWN_KERNELS = 12
@@ -44,6 +43,7 @@ class Measurement:
     compiled: bool  # whether the model is compiled
     micro_batch: int  # sequences per micro-batch
     micro_steps: int  # micro-steps per step
+    loss_chunk: int | None  # tokens per chunk of the loss; None: the model's default
     made_up: bool  # whether the tokens are random, for lack of shards
     start: float  # time to build the model, compile it and run the warm-up steps
     steps: list[float]  # time of each step
@@ -150,9 +150,36 @@ def plan_for(measured: Measurement, params: Parameters, machine: Machine) -> Pla
         micro_batch=measured.micro_batch,
         checkpoint_activations=machine.checkpoint_activations,
         overlap=machine.overlap,
-        loss_chunk=machine.loss_chunk,
+        loss_chunk=measured.loss_chunk,
     )
     return make_plan(constant_batch(params, measured.tokens), options)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The micro-batch and loss chunk that fit this GPU best, and the part of a step they save."""
+
+    micro_batch: int
+    loss_chunk: int | None
+    gain: float | None  # planned, of the measured settings' step; None if the hardware is unknown
+
+    @property
+    def settings(self) -> str:
+        """The environment variables that set both."""
+        chunk = f" GPT2_LOSS_CHUNK={self.loss_chunk}" if self.loss_chunk else ""
+        return f"GPT2_MICRO_BATCH={self.micro_batch}{chunk}"
+
+
+def best_fit(measured: Measurement, params: Parameters, machine: Machine) -> Fit | None:
+    """Return what training takes by itself; None on a CPU, or if another batch was measured."""
+    if measured.total is None or measured.tokens != params.train.batch_tokens:
+        return None
+    unset = machine.model_copy(update={"micro_batch": None, "loss_chunk": None})
+    split, chunk = choose(params.model, params.train, unset, measured.world, measured.total)
+    wanted = replace(measured, micro_batch=split.micro_batch, loss_chunk=chunk)
+    plans = [plan_for(m, params, machine) for m in (measured, wanted)]
+    times = [plan.step.total for plan in plans if plan]
+    return Fit(split.micro_batch, chunk, 1 - times[1] / times[0] if times else None)
 
 
 def report(measured: Measurement, params: Parameters, machine: Machine) -> str:
@@ -173,6 +200,10 @@ def report(measured: Measurement, params: Parameters, machine: Machine) -> str:
         ("data wait", f"{m.data_wait:.2%}", "random tokens" if m.made_up else "data/tokens"),
         ("memory", f"{m.memory / 2**30:.2f} GiB", _memory(m)),
     ]
+    fit = best_fit(m, params, machine)
+    if fit is not None:
+        gain = "" if fit.gain is None else f"; planned to save {fit.gain:.1%} of a step"
+        rows.append(("best that fits", str(fit.micro_batch), f"sequences: {fit.settings}{gain}"))
     parts = [
         (name, _ms(seconds), f"{seconds / m.step:.1%}")
         for name, seconds in m.parts.items()
@@ -207,7 +238,7 @@ def report(measured: Measurement, params: Parameters, machine: Machine) -> str:
             "",
             *(_comparison(m, plan) if plan else ["train.plan does not know this hardware"]),
             "",
-            *(f"try: {line}" for line in advice(m, plan, machine, batches.smallest)),
+            *(f"try: {line}" for line in advice(m, plan, machine, fit)),
         ]
     )
 
@@ -235,11 +266,10 @@ def _comparison(m: Measurement, plan: Plan) -> list[str]:
     return [title, *_table(rows)]
 
 
-def advice(m: Measurement, plan: Plan | None, machine: Machine, smallest: int) -> list[str]:
-    """Return what to try, the most promising first.
-
-    A micro-batch must divide the ``smallest`` batch of the run, in sequences.
-    """
+def advice(
+    m: Measurement, plan: Plan | None, machine: Machine, fit: Fit | None = None
+) -> list[str]:
+    """Return what to try, the most promising first."""
     gpu, found = m.total is not None, []
     if gpu and not m.compiled:
         found.append("compile: true in machine.yaml; it is off")
@@ -254,14 +284,11 @@ def advice(m: Measurement, plan: Plan | None, machine: Machine, smallest: int) -
             f"the GPU runs at {clock:.0f} of {fastest:.0f} MHz ({_power(m)}): see nvidia-smi -q -d "
             "PERFORMANCE for the reason: power limit, temperature, or locked clocks"
         )
-    share = math.gcd(m.micro_steps * m.micro_batch, smallest // m.world)
-    larger = [n for n in divisors(share) if n > m.micro_batch]
-    if m.total is not None and m.memory < 0.6 * m.total:
-        used = f"{m.memory / 2**30:.0f} of {m.total / 2**30:.0f} GiB are used"
-        if larger:
-            found.append(f"GPT2_MICRO_BATCH={larger[0]} (machine.yaml: micro_batch): {used}")
-        if machine.loss_chunk is None:
-            found.append(f"GPT2_LOSS_CHUNK=8192 (machine.yaml: loss_chunk): {used}")
+    if fit is not None and fit.gain is not None and fit.gain > 0.01:
+        found.append(
+            f"{fit.settings} (machine.yaml: micro_batch, loss_chunk; null chooses them): planned "
+            f"to save {fit.gain:.1%} of a step"
+        )
     if m.data_wait > 0.01:
         found.append(f"a faster disk for data/tokens: {m.data_wait:.1%} of the time is data wait")
     if m.reduced and m.parts["all-reduce"] > 0.1 * m.step:

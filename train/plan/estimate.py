@@ -16,6 +16,7 @@ from train.data.split import divisors, share_batch
 from train.params import TrainParams
 from train.plan.accelerators import Accelerator, Link, accelerator
 from train.plan.corpus_size import Corpus
+from train.plan.fit import choose, usable_memory
 from train.plan.memory import (
     CUDA_RESERVE,
     FRAGMENTATION,
@@ -118,29 +119,33 @@ def make_plan(params: Parameters, options: Options) -> Plan:
     Raises:
         UserError: The hardware is unknown, or its processes cannot share the batch.
     """
-    config, train = replace(params.model.config(), loss_chunk=options.loss_chunk), params.train
     device = accelerator(options.hardware)
+    params = replace(params, train=params.train.resolved(device.native_dtype))
+    config, train = params.model.config(), params.train
+    dtype = train.matmul_dtype()
     cluster = _cluster(device, config, train, options)
     batches = train.batches(config.block_size)
     kind = "cpu" if device.gpu_name is None else "cuda"
-    usual, split = (
-        share_batch(params.model, train, cluster.world, n, kind)
-        for n in (None, options.micro_batch)
-    )
+    usual = share_batch(params.model, train, cluster.world, None, kind)
+    gpu_memory = device.memory if device.gpu_name else None
+    split, chunk = choose(params.model, train, options, cluster.world, gpu_memory)
+    sized = replace(config, loss_chunk=chunk)
     micro_steps = split.micro_steps(batches.full)
-    chunks = loss_chunks(config, split.micro_batch, train.dtype)
+    chunks = loss_chunks(sized, split.micro_batch, dtype)
 
     def memory(micro_batch: int) -> Memory:
         return training_memory(
-            config,
+            sized,
             micro_batch,
-            train.dtype,
+            dtype,
             optimizer=train.optimizer,
             checkpoint_activations=options.checkpoint_activations,
             reserve=CUDA_RESERVE if device.gpu_name else 0,
         )
 
     available = cluster.memory * (1 - FRAGMENTATION)
+    if gpu_memory is not None:
+        available = usable_memory(gpu_memory)
     fitting = [
         n for n in divisors(batches.smallest // cluster.world) if memory(n).total <= available
     ]
@@ -149,9 +154,8 @@ def make_plan(params: Parameters, options: Options) -> Plan:
         cluster,
         train.batch_tokens,
         micro_steps,
-        extra_bytes=micro_steps * traffic(config, split.micro_batch, train.dtype)
-        - usual.micro_steps(batches.full)
-        * traffic(params.model.config(), usual.micro_batch, train.dtype),
+        extra_bytes=micro_steps * traffic(sized, split.micro_batch, dtype)
+        - usual.micro_steps(batches.full) * traffic(config, usual.micro_batch, dtype),
         optimizer=train.optimizer,
         checkpoint_activations=options.checkpoint_activations,
         overlap=options.overlap,
@@ -209,7 +213,7 @@ def _cluster(
         gpus=options.gpus,
         link=device.link(options.interconnect),
         network=options.network * 1e9 if options.network else None,
-        peak=options.peak or device.peak(train.dtype),
+        peak=options.peak or device.peak(train.matmul_dtype()),
         mfu=options.mfu or device.assumed_mfu(parameter_count(config)),
     )
 
@@ -263,6 +267,9 @@ def _warnings(plan: Plan, params: Parameters) -> list[str]:
             f"the validation split will have about {plan.corpus.val_tokens:,.0f} tokens, fewer "
             "than val_tokens of train or evaluate; raise tokenize.val_per_10k"
         )
+    native = accelerator(options.hardware).native_dtype
     if options.hardware != "cpu" and train.dtype == "float32":
-        found.append("train.dtype: bfloat16 is at least twice as fast as float32 on this hardware")
+        found.append(f"train.dtype: {native} is at least twice as fast as float32 on this hardware")
+    if native == "float16" and train.dtype == "bfloat16":
+        found.append("train.dtype: bfloat16 is only emulated on this hardware; use auto")
     return found

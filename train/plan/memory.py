@@ -21,7 +21,14 @@ per block:
 
 The sum is 36 N C in bfloat16 and 64 N C in float32, plus the small terms. Under autocast, one
 bfloat16 copy of the blocks' weights is kept as well. `torch.compile` should save less, because it
-recomputes what is cheap, so these figures are an upper bound for it.
+recomputes what is cheap, so these figures are an upper bound for it. Options of `model` that GPT-2
+does not have add:
+
+    rotary, qk_norm queries and keys         4 N C      8 N C    next to those that c_attn wrote
+    qk_norm         input in float32         8 N C          -    float32 keeps no copy
+                    1 / root mean square      8 N H      8 N H
+    rotary          cosines and sines        4 T C / H, once for all blocks
+
 tests/train/plan/test_memory.py compares them with what autograd really saves.
 """
 
@@ -117,7 +124,7 @@ def saved_for_backward(
 
 def autocast_copies(config: GPTConfig, dtype: Dtype) -> int:
     """Return the bytes of the blocks' weights in bfloat16: 3 + 1 + 4 + 4 square matrices each."""
-    return 2 * 12 * config.n_layer * config.n_embd**2 if dtype == "bfloat16" else 0
+    return 2 * 12 * config.n_layer * config.n_embd**2 if dtype != "float32" else 0
 
 
 def activations(
@@ -127,15 +134,21 @@ def activations(
     T, C = config.block_size, config.n_embd
     tokens = micro_batch * T
     block = 4 * tokens * C if checkpoint_activations else _block(config, micro_batch, dtype)
-    ids = 8 * tokens + 8 * T  # tokens and positions, int64
+    rotary = config.positions == "rotary"
+    positions = 4 * T * C // config.n_head if rotary else 8 * T  # cosines and sines, or int64
     last_norm = 4 * tokens * C + 8 * tokens
-    return config.n_layer * block + ids + last_norm
+    return config.n_layer * block + 8 * tokens + positions + last_norm
 
 
 def _block(config: GPTConfig, micro_batch: int, dtype: Dtype) -> int:
     tokens = micro_batch * config.block_size
-    per_channel = 36 if dtype == "bfloat16" else 64
-    return tokens * (per_channel * config.n_embd + 16 + 4 * config.n_head)
+    narrow = dtype != "float32"
+    per_channel, per_head = (36 if narrow else 64), 4
+    if config.positions == "rotary" or config.qk_norm:
+        per_channel += 4 if narrow else 8
+    if config.qk_norm:
+        per_channel, per_head = per_channel + (8 if narrow else 0), per_head + 8
+    return tokens * (per_channel * config.n_embd + 16 + per_head * config.n_head)
 
 
 def working_memory(
@@ -152,9 +165,9 @@ def working_memory(
     """
     C, P = config.n_embd, config.padded_vocab_size
     tokens = micro_batch * config.block_size
-    width = 2 if dtype == "bfloat16" else 4
+    width = 2 if dtype != "float32" else 4
     R = loss_chunks(config, micro_batch, dtype).size
-    narrow = width * P * (R + C) if dtype == "bfloat16" else 0  # gradient of logits; table
+    narrow = width * P * (R + C) if dtype != "float32" else 0  # gradient of logits; table
     in_loss = 4 * P * R + narrow + P * C * (4 + 2 * width) + 2 * 4 * tokens * C
     begin = 2 * (4 * P * C + 4 * tokens * C)
     in_last_block = 4 * P * C + tokens * C * 5 * width

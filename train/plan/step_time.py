@@ -5,7 +5,8 @@
                                    the default micro-batch and loss chunk, to which MFU applies
          + exposed all-reduce      2 (n - 1) / n x bytes of the gradients / bus bandwidth, less
                                    the part that overlaps with the backward pass
-         + optimizer               bytes read and written / memory bandwidth
+         + optimizer               bytes read and written / memory bandwidth; with Muon, the ranks'
+                                   share of its products, and an all-gather of the updates
 
 FLOPs per token are those of `model.size.flops_per_token`. A micro-step moves bytes (`traffic`) that
 do not depend on its tokens, so larger micro-batches and loss chunks take less time; that kernels
@@ -95,8 +96,8 @@ def step_time(
     """Return the time of one step of `batch_tokens` tokens over all devices.
 
     `extra_bytes` is the traffic of all micro-steps beyond that at the default settings.
-    Muon adds matrix products, and every device computes all of them. With `checkpoint_activations`
-    the blocks run forward a second time; with `overlap`, all-reduce and backward pass overlap.
+    Muon adds matrix products, which the devices share evenly. With `checkpoint_activations` the
+    blocks run forward a second time; with `overlap`, all-reduce and backward pass overlap.
     """
     parameters, world = padded_parameter_count(config), cluster.world
     flops = flops_per_token(config, config.block_size)
@@ -116,7 +117,8 @@ def step_time(
         exposed = max(all_reduce * table, all_reduce - backward)
     update = OPTIMIZER_BYTES * parameters / bandwidth
     if optimizer == "muon":
-        update += muon_flops(config) / speed
+        gathered = (world - 1) / world * 2 * 12 * config.n_layer * config.n_embd**2  # bfloat16
+        update += muon_flops(config) / world / speed + gathered / bus
     return StepTime(
         compute=compute,
         traffic=moved,
@@ -133,8 +135,8 @@ def traffic(config: GPTConfig, micro_batch: int, dtype: Dtype) -> int:
     two casts: of the weight, and of the gradient (6 bytes each). Each chunk of the loss writes its
     gradient of the token table, reads it, and adds it to a sum in float32.
     """
-    width = 2 if dtype == "bfloat16" else 4
-    per_parameter = 12 + (12 if dtype == "bfloat16" else 0)
+    width = 2 if dtype != "float32" else 4
+    per_parameter = 12 + (12 if dtype != "float32" else 0)
     table = config.padded_vocab_size * config.n_embd
     chunks = len(loss_chunks(config, micro_batch, dtype).slices())
     return per_parameter * padded_parameter_count(config) + chunks * (2 * width + 8) * table

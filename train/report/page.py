@@ -19,7 +19,7 @@ from pipeline.format.manifest import NAME, SelectionManifest
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.params_file import PARAMS, load_section
 from pipeline.store import atomic
-from pipeline.store.store import make_writable
+from pipeline.store.store import mark_damaged
 from train.params import EvaluateParams
 from train.report import html, model_probe, run_charts
 from train.report.run_log import Log, sample_text
@@ -33,6 +33,7 @@ STATE = CHECKPOINT / "state.json"
 LOG = Path("artifacts/log.jsonl")
 SAMPLES = Path("artifacts/samples.md")
 TOKENS = Path("data/tokens")
+METRICS = run_charts.METRICS
 SELECTION = Path("data/selection")
 
 MADE_BY = {
@@ -41,6 +42,11 @@ MADE_BY = {
     STATE: "train.launch",
     EVALUATION: "train.evaluate",
     SAMPLES: "train.evaluate",
+    **{
+        METRICS / f"{name}.csv": "pipeline.verify"
+        for name in ("document_lengths", "hosts", "dumps")
+    },
+    METRICS / "reference.csv": "train.evaluate",
 }
 
 ACTIVATION_TOKENS = 2048  # of the validation split, to measure activations
@@ -92,6 +98,7 @@ def render() -> str:
         UserError: A file of the run is missing.
     """
     data, train, evaluation = map(_read_json, (DATA, TRAINING, EVALUATION))
+    _check_tables(data, evaluation)
     state, log = _read_json(STATE), Log.parse(_read(LOG), str(LOG))
     manifest, params = Manifest.load(TOKENS), load_section("evaluate", EvaluateParams)
     try:
@@ -102,6 +109,8 @@ def render() -> str:
     return html.render(
         "report.html",
         state=state,
+        variants=gpt.config.variants,
+        zero_init=gpt.config.zero_init,
         train=train,
         evaluation=evaluation,
         evaluate=params.model_dump(),
@@ -258,11 +267,23 @@ def samples(evaluation: Mapping[str, Any]) -> str:
     return data.decode()
 
 
+def _check_tables(data: Mapping[str, Any], evaluation: Mapping[str, Any]) -> None:
+    """Compare the tables that are drawn with their hashes; earlier versions recorded none."""
+    hashes = dict(data.get("tables_sha256", {}))
+    if "reference_sha256" in evaluation:
+        hashes["reference.csv"] = evaluation["reference_sha256"]
+    for name, expected in hashes.items():
+        if hashlib.sha256(_read(METRICS / name)).hexdigest() != expected:
+            raise _damaged(METRICS / name, "its sha256 is another")
+
+
 def parse_samples(text: str) -> list[tuple[str, str]]:
-    """Return (prompt, continuation) of the samples in a file written by train.evaluate."""
+    """Return (prompt, continuation) of the numbered samples in a file written by train.evaluate."""
     quoted: list[list[str]] = []
     for line in text.splitlines():
         if line.startswith("## "):
+            if not line[3:].isdigit():  # before and after training: the log has more of them
+                break
             quoted.append([])
         elif line.startswith(">") and quoted:
             quoted[-1].append(line[2:])
@@ -296,7 +317,7 @@ def predictions(gpt: GPT, prompts: Sequence[str]) -> list[tuple[list[dict[str, A
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return atomic.read_bytes(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; run `dvc repro`") from None
 
@@ -316,7 +337,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, reason: str) -> UserError:
-    make_writable(path)
+    mark_damaged(path)
     return UserError(
         f"{path}: damaged ({reason}); run `python -m {MADE_BY[path]}` to write it again"
     )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from model import GPT
+from pipeline.store import atomic
 from train.report import model_probe
 from train.report.charts import SERIES, Curve, bar_chart, line_chart, running_mean
 from train.report.run_log import Log
@@ -30,19 +31,21 @@ def loss_chart(log: Log, evaluation: Mapping[str, Any], *, wide: bool) -> str:
         Curve("training, running mean", train[0], mean, "c1"),
         Curve("validation", *val, "c2"),
     ]
-    steps = [train[0][0], train[0][-1]]
+    curves = [curve for curve in curves if curve.xs]  # damage may have cost all points of one
+    steps = [curve.xs[i] for i in (0, -1) for curve in curves] or [0, 1]
+    ends = [min(steps), max(steps)]
     curves.append(
-        Curve("unigram entropy", steps, [evaluation["unigram_entropy"]] * 2, "soft", dashed=True)
+        Curve("unigram entropy", ends, [evaluation["unigram_entropy"]] * 2, "soft", dashed=True)
     )
     if published := _read_csv(METRICS / "reference.csv"):
         xs = [int(row["step"]) for row in published]
         ys = [float(row["reference"]) for row in published]
         curves.append(Curve("published run", xs, ys, "c3", dashed=True))
     # The first steps fall from ln V: in full, they would flatten the rest of the curve.
-    settled = [y for x, y in zip(*train, strict=True) if x >= train[0][-1] / 20]
+    settled = [y for x, y in zip(*train, strict=True) if x >= ends[1] / 20]
     values = [*settled, *val[1], evaluation["unigram_entropy"]]
     low, high = min(values), max(values)
-    margin = 0.06 * (high - low)
+    margin = 0.06 * (high - low) or 1.0
     return line_chart(
         curves,
         name="Training and validation loss by step",
@@ -113,4 +116,4 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV file, none if it does not exist."""
     if not path.exists():
         return []
-    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+    return list(csv.DictReader(io.StringIO(atomic.read_bytes(path).decode())))

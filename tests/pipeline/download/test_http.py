@@ -25,6 +25,7 @@ SHA256 = hashlib.sha256(DATA).hexdigest()
         ({"Retry-After": "0"}, 0),
         ({"Retry-After": "soon"}, None),
         ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
+        (dict.fromkeys(["Retry-After", "Date"], "Fri, 21 Oct 2050 07:28:00 GMT"), 0),
         ({"RateLimit": '"api";r=0;t=55'}, 55),
         ({"RateLimit": '"resolvers";r=12;t=55'}, None),  # requests remain: another limit was hit
         ({"Retry-After": "3", "RateLimit": '"api";r=0;t=55'}, 3),

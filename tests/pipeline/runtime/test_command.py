@@ -15,9 +15,12 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.runtime import command
+from pipeline.runtime.params_file import read_yaml
 from tests.support.repo import REPO
 from tests.support.small_data import Project
 from tests.support.waiting import wait_for
+
+STAGES = read_yaml(REPO / "dvc.yaml")["stages"]
 
 MAIN = """\
 import time
@@ -155,6 +158,18 @@ def test_an_orphan_is_recognised_after_its_parent_has_died(
     with pytest.raises(SystemExit) as ended:
         command.run(lambda: pytest.fail("ran"))
     assert ended.value.code == command.STOPPED
+
+
+@pytest.mark.parametrize("stage", ["train", "evaluate", "export", "report"])
+def test_a_stage_whose_parent_has_died_ends_before_it_imports_torch(
+    tmp_path: Path, stage: str
+) -> None:
+    command_line = [sys.executable, "-X", "importtime", *STAGES[stage]["cmd"].split()[2:]]
+    environ = {**os.environ, "PYTHONPATH": str(REPO), "DVC_STAGE": stage, command.PARENT: "1"}
+    ended = subprocess.run(command_line, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert ended.returncode == command.STOPPED
+    assert "| pipeline.runtime.command" in re.sub(" +", " ", ended.stderr)
+    assert not re.search(r"\| +torch$", ended.stderr, re.MULTILINE)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="uses PR_SET_PDEATHSIG of Linux")

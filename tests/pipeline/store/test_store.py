@@ -237,14 +237,16 @@ def test_make_replaces_a_partly_discarded_piece(store: Store) -> None:
     assert (folder / "a.bin").read_bytes() == b"new"
 
 
-def test_discarded_file_is_writable_in_the_dvc_cache(store: Store, tmp_path: Path) -> None:
-    """DVC trusts read-only objects in its cache; it hashes and replaces those of mode 0644."""
+def test_discarded_file_is_marked_in_the_dvc_cache(store: Store, tmp_path: Path) -> None:
+    """DVC trusts objects in its cache that are read-only, or have the time that it knows."""
     folder = make(store)
     cached = tmp_path / "cached"
     os.link(folder / "a.bin", cached)
     cached.chmod(0o444)
+    os.utime(cached, (0, 0))
     store.discard("chunks", "abc")
     assert cached.stat().st_mode & 0o777 == 0o644
+    assert cached.stat().st_mtime > 0
     assert not folder.exists()
     store.discard("chunks", "abc")  # no such piece: no error
     unlink_damaged(cached)

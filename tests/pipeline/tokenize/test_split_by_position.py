@@ -167,15 +167,19 @@ def test_verify_encodes_both_halves_again_and_checks_the_place_of_the_cut(
     for changed in (f"{LONG[0]}!", f"!{LONG[0]}"):
         # The raw file and both manifests agree: only the tokens differ.
         write_raw(raw, [[changed]])
-        value = json.loads((out / NAME).read_text())
+        value = atomic.read_sealed(out / NAME)
         value["source"] = json.loads((raw / NAME).read_text())
-        atomic.write_json(out / NAME, value)
+        atomic.write_json(out / NAME, atomic.sealed(value))
         with pytest.raises(verify.DataFault, match=r"document 0 "):
             verify.verify(raw, out, VerifyParams(), machine)
         tokenize_here(write_raw(raw, [LONG]), out, PARAMS, machine)
     value = json.loads((out / NAME).read_text())
     value["params"]["val_per_10k"] = 3000
     atomic.write_json(out / NAME, value)
+    with pytest.raises(UserError, match=f"{NAME}: .*{atomic.SEAL}"):
+        verify.verify(raw, out, VerifyParams(), machine)
+    value.pop(atomic.SEAL)
+    atomic.write_json(out / NAME, atomic.sealed(value))
     with pytest.raises(verify.DataFault, match=NAME):
         verify.verify(raw, out, VerifyParams(), machine)
 

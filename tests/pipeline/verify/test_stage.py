@@ -82,9 +82,10 @@ def test_clean_data_passes_and_metrics_are_written(folder: Path) -> None:
 
 
 def edit_manifest(edit: Callable[[dict[str, Any]], None], folder: Path = TOKENS) -> None:
-    value = json.loads((folder / NAME).read_text())
+    """Edit a manifest, and give it the hash that it would have if it had been written so."""
+    value = atomic.read_sealed(folder / NAME)
     edit(value)
-    atomic.write_json(folder / NAME, value)
+    atomic.write_json(folder / NAME, atomic.sealed(value))
 
 
 def add_to_train(key: str) -> Damage:

@@ -93,6 +93,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"init": "scratch source"}, r"train: init 'scratch source'"),  # more: test_params.py
     ({"init": "checkpoint nowhere"}, r"train\.init: nowhere/model\.safetensors"),
     ({"init": "hf nowhere"}, r"train\.init: nowhere "),
+    ({"init": f"hf {'x' * 300}"}, r"train\.init: x"),
     ({"init": "hf source"}, r"train\.init: source/config\.json"),
     ({"init": "checkpoint ./artifacts/checkpoint"}, r"train\.init: artifacts/checkpoint"),
     ({"keep_every": 5, "checkpoint_every": 4}, r"train: keep_every 5 .*checkpoint_every 4; .* 8$"),

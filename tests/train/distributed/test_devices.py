@@ -10,7 +10,7 @@ import torch
 
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
-from train.distributed import devices
+from train.distributed import compiler, devices
 from train.distributed.devices import device_type, processes_here
 from train.numerics import Dtype
 
@@ -138,10 +138,15 @@ def test_compiling_on_a_cpu_needs_a_compiler_and_a_cache(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str
 ) -> None:
     if shutil.which("g++"):
-        devices.check_compiler("cpu")
+        compiler.check_compiler("cpu")
+    assert compiler.why_eager(None, "cpu", 1e9) == "a short run"  # tries no compiler
+    assert compiler.why_eager(True, "cpu", 1e9) is None
+    assert compiler.why_eager(None, "cuda", 1e9) is None
+    assert compiler.why_eager(False, "cuda", 1e18)
     monkeypatch.setenv(variable, value)
+    assert "compile" in str(compiler.why_eager(None, "cpu", 1e18))
     with pytest.raises(UserError, match=r"^compile \(machine.yaml, GPT2_COMPILE\)"):
-        devices.check_compiler("cpu")
+        compiler.check_compiler("cpu")
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

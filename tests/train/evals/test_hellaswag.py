@@ -114,6 +114,8 @@ def test_lambada_scores_the_last_word(gpt: GPT) -> None:
     assert metrics["lambada_perplexity"] == pytest.approx(math.exp(-total / 2))
     with pytest.raises(ValueError, match="nightingale"):
         lambada.request({"text": "nightingale"})
+    with pytest.raises(TypeError, match="text"):
+        lambada.request({"text": ["Under the wide sky"]})
 
 
 def test_a_path_may_be_relative_to_the_main_checkout(
@@ -127,10 +129,16 @@ def test_a_path_may_be_relative_to_the_main_checkout(
 @pytest.mark.parametrize(
     ("rows", "named"),
     [
-        ([ROW, {**ROW, "label": "4"}], "row 2.*label 4"),
+        ([ROW, {**ROW, "label": "4"}], "row 2.*label '4'"),
         ([{**ROW, "label": ""}], "row 1"),
         ([{key: value for key, value in ROW.items() if key != "ctx"}], "row 1.*'ctx'"),
-        ([{**ROW, "endings": ["a", "[b]"]}], "row 1"),
+        ([{**ROW, "endings": ["a", "[b]"]}], "row 1.*endings"),
+        ([{**ROW, "endings": "abcd"}], "row 1.*endings"),
+        ([{**ROW, "endings": [1, 2]}], "row 1.*endings"),
+        ([{**ROW, "ctx": ""}], "row 1.*ctx"),  # its first ending would have no token to score
+        ([{**ROW, "ctx_b": None}], "row 1.*ctx_b"),
+        ([{**ROW, "label": 1.7}], r"row 1.*label 1\.7"),
+        ([{**ROW, "label": math.inf}], "row 1.*label inf"),
         ([], ""),
         ([3], "3"),
     ],
@@ -142,9 +150,16 @@ def test_an_invalid_row_is_named(tmp_path: Path, rows: list[Any], named: str) ->
         hellaswag.read("evaluate.hellaswag", str(path))
 
 
-def test_a_missing_file_is_named() -> None:
-    with pytest.raises(UserError, match=r"evaluate\.lambada: nowhere\.jsonl"):
-        lambada.read("evaluate.lambada", "nowhere.jsonl")
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = os.open(tmp_path / "pipe", os.O_RDWR)  # without the check: "no tasks", not a hang
+    os.write(writer, b"3\n")
+    try:
+        for name in ("nowhere.jsonl", str(tmp_path), str(tmp_path / "pipe")):
+            with pytest.raises(UserError, match=rf"evaluate\.lambada: {name}: (?!not JSON)"):
+                lambada.read("evaluate.lambada", name)
+    finally:
+        os.close(writer)
 
 
 def test_an_unreachable_hub_is_named(tmp_path: Path) -> None:

@@ -9,8 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.training import Project, batches
+from train.distributed.interrupt import Interrupt
+from train.distributed.rendezvous import process_group
 from train.distributed.world import World
 from train.monitor.drift import Drift, check_same_weights, checksums
+from train.run import Run
+from train.trainer import Trainer
 
 
 def weights() -> dict[str, Tensor]:
@@ -50,3 +55,24 @@ def test_the_ranks_that_differ_from_most_are_named(
         return
     with pytest.raises(Drift, match=rf"^step 7: {named}.* in {parameter};"):
         check_same_weights(ranks[0], world(ranks), 7)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_momenta_of_muon_are_compared_as_well(project: Project, optimizer: str) -> None:
+    """One that has drifted would change the weights of all ranks alike."""
+    project.write(train={"optimizer": optimizer})
+    run = Run.open()
+    with process_group("cpu") as only:
+        trainer = Trainer(run, only)
+        trainer.warm_up()
+        with batches(run, trainer, 0) as loader, Interrupt(only) as interrupt:
+            trainer.step(0, loader, interrupt)
+        mine = trainer.replicas()
+    assert mine.keys() >= trainer.named.keys()
+    momenta = [name for name in mine if name not in trainer.named]
+    assert len(momenta) == (8 if optimizer == "muon" else 0)
+    for name in momenta[-1:]:
+        other = {**mine, name: mine[name].clone()}
+        other[name].view(-1)[0] += 1
+        with pytest.raises(Drift, match=f"rank 1: .* in {name};"):
+            check_same_weights(mine, world([mine, other]), 7)

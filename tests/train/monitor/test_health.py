@@ -46,3 +46,15 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_stop_the_run() -> None:
         health.check(step, 4.0, math.nan)
     with pytest.raises(NonFinite, match=r"^step 99: "):
         health.check(99, math.nan, 1.0)
+
+
+def test_overflows_of_float16_are_skipped_and_a_loss_that_is_not_finite_stops_the_run() -> None:
+    health = Health(skips=False, skips_overflows=True)
+    for step in range(MAX_SKIPPED_IN_A_ROW - 1):
+        skipped = health.check(step, 4.0, math.inf)
+        assert skipped is not None
+        assert (skipped.name, skipped.value) == ("skipped", 1 + step)
+    with pytest.raises(NonFinite, match=r"^step 9: "):
+        health.check(9, 4.0, math.nan)
+    with pytest.raises(NonFinite, match=r"^step 3: "):
+        Health(skips=False, skips_overflows=True).check(3, math.nan, math.nan)

@@ -1,5 +1,7 @@
 """Tests for train.optim.param_groups and train.optim.muon."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,8 @@ from train.optim.param_groups import (
     groups_table,
     load_flat_state,
     make_optimizer,
-    set_learning_rate,
+    set_rates,
+    step_with_cautious_decay,
 )
 
 KINDS: tuple[Kind, Kind] = ("adamw", "muon")
@@ -22,8 +25,13 @@ KINDS: tuple[Kind, Kind] = ("adamw", "muon")
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=64)
 
 
-def optimizer_of(gpt: GPT, kind: Kind = "adamw", weight_decay: float = 0.1) -> Optimizer:
-    groups = decay_groups(gpt.named_parameters(), embeddings_decay=True)
+def optimizer_of(
+    gpt: GPT,
+    kind: Kind = "adamw",
+    weight_decay: float = 0.1,
+    lr_ratios: Mapping[str, float] | None = None,
+) -> Optimizer:
+    groups = decay_groups(gpt.named_parameters(), embeddings_decay=True, lr_ratios=lr_ratios)
     return make_optimizer(
         groups, kind, learning_rate=1e-2, weight_decay=weight_decay, betas=(0.9, 0.95), eps=1e-8
     )
@@ -123,12 +131,38 @@ def test_the_state_of_the_other_optimizer_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_group_gets_the_learning_rate(kind: Kind) -> None:
-    optimizer = optimizer_of(GPT(CONFIG), kind)
-    set_learning_rate(optimizer, 0.5)
-    assert {group["lr"] for group in optimizer.param_groups} == {0.5}
+def test_every_group_gets_its_rates(kind: Kind) -> None:
+    gpt = GPT(CONFIG)
+    optimizer = optimizer_of(gpt, kind, lr_ratios={"embeddings": 4.0, "vectors": 0.5})
+    ratios = {id(gpt.wte.weight): 4.0, id(gpt.ln_f.bias): 0.5}
+    for fraction in (1.0, 0.25, 0.0, 0.5):
+        set_rates(optimizer, 0.1, fraction)
+        for group in optimizer.param_groups:
+            found = [ratios[id(p)] for p in group["params"] if id(p) in ratios]
+            assert group["lr"] == 0.1 * (found or [1.0])[0]
+            assert group["weight_decay"] == (0.0 if found == [0.5] else 0.1 * fraction)
     adamw = optimizer.adamw if isinstance(optimizer, MuonAdamW) else optimizer
     assert all(group["fused"] for group in adamw.param_groups)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cautious_decay_shrinks_a_weight_only_where_its_update_does(kind: Kind) -> None:
+    plain, cautious = GPT(CONFIG), GPT(CONFIG)
+    start = {n: p.detach().clone() for n, p in plain.named_parameters()}
+    for gpt, decay in ((plain, 0.0), (cautious, 0.5)):
+        gpt.load_state_dict(start)
+        optimizer = optimizer_of(gpt, kind, weight_decay=decay)
+        tokens = torch.arange(16).view(2, 8)
+        gpt(tokens, tokens + 1).backward()
+        step_with_cautious_decay(optimizer)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.5}
+    without = dict(plain.named_parameters())
+    for name, parameter in cautious.named_parameters():
+        shrinks = (start[name] - without[name]) * start[name] >= 0
+        decayed = without[name] - 1e-2 * 0.5 * shrinks * start[name]
+        expected = decayed if parameter.dim() == 2 else without[name]
+        torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-7)
+        assert parameter.dim() < 2 or shrinks.unique().numel() == 2, name
 
 
 # -- Muon ------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from model import GPTConfig
@@ -34,6 +37,23 @@ def test_peak_of_a_step_matches_the_formula(
         shape.config, shape.micro_batch, dtype, checkpoint_activations=checkpoint_activations
     )
     assert formula.total == pytest.approx(measured, rel=rel)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"positions": "rotary"},
+        {"qk_norm": True},
+        {"positions": "rotary", "qk_norm": True, "activation": "relu_squared"},
+    ],
+    ids=str,
+)
+def test_saved_tensors_of_variants_match_the_formula(options: dict[str, Any], dtype: Dtype) -> None:
+    config = replace(SMALL[1].config, **options)
+    formula = saved_for_backward(config, SMALL[1].micro_batch, dtype)
+    measured = saved_bytes(Shape(config, SMALL[1].micro_batch), dtype)
+    assert measured == pytest.approx(formula, rel=1e-3)
 
 
 def test_muon_keeps_one_moment_and_adamw_two() -> None:

@@ -19,15 +19,18 @@ from pipeline.format.manifest import NAME, DroppedExample, SelectedFile, Selecti
 from pipeline.runtime.errors import UserError
 from pipeline.store import atomic
 from tests.support.browser import CHROMIUM, browser
+from tests.support.small_data import flip
 from tests.support.training import Project, make_project, train_here
 from train import evaluate
 from train.params import EvaluateParams
-from train.report import compare, html, model_probe
+from train.report import compare, html, model_probe, run_charts
 from train.report import page as report
 from train.report.__main__ import main as report_main
 from train.report.charts import MAX_POINTS, Curve, _downsample, line_chart, running_mean
 from train.report.run_log import Log
+from train.samples import as_markdown
 
+MODEL = {"positions": "rotary", "qk_norm": True, "activation": "relu_squared", "zero_init": True}
 EVALUATE = {"temperature": 0.8, "top_k": 50, "prompts": ["", "The <i>people</i> of"]}
 
 
@@ -37,13 +40,20 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     project = make_project(tmp_path_factory.mktemp("reported"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(project.folder)
-        project.write(evaluate=EVALUATE)
+        project.write(model=MODEL, evaluate=EVALUATE)
         train_here()
         evaluate.main()
-        data = {"documents": 14, "tokens": 7000, "duplicates": 2, "gigatoken_share": 0.997}
+        data: dict[str, Any] = {
+            "documents": 14,
+            "tokens": 7000,
+            "duplicates": 2,
+            "gigatoken_share": 0.997,
+        }
+        hosts, curve = Path("metrics/hosts.csv"), Path("metrics/reference.csv")
+        hosts.write_text("host,documents\na.example,3\n<b>.example,1\n")
+        curve.write_text("step,reference\n6,10.1\n12,9.9\n")
+        data["tables_sha256"] = {hosts.name: atomic.sha256_file(hosts)}
         Path("data/statistics.json").write_text(json.dumps(data))
-        Path("metrics/hosts.csv").write_text("host,documents\na.example,3\n<b>.example,1\n")
-        Path("metrics/reference.csv").write_text("step,reference\n6,10.1\n12,9.9\n")
         example = DroppedExample(path="a.parquet", row=7, value=0.25, text="<b>Dropped</b> text")
         selection = SelectionManifest(
             selection_key="k",
@@ -53,6 +63,9 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
             examples={"fineweb.max_newlines": [example]},
         )
         atomic.write_json(report.SELECTION / NAME, selection.model_dump(mode="json"))
+        found = atomic.read_sealed(report.EVALUATION)
+        found["reference_sha256"] = atomic.sha256_file(curve)
+        atomic.write_json(report.EVALUATION, atomic.sealed(found))
         report_main([])
         yield project
 
@@ -67,6 +80,7 @@ def test_page_shows_the_run_and_is_reproducible_and_self_contained(reported: Pro
         "fineweb.max_newlines", "60 of 80 rows", "25 %", "&lt;b&gt;Dropped",
     ):  # fmt: skip
         assert text in page, text
+    assert re.search(r"positions\s+rotary", page)
     # Loss twice, logged curves, hosts, weights, activations.
     assert page.count("<svg") == page.count("<figure") >= 8
     assert "<b>.example" not in page
@@ -109,11 +123,23 @@ def test_missing_file_is_named(reported: Project, tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").rename("artifacts/log.jsonl")
 
 
+@pytest.mark.parametrize("name", ["hosts.csv", "reference.csv"])
+def test_damaged_table_is_named(reported: Project, name: str) -> None:
+    path, page = Path("metrics") / name, report.OUT.read_bytes()
+    flip(path, 5, keep_mtime=True)
+    with pytest.raises(UserError, match=str(path)):
+        report_main([])
+    flip(path, 5)
+    report_main([])
+    assert report.OUT.read_bytes() == page
+
+
 def test_samples_are_parsed_as_they_were_written() -> None:
     texts = [("", "A\n\nB"), ("The people", " **of** this")]
     params = EvaluateParams(val_tokens=1)
-    page = evaluate.as_markdown(texts, {"val_loss": 1.0}, params)
+    page = as_markdown(texts, {"Before training": ("Red", "\x1b[31m")}, 1.0, params)
     assert report.parse_samples(page) == texts
+    assert "\x1b" not in page
 
 
 def test_training_samples_include_the_first_and_the_last() -> None:
@@ -249,3 +275,9 @@ def test_comparison_shows_differing_parameters_and_the_best_metrics(
     assert page.count("<svg") == page.count("<figure") == 3  # validation loss twice, training loss
     with pytest.raises(UserError, match="--compare: 7 "):
         compare.render([str(i) for i in range(7)])
+
+
+@pytest.mark.parametrize("records", [[], [{"step": 10, "val/loss": 5.0}]])
+def test_loss_chart_of_a_log_that_lost_its_training_points(records: list[dict[str, Any]]) -> None:
+    svg = run_charts.loss_chart(Log(records), {"unigram_entropy": 7.0}, wide=True)
+    assert svg.lstrip().startswith("<svg")
