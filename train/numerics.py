@@ -141,9 +141,14 @@ def repeat_compiled_gradients() -> None:
     `use_deterministic_algorithms` does so too, but replaces kernels of the loss as well, for a
     tenth of a step or more.
     """
-    from torch._inductor.decomposition import decompositions  # private: there is no public switch
+    # Private: there is no public switch. Registered as a fallback here, without a warning: inductor
+    # does so by itself on first use, but ends in an error where the variable CI is set.
+    from torch._inductor.decomposition import decompositions
+    from torch._inductor.lowering import make_fallback
 
-    decompositions.pop(torch.ops.aten.embedding_dense_backward.default, None)
+    backward = torch.ops.aten.embedding_dense_backward.default
+    if decompositions.pop(backward, None) is not None:
+        make_fallback(backward, warn=False)
 
 
 def device_name(device: torch.device) -> str:

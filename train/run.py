@@ -52,7 +52,7 @@ CHECKPOINT = Path("artifacts/checkpoint")
 SUMMARY = Path("artifacts/training.json")
 METRICS = Path("metrics/train.json")
 # Those numbers of the summary by which runs are compared.
-COMPARED = ("loss", "val_loss", "hellaswag_acc_completion", "tokens_per_second", "mfu", "dtype")
+COMPARED = ("loss", "val_loss", "hellaswag_acc_completion", "tokens_per_second", "mfu")
 RECORD = "run.json"
 FINAL = "final.json"
 FAILED = "failed.json"
