@@ -40,7 +40,8 @@ def _names(file: SelectedFile) -> list[str]:
 def check_selected_file(folder: Path, index: int) -> Findings:
     """Check the bitmap and the ledger of one source file: a task.
 
-    The rows of the ledger are those that are not kept; a twin is a kept row that comes before.
+    The rows of the ledger are those that are not kept; a twin is a kept row, and comes before
+    unless it is for validation.
     """
     manifest = SelectionManifest.load(folder)
     file = manifest.files[index]
@@ -76,13 +77,17 @@ def _check_ledger(
         return "its rows are not those that the bitmap drops"
     twins = ledger.filter(pc.is_valid(ledger["twin_file"]))
     twin_files, twin_rows = twins["twin_file"].to_numpy(), twins["twin_row"].to_numpy()
-    own = twins["row"].to_numpy()
+    is_earlier = (twin_files < index) | (
+        (twin_files == index) & (twin_rows < twins["row"].to_numpy())
+    )
+    # Validation rows are decided first, so they can be later twins of training rows.
+    may_be_later = pc.equal(twins["rule"], "validation_copies").to_numpy()
+    if not (is_earlier | may_be_later).all():
+        return "names a twin that is not an earlier row"
     for number in np.unique(twin_files).tolist():
         named = twin_rows[twin_files == number]
-        if not 0 <= number <= index or named.min() < 0 or named.max() >= files[number].rows:
-            return f"names a twin in file {number} that is not an earlier row"
-        if number == index and (named >= own[twin_files == number]).any():
-            return "names a twin that is not an earlier row"
+        if not 0 <= number < len(files) or named.min() < 0 or named.max() >= files[number].rows:
+            return f"names a twin in file {number} that does not exist"
         if files[number].bits is not None and not read_bits(folder, files[number])[named].all():
             return f"names a twin in {files[number].path} that is not kept"
     return None

@@ -221,6 +221,18 @@ def test_one_more_file_costs_only_that_file(here: Path, capsys: pytest.CaptureFi
     assert {row: entry for row, entry in dropped().items() if row < 60} == before
 
 
+def test_verify_accepts_a_validation_row_as_the_later_twin_of_a_training_row(here: Path) -> None:
+    for rows in (some_rows(), some_rows()[::-1]):
+        write_source(RAW, rows, [25])
+        curate(params(val_copies="drop", filters={}, columns=[]))
+        if any(entry[3] is not None and entry[3] > row for row, entry in dropped().items()):
+            break
+    else:
+        pytest.fail("no twin is later than its row")
+    tokens()
+    verify(RAW, TOKENS, VerifyParams(retokenize=0), Machine(), SELECTION)
+
+
 def test_verify_finds_what_is_wrong_with_the_selection(here: Path) -> None:
     """A flipped bit, a ledger with another row or twin, counts and keys: named and removed."""
     write_source(RAW, some_rows(), [25])
