@@ -10,6 +10,7 @@ A file of which all rows are kept has neither bits nor a ledger.
 """
 
 import hashlib
+import io
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 
 from pipeline.format.manifest import NAME, RawManifest, SelectedFile, SelectionManifest
 from pipeline.runtime.errors import UserError
+from pipeline.store import atomic
 
 SELECTION = Path("data/selection")
 PIECES = "selections"
@@ -117,9 +119,12 @@ def read_bits(folder: Path, file: SelectedFile) -> np.ndarray:
     """
     path = folder / str(file.bits)
     try:
-        bits = np.load(path, allow_pickle=False) if path.stat().st_size else None
+        data = atomic.read_bytes(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {_REBUILD}") from None
+    try:
+        is_same = hashlib.sha256(data).hexdigest() == file.bits_sha256
+        bits = np.load(io.BytesIO(data), allow_pickle=False) if is_same else None
     except Exception:  # NumPy's parser raises many types on a damaged header
         bits = None
     if (
