@@ -18,10 +18,11 @@ from pipeline.store.store import Store
 def main(argv: Sequence[str] = ()) -> None:
     """Decide which rows are kept, print one summary; or explain a row, or show examples."""
     parser = command.Parser(prog="python -m pipeline.curate", description=main.__doc__)
-    parser.add_argument(
+    explain = parser.add_mutually_exclusive_group()
+    explain.add_argument(
         "--why", nargs=2, metavar=("FILE", "ROW"), help="explain why a row is kept or dropped"
     )
-    parser.add_argument(
+    explain.add_argument(
         "--sample", nargs=2, metavar=("RULE", "N"), help="show N rows that a rule dropped, and kept"
     )
     args = parser.parse_args(list(argv))
@@ -49,8 +50,8 @@ def _explain(
 ) -> Iterator[str]:
     """Yield the lines of `--why` and `--sample`, from the selection as it is now."""
     number = (row or rule or ["", ""])[1]
-    if not number.isdecimal():
-        parser.error(f"{number[:80]!r} is not a number")
+    if not (number.isdecimal() and len(number) < 19):  # as int64
+        parser.error(f"{number[:80]!r} is not a row or a number of rows")
     source = RawManifest.load(RAW)
     selection = Selection.load(SELECTION, source)
     if row:
