@@ -20,7 +20,7 @@ _FIRST_BYTES = np.array([(1 << 8 * size) - 1 for size in range(9)], dtype=np.uin
 
 
 def splitmix64(seed: int, count: int) -> np.ndarray:
-    """Return the first numbers of the SplitMix64 generator (Steele et al., 2014): (count,) uint64."""
+    """Return the first numbers of SplitMix64 (Steele et al., 2014): (count,) uint64."""
     numbers = []
     for _ in range(count):
         seed = (seed + 0x9E3779B97F4A7C15) & _MASK
@@ -55,7 +55,7 @@ def span_hashes(data: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.nd
     padded = np.concatenate([data, np.zeros(8, dtype=np.uint8)])
     number_at = np.ndarray((len(data) + 1,), dtype="<u8", buffer=padded, strides=(1,))
     sizes = ends - starts
-    hashes = sizes.astype(np.uint64)
+    hashes: np.ndarray = sizes.astype(np.uint64)
     hashes *= ODD
     chosen: slice | np.ndarray = slice(None)
     for done in range(0, _LONGEST, 8):

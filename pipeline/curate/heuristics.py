@@ -25,7 +25,7 @@ class Rule(NamedTuple):
     """A comparison that drops a row."""
 
     name: str
-    count: str
+    counted: str
     """Name of a count."""
     per: str | None
     """Name of the count that it is divided by, or None."""
@@ -111,16 +111,16 @@ def measure(texts: Texts, sets: Collection[str], limits: Limits = Limits()) -> C
 
 def count_names(sets: Collection[str]) -> list[str]:
     """Return the names that `measure` counts for some sets, sorted."""
-    used = {name for kind in sets for rule in SETS[kind] for name in (rule.count, rule.per)}
+    used = {name for kind in sets for rule in SETS[kind] for name in (rule.counted, rule.per)}
     return sorted({"chars"} | {name for name in used if name})
 
 
 def values(counts: Mapping[str, np.ndarray], rule: Rule) -> np.ndarray:
     """Return what a rule compares: (d,) float64, NaN for 0/0."""
     if rule.per is None:
-        return counts[rule.count].astype(np.float64)
+        return counts[rule.counted].astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        quotient: np.ndarray = counts[rule.count] / counts[rule.per]
+        quotient: np.ndarray = counts[rule.counted] / counts[rule.per]
     return quotient
 
 

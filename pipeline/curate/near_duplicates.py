@@ -48,7 +48,7 @@ class Buckets(NamedTuple):
     """(m + 1,) int64: rows[i] is in ``buckets[starts[i] : starts[i + 1]]``."""
     buckets: np.ndarray
     """Numbers of buckets, int64."""
-    count: int
+    total: int
     """Number of buckets."""
 
 
@@ -231,7 +231,7 @@ def _nearest(
     reference: np.ndarray | None,
 ) -> Near:
     near = Near(np.full(n, -1, dtype=np.int64), np.full(n, np.nan))
-    kept = _Kept(buckets.count)
+    kept = _Kept(buckets.total)
     if reference is not None:
         for row, mine in _walk(buckets):
             if reference[row]:
@@ -295,7 +295,7 @@ def components(buckets: Buckets, n: int) -> np.ndarray:
     owners = np.repeat(parents, np.diff(buckets.starts))
     while True:
         # Each bucket takes the least label of its rows, each row the least of its buckets.
-        least = np.full(buckets.count, len(parents))
+        least = np.full(buckets.total, len(parents))
         np.minimum.at(least, buckets.buckets, parents[owners])
         following = parents.copy()
         np.minimum.at(following, owners, least[buckets.buckets])

@@ -111,7 +111,8 @@ def _top(
     if not len(word_rows):
         return times
     ends = np.minimum(where + n, len(before) - 1)
-    return times * (before[ends] - before[where] + n - 1)
+    sizes: np.ndarray = before[ends] - before[where] + n - 1
+    return sizes * times
 
 
 def _walk(at: list[int], group: list[int], n: int) -> np.ndarray:

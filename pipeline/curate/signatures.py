@@ -31,7 +31,8 @@ NGRAM = 5
 @lru_cache(1)
 def multipliers() -> np.ndarray:
     """Return the multiplier of each hash function, odd: (HASHES,) uint64."""
-    return splitmix64(112, HASHES) | np.uint64(1)
+    odd: np.ndarray = splitmix64(112, HASHES) | np.uint64(1)
+    return odd
 
 
 def sign(texts: Texts, ngram: int = NGRAM) -> np.ndarray:

@@ -175,7 +175,7 @@ class Surface:
 
     def ends_with(self, ends: np.ndarray, starts: np.ndarray, text: bytes) -> np.ndarray:
         """Tell which spans of bytes end with a text: (k,) bool."""
-        long_enough = ends - starts >= len(text)
+        long_enough: np.ndarray = ends - starts >= len(text)
         for i, byte in enumerate(reversed(text), 1):
             long_enough &= self.data[np.maximum(ends - i, 0)] == byte
         return long_enough

@@ -48,7 +48,7 @@ ABBREVIATIONS = (
 
 
 class Texts(NamedTuple):
-    """The documents of a batch, in valid UTF-8: a broken character could reach into the next row."""
+    """The documents of a batch, in valid UTF-8: a broken character could reach into a next row."""
 
     data: np.ndarray
     """(n,) uint8."""

@@ -100,8 +100,9 @@ def test_decision_in_row_order(seed, threshold):
     """As a plain loop over all pairs decides; rows appended later change nothing."""
     signs, groups = clusters(seed), np.arange(60) % 2
     similarity = None if threshold is None else near_duplicates.estimate(signs)
-    expected, kept = np.full(60, -1), []
-    for row in np.flatnonzero(signs.any(axis=1)):
+    expected = np.full(60, -1)
+    kept: list[int] = []
+    for row in np.flatnonzero(signs.any(axis=1)).tolist():
         near = [
             ((signs[row] == signs[other]).sum() if threshold else 0, -other)
             for other in kept
