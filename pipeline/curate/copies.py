@@ -11,6 +11,7 @@ Rows of validation come first where copies of them must not be in training: then
 far from all others that are kept, in both splits, and a twin is always a kept row.
 """
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -91,8 +92,8 @@ def drop_near(
             _drop(VAL_COPIES, in_order, np.where(is_copy, twins, -1), values, decisions)
             return 0
     kept = decisions.kept[in_order]
-    twins, values = near_duplicates.near_reference(
-        buckets, len(rows), is_val & kept, similarity, params.similarity
+    twins, values = near_duplicates.decide(
+        buckets, len(rows), similarity, params.similarity, reference=is_val & kept
     )
     twins = np.where(kept & ~is_val, twins, -1)
     if val_first:
@@ -137,7 +138,9 @@ def _similarity(
         shape = (len(at), HASHES)
         if len(at):
             with tempfile.TemporaryFile(dir=pieces.store.root) as file:
-                out: Any = np.memmap(file, np.uint16, "w+", shape=shape)
+                # A full disk is an error here; while mapped memory is written, it is SIGBUS.
+                os.posix_fallocate(file.fileno(), 0, 2 * HASHES * len(at))
+                out: Any = np.memmap(file, np.uint16, "r+", shape=shape)
         else:
             out = np.zeros(shape, np.uint16)
         signatures = pieces.gather("signatures", "signatures.npy", at[order], out)

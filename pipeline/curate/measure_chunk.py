@@ -32,7 +32,7 @@ import xxhash
 from pipeline.curate import decontaminate, heuristics, near_duplicates, signatures, words
 from pipeline.curate.piece_files import RowsFile, TableFile
 from pipeline.curate.words import Texts
-from pipeline.format.parquet import as_binary, is_text, open_parquet, read_batches
+from pipeline.format.parquet import as_binary, is_text, open_parquet, read_batches, read_columns
 from pipeline.runtime.errors import UserError
 from pipeline.store import atomic
 from pipeline.store.code_key import modules_key
@@ -54,8 +54,6 @@ MODULES: dict[str, tuple[str, ...]] = {
     "shingles": ("signatures.py", *_READS_TEXT),
 }
 """The modules of this room that decide a piece of each kind."""
-
-_COLUMN_ROWS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,7 @@ def _read_text(
 
 
 def _utf8_only(texts: pa.Array) -> pa.Array:
-    """Replace texts that are not UTF-8, which `tokenize` skips, by null: they have no words."""
+    """Replace what is not UTF-8 by null: `tokenize` skips such texts, and they have no words."""
     try:
         texts.cast(pa.large_string())
     except pa.ArrowInvalid:
@@ -277,23 +275,12 @@ _WRITERS = {
 def _write_columns(chunk: Chunk, raw: Path, columns: Sequence[str], target: Path) -> None:
     """Copy the chunk's rows of some columns; strings in any layout become one type."""
     path = raw / chunk.file.path
-    with open_parquet(path) as file, TableFile(target) as table:
-        schema, row = file.schema_arrow, 0
+    with open_parquet(path) as file:
         for name in columns:
-            _check_column(schema, chunk.file.path, name)
-        for group in range(file.metadata.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if row < chunk.stop and row + rows > chunk.start:
-                at = row
-                for batch in file.iter_batches(
-                    _COLUMN_ROWS, row_groups=[group], columns=list(columns), use_threads=False
-                ):
-                    low = max(chunk.start - at, 0)
-                    part = batch.slice(low, max(chunk.stop - at - low, 0))
-                    if len(part):
-                        table.append({name: _plain(part.column(name)) for name in columns})
-                    at += len(batch)
-            row += rows
+            _check_column(file.schema_arrow, chunk.file.path, name)
+    with TableFile(target) as table:
+        for batch in read_columns(path, columns, chunk.start, chunk.stop):
+            table.append({name: _plain(batch.column(name)) for name in columns})
 
 
 def _check_column(schema: pa.Schema, file: str, name: str) -> None:
@@ -312,4 +299,7 @@ def _check_column(schema: pa.Schema, file: str, name: str) -> None:
 
 
 def _plain(values: pa.Array) -> pa.Array:
-    return as_binary(values).cast(pa.large_string()) if is_text(values.type) else values
+    """Return strings in one layout; those that are not UTF-8 are null."""
+    if not is_text(values.type):
+        return values
+    return _utf8_only(as_binary(values)).cast(pa.large_string())

@@ -188,48 +188,25 @@ def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def decide(
-    buckets: Buckets, n: int, similarity: Similarity | None = None, threshold: float = 0.0
+    buckets: Buckets,
+    n: int,
+    similarity: Similarity | None = None,
+    threshold: float = 0.0,
+    reference: np.ndarray | None = None,
 ) -> Near:
-    """Drop each row that is near an earlier kept one.
+    """Drop each row that is near an earlier kept one, or near a row of a reference.
 
     Args:
         buckets: The buckets of all rows.
         n: Number of rows.
         similarity: Verifies candidates; if None, every candidate is near.
         threshold: Least similarity of near rows.
+        reference: (n,) bool, such as the validation documents. If given, the other rows are
+            compared with these alone, earlier or later, and these get no twin.
 
     Returns:
-        For each dropped row the most similar kept row before it, and of several the first.
+        For each dropped row the most similar row it was compared with, and of several the first.
     """
-    return _nearest(buckets, n, similarity, threshold, None)
-
-
-def near_reference(
-    buckets: Buckets,
-    n: int,
-    reference: np.ndarray,
-    similarity: Similarity | None = None,
-    threshold: float = 0.0,
-) -> Near:
-    """Find the rows that are near a row of a reference set, such as the validation documents.
-
-    Args:
-        buckets: The buckets of all rows, those of the reference among them.
-        n: Number of rows.
-        reference: (n,) bool. Its rows get no twin.
-        similarity: See `decide`.
-        threshold: See `decide`.
-    """
-    return _nearest(buckets, n, similarity, threshold, reference)
-
-
-def _nearest(
-    buckets: Buckets,
-    n: int,
-    similarity: Similarity | None,
-    threshold: float,
-    reference: np.ndarray | None,
-) -> Near:
     near = Near(np.full(n, -1, dtype=np.int64), np.full(n, np.nan))
     kept = _Kept(buckets.total)
     if reference is not None:

@@ -138,7 +138,6 @@ def c4(surface: Surface, limits: Limits) -> Counts:
     bad |= _mentions(lower, lines, _POLICY)
     sentences = np.maximum(_sentence_ends(surface, lines, word, word_ends, first, last), 1)
     return {
-        "c4_lines": surface.sum_spans(lines, ~bad),
         "lorem_ipsum": surface.sum_spans(lines, lorem),
         "curly_brackets": surface.sum_spans(lines, braces),
         "sentences": surface.sum_spans(lines, np.where(bad, 0, sentences)),

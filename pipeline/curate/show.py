@@ -1,6 +1,6 @@
 """Explain the selection to people: `--why FILE ROW` and `--sample RULE N` of `pipeline.curate`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -37,17 +37,13 @@ def why(raw: Path, selection: Selection, source: RawManifest, path: str, row: in
         raise UserError(f"--why {path} {row}: no such row; use 0 to {file.rows - 1}")
     yield f"{printable(path)}, row {row:,}"
     ledger = read_ledger(selection.folder, file)
-    entry = ledger.filter(pc.equal(ledger["row"], row)).to_pylist()
-    if not entry:
-        yield "kept"
-    else:
-        yield f"dropped by {_decision(entry[0])}"
+    entries = ledger.filter(pc.equal(ledger["row"], row)).to_pylist()
+    yield f"dropped by {_decision(entries[0])}" if entries else "kept"
     yield from _values(read_text(raw, source, path, row), params)
     yield _excerpt(raw, source, path, row)
-    if entry and entry[0]["twin_file"] is not None:
-        twin, twin_row = source.files[entry[0]["twin_file"]].path, entry[0]["twin_row"]
-        yield f"its twin, which is kept: {printable(twin)}, row {twin_row:,}"
-        yield _excerpt(raw, source, twin, twin_row)
+    for twin in _twin(source, *entries):
+        yield f"its twin, which is kept: {_place(*twin)}"
+        yield _excerpt(raw, source, *twin)
 
 
 def _params(selection: Selection) -> CurateParams:
@@ -86,38 +82,48 @@ def sample(
         if pieces.store.find(kind, key) is None:
             raise UserError("--sample: the store lacks what was measured; run `dvc repro curate`")
     params = _params(selection)
-    threshold = _threshold(params, rule)
+    threshold, values = _comparison(pieces, params, rule)
     dropped = _dropped(selection, rule)
+    kept = []
     if threshold is not None:
         dropped.sort(key=lambda entry: abs((entry["value"] or 0) - threshold))
-    kept = _narrowly_kept(pieces, selection, params, rule, threshold, count)
+        kept = _narrowly_kept(pieces, selection, values, threshold, count) if values else []
     limit = "" if threshold is None else f", threshold {threshold:g}"
     yield f"{printable(rule)}: {len(dropped):,} rows dropped{limit}"
     for entry, narrow in zip_longest(dropped[:count], kept):
         if entry is not None:
-            yield f"\n== dropped: {_place(source, entry)}, {_decision(entry)}"
+            yield f"\n== dropped: {_place(*entry['at'])}, {_decision(entry)}"
             yield _excerpt(raw, source, *entry["at"])
-            if (twin := entry["twin_file"]) is not None:
-                twin_path = source.files[twin].path
-                yield f"== its twin: {printable(twin_path)}, row {entry['twin_row']:,}"
-                yield _excerpt(raw, source, twin_path, entry["twin_row"])
+            for twin in _twin(source, entry):
+                yield f"== its twin: {_place(*twin)}"
+                yield _excerpt(raw, source, *twin)
         if narrow is not None:
-            value, (path, row) = narrow
-            yield f"\n== narrowly kept: {printable(path)}, row {row:,}, {value:.6g}"
-            yield _excerpt(raw, source, path, row)
+            value, at = narrow
+            yield f"\n== narrowly kept: {_place(*at)}, {value:.6g}"
+            yield _excerpt(raw, source, *at)
 
 
-def _threshold(params: CurateParams, rule: str) -> float | None:
-    """Return the number beyond which a rule drops a row; None if it compares no numbers."""
+Values = Callable[[int], np.ndarray]
+"""Takes the number of a chunk; returns what a rule compares of its rows: (rows,) float64."""
+
+
+def _comparison(
+    pieces: Pieces, params: CurateParams, rule: str
+) -> tuple[float | None, Values | None]:
+    """Return a rule's threshold, and the values that it compares, where these exist.
+
+    Similarities are stored of dropped rows only.
+    """
     if rule == NEAR:
-        return params.similarity if params.compare else None
-    for threshold in row_rules.thresholds(params)[0]:
-        if threshold.name == rule:
-            return threshold.value
-    for column in params.columns:
-        if row_rules.column_name(column) == rule:
-            return column.min if column.min is not None else column.max
-    return None
+        return (params.similarity if params.compare else None), None
+    heuristic = {entry.name: entry for entry in row_rules.thresholds(params)[0]}.get(rule)
+    if heuristic:
+        return heuristic.value, lambda i: heuristics.values(pieces.counts(i), heuristic.rule)
+    ranges = {row_rules.column_name(entry): entry for entry in params.columns if entry.in_ is None}
+    if column := ranges.get(rule):
+        limit = column.max if column.min is None else column.min
+        return limit, lambda i: row_rules.as_floats(pieces.column(i, column.column))
+    return None, None
 
 
 def _dropped(selection: Selection, rule: str) -> list[dict[str, Any]]:
@@ -131,46 +137,31 @@ def _dropped(selection: Selection, rule: str) -> list[dict[str, Any]]:
 
 
 def _narrowly_kept(
-    pieces: Pieces,
-    selection: Selection,
-    params: CurateParams,
-    rule: str,
-    threshold: float | None,
-    count: int,
+    pieces: Pieces, selection: Selection, values: Values, threshold: float, count: int
 ) -> list[tuple[float, tuple[str, int]]]:
     """Return the kept rows whose values are nearest to a threshold, with the values."""
     found: list[tuple[float, float, tuple[str, int]]] = []
     for number, chunk in enumerate(pieces.chunks):
-        values = _values_of_chunk(pieces, number, params, rule)
-        if values is None or threshold is None:
-            return []
-        kept = selection.kept(chunk.file_index)
+        of_chunk, kept = values(number), selection.kept(chunk.file_index)
         if kept is not None:
-            values = np.where(kept[chunk.start : chunk.stop], values, np.nan)
-        distances = np.abs(values - threshold)
+            of_chunk = np.where(kept[chunk.start : chunk.stop], of_chunk, np.nan)
+        distances = np.abs(of_chunk - threshold)
         for row in np.argsort(distances, kind="stable")[:count].tolist():
             if not np.isnan(distances[row]):
                 at = (chunk.file.path, chunk.start + row)
-                found.append((float(distances[row]), float(values[row]), at))
+                found.append((float(distances[row]), float(of_chunk[row]), at))
         found = sorted(found)[:count]
     return [(value, at) for _, value, at in found]
 
 
-def _values_of_chunk(
-    pieces: Pieces, number: int, params: CurateParams, rule: str
-) -> np.ndarray | None:
-    """Return the values that a rule compares with its threshold: (rows,) float64."""
-    for threshold in row_rules.thresholds(params)[0]:
-        if threshold.name == rule:
-            return heuristics.values(pieces.counts(number), threshold.rule)
-    for column in params.columns:
-        if row_rules.column_name(column) == rule and column.in_ is None:
-            return row_rules.as_floats(pieces.column(number, column.column))
-    return None
+def _twin(source: RawManifest, entry: dict[str, Any] | None = None) -> list[tuple[str, int]]:
+    """Return the file and row that is kept in place of a dropped one, if there is any."""
+    if entry is None or entry["twin_file"] is None:
+        return []
+    return [(source.files[entry["twin_file"]].path, entry["twin_row"])]
 
 
-def _place(source: RawManifest, entry: dict[str, Any]) -> str:
-    path, row = entry["at"]
+def _place(path: str, row: int) -> str:
     return f"{printable(path)}, row {row:,}"
 
 

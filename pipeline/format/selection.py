@@ -142,13 +142,15 @@ def read_ledger(folder: Path, file: SelectedFile) -> pa.Table:
     """Read the dropped rows of a file, in `LEDGER_SCHEMA`.
 
     Raises:
-        UserError: The ledger is missing or damaged.
+        UserError: The ledger is missing, or does not match the manifest.
     """
     if file.ledger is None:
         return LEDGER_SCHEMA.empty_table()
     path = folder / file.ledger
     try:
-        return pq.read_table(path, schema=LEDGER_SCHEMA, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        reason = getattr(error, "strerror", None) or "damaged"
-        raise UserError(f"{path}: cannot be read ({reason}); {_REBUILD}") from None
+        data = atomic.read_bytes(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {_REBUILD}") from None
+    if hashlib.sha256(data).hexdigest() != file.ledger_sha256:
+        raise UserError(f"{path}: damaged; {_REBUILD}")
+    return pq.read_table(pa.BufferReader(data), schema=LEDGER_SCHEMA)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -23,6 +24,7 @@ import pytest
 from pipeline.curate import measure_chunk
 from pipeline.curate import stage as curate_stage
 from pipeline.curate.__main__ import main
+from pipeline.curate.heuristics import SETS
 from pipeline.format.manifest import NAME, Manifest, RawManifest, SelectionManifest
 from pipeline.format.selection import SELECTION, read_ledger
 from pipeline.format.shards import read_docs
@@ -143,6 +145,31 @@ def test_the_same_rows_for_any_cutting(here: Path, changes: dict[str, Any]) -> N
     for row, twin in twins.items():
         assert twin < row or ledger[row][0] == "validation_copies"
         assert str(text[row])[-200:] == str(text[twin])[-200:]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(20))
+def test_the_same_rows_for_random_rules_cuttings_and_chunks(
+    here: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, rows = random.Random(seed), some_rows(200, seed)
+    rules = params(
+        near_duplicates=draw.random() < 0.8,
+        compare=draw.choice(["signatures", "text", None]),
+        similarity=draw.choice([0.3, 0.7, 0.9]),
+        scope=draw.choice(["all", "dump"]),
+        val_copies=draw.choice(["keep", "drop"]),
+        filters={name: {} for name in SETS if draw.random() < 0.5},
+    )
+    found = []
+    for number in range(4):
+        monkeypatch.setattr(measure_chunk, "CHUNK_TOKENS", draw.choice([3000, 20_000, 10**6]))
+        borders = sorted(draw.choices(range(len(rows) + 1), k=number * 3))
+        raw = write_source(Path(f"raw-{number}"), rows, borders)
+        key = curate(rules, raw=raw).selection_key
+        found.append((key, dropped(raw)))
+    assert found[0][1]
+    assert all(one == found[0] for one in found)
 
 
 def test_text_that_is_not_utf8_changes_no_other_row(here: Path) -> None:
@@ -401,9 +428,17 @@ def test_each_kind_of_piece_depends_on_all_code_that_decides_it() -> None:
         assert all((REPO / name).exists() for name in listed)
 
 
-@pytest.mark.slow
-def test_workers_kills_and_shipped_data_change_nothing(tmp_path: Path, small_raw: Path) -> None:
-    """The real commands on real Ray: the second and third are killed three times each."""
+@pytest.mark.parametrize(
+    "kills",
+    [
+        pytest.param([1, 2, 6, 8, 14, 16], marks=pytest.mark.slow),
+        pytest.param([*range(1, 21)], marks=pytest.mark.soak),
+    ],
+)
+def test_workers_kills_and_shipped_data_change_nothing(
+    tmp_path: Path, small_raw: Path, kills: list[int]
+) -> None:
+    """The real commands on real Ray; with 2 and 4 workers killed at some numbers of pieces."""
     rows, found, shards = some_rows(400, seed=3), [], []
     for number, workers in enumerate("124"):
         folder = tmp_path / workers
@@ -416,7 +451,7 @@ def test_workers_kills_and_shipped_data_change_nothing(tmp_path: Path, small_raw
         params_file.write_text(text)
         module.write_text(re.sub("CHUNK_TOKENS = .*", "CHUNK_TOKENS = 4_000", module.read_text()))
         variables = {"GPT2_WORKERS": workers, "GPT2_DATA": ("shared", "ship")[number % 2]}
-        for pieces in (1, 6, 14) if number else ():
+        for pieces in kills[number - 1 :: 2] if number else ():
             process = subprocess.Popen(
                 project.command("curate"), cwd=folder, env=project.environment(**variables),
                 start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
