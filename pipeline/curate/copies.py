@@ -14,7 +14,6 @@ far from all others that are kept, in both splits, and a twin is always a kept r
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 
@@ -131,28 +130,29 @@ def _similarity(
     if params.compare is None:
         return None
     at = rows[candidates]
+    order = np.argsort(at)  # of the source: rows of validation may come first here
+    position = np.empty_like(order)
+    position[order] = np.arange(len(at))
     if params.compare == "text":
-        of_candidates = near_duplicates.exactly(shingles(at))
+        in_order = near_duplicates.exactly(shingles(at[order]))
     else:
-        order = np.argsort(at)
-        shape = (len(at), HASHES)
-        if len(at):
-            with tempfile.TemporaryFile(dir=pieces.store.root) as file:
-                # A full disk is an error here; while mapped memory is written, it is SIGBUS.
-                os.posix_fallocate(file.fileno(), 0, 2 * HASHES * len(at))
-                out: Any = np.memmap(file, np.uint16, "r+", shape=shape)
-        else:
-            out = np.zeros(shape, np.uint16)
-        signatures = pieces.gather("signatures", "signatures.npy", at[order], out)
-        position = np.empty(len(at), np.int64)
-        position[order] = np.arange(len(at))
-        estimated = near_duplicates.estimate(signatures)
-
-        def of_candidates(index: int, others: np.ndarray) -> np.ndarray:
-            return estimated(int(position[index]), position[others])
+        in_order = near_duplicates.estimate(_signatures(pieces, at[order]))
 
     def similarity(row: int, others: np.ndarray) -> np.ndarray:
-        index = int(np.searchsorted(candidates, row))
-        return of_candidates(index, np.searchsorted(candidates, others))
+        index = int(position[np.searchsorted(candidates, row)])
+        return in_order(index, position[np.searchsorted(candidates, others)])
 
     return similarity
+
+
+def _signatures(pieces: Pieces, rows: np.ndarray) -> np.ndarray:
+    """Copy the signatures of ascending rows to a temporary file: (k, HASHES) uint16."""
+    shape = (len(rows), HASHES)
+    if not len(rows):
+        return np.zeros(shape, np.uint16)
+    with tempfile.TemporaryFile(dir=pieces.store.root) as file:
+        # A full disk is an error here; while mapped memory is written, it is SIGBUS.
+        os.posix_fallocate(file.fileno(), 0, 2 * HASHES * len(rows))
+        out: np.ndarray = np.memmap(file, np.uint16, "r+", shape=shape)
+    pieces.gather("signatures", "signatures.npy", rows, out)
+    return out

@@ -25,8 +25,10 @@ from pipeline.curate import measure_chunk
 from pipeline.curate import stage as curate_stage
 from pipeline.curate.__main__ import main
 from pipeline.curate.heuristics import SETS
+from pipeline.curate.signatures import shingles
+from pipeline.curate.words import as_texts
 from pipeline.format.manifest import NAME, Manifest, RawManifest, SelectionManifest
-from pipeline.format.selection import SELECTION, read_ledger
+from pipeline.format.selection import LEDGER_SCHEMA, SELECTION, read_ledger
 from pipeline.format.shards import read_docs
 from pipeline.params import CurateParams, TokenizeParams, VerifyParams
 from pipeline.runtime.errors import UserError
@@ -147,6 +149,19 @@ def test_the_same_rows_for_any_cutting(here: Path, changes: dict[str, Any]) -> N
         assert str(text[row])[-200:] == str(text[twin])[-200:]
 
 
+@pytest.mark.parametrize("val_copies", ["keep", "drop"])
+def test_similarity_by_text_is_that_of_the_texts(here: Path, val_copies: str) -> None:
+    rows = some_rows(120, seed=0)
+    write_source(RAW, rows, [30, 90])
+    off: dict[str, Any] = {"columns": [], "filters": {}, "exact_duplicates": False}
+    curate(params(**off, val_copies=val_copies, compare="text", similarity=0.3))
+    grams = shingles(as_texts(pa.array([row["text"] for row in rows], pa.large_string())))
+    assert len({entry[0] for entry in dropped().values()}) == 1 + (val_copies == "drop")
+    for row, (_, value, _, twin) in dropped().items():
+        both = len(np.intersect1d(grams[row], grams[twin]))
+        assert value == both / (len(grams[row]) + len(grams[twin]) - both) >= 0.3
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(20))
 def test_the_same_rows_for_random_rules_cuttings_and_chunks(
@@ -187,6 +202,19 @@ def test_text_that_is_not_utf8_changes_no_other_row(here: Path) -> None:
         found.append(dropped(raw))
     assert found[0] == found[1]
     assert found[0].keys() == {1, 4, 6}  # too few stop words, too few words
+
+
+def test_values_of_columns_that_are_not_utf8_count_as_missing(here: Path) -> None:
+    """Parquet may hold any bytes in a column of strings."""
+    values = [b"en", b"\xff", None, b"de", "é".encode()]
+    strings = pa.Array.from_buffers(pa.string(), 5, pa.array(values, pa.binary()).buffers())
+    RAW.mkdir(parents=True)
+    path = RAW / "a.parquet"
+    pq.write_table(pa.table({"text": ["a b c d e f"] * 5, "language": strings}), path)
+    write_manifest(RAW, [describe(path, 5)])
+    off: dict[str, Any] = {"filters": {}, "exact_duplicates": False, "near_duplicates": False}
+    curate(params(**off, columns=[{"column": "language", "in": ["en", "é"]}]))
+    assert {row: entry[2] for row, entry in dropped().items()} == {1: None, 2: None, 3: "de"}
 
 
 def test_tokenize_and_verify_follow_the_selection(here: Path) -> None:
@@ -352,6 +380,9 @@ def test_copies_are_looked_for_within_each_dump_and_not_among_too_many_rows(
         ({"filters": {"fineweb": {"max_newline": 1}}}, "curate.filters.fineweb.max_newline: "),
         ({"columns": [{"column": "nothing", "min": 1}]}, "curate: .*'nothing'"),
         ({"columns": [{"column": "language", "min": 1}]}, "curate.columns: .*'language'"),
+        ({"columns": [{"column": "language", "in": [1]}]}, "curate.columns: .*'language'"),
+        ({"columns": [{"column": "token_count", "in": [10**30]}]}, "curate.columns: .*'token_co"),
+        ({"columns": [{"column": "language_score", "in": ["a"]}]}, "curate.columns: .*'language_s"),
         ({"columns": [{"column": "language_score", "min": 2}]}, "curate: drops every row"),
         ({"decontaminate": ["no.jsonl"]}, "no.jsonl: "),
     ],
@@ -412,6 +443,43 @@ def test_rows_and_rules_are_explained(here: Path, capsys: pytest.CaptureFixture[
     ):
         with pytest.raises(UserError, match=wrong[0]):
             main(wrong)
+    for refused in (
+        ["--why", "part-000.parquet", "1", "--sample", "near_duplicates", "1"],
+        ["--why", "part-000.parquet", "9" * 19],
+        ["--why", "part-000.parquet", "-1"],
+        ["--sample", "near_duplicates", "x"],
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            main(refused)
+        assert exit_.value.code == 2
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("suffix", ["kept.npy", "ledger.parquet"])
+def test_damaged_selections_are_named_by_all_that_read_them(here: Path, suffix: str) -> None:
+    """Also a file that is readable: the ledger of another selection, all bits set."""
+    write_source(RAW, some_rows(), [25])
+    curate(params())
+    path = SELECTION / f"00001.{suffix}"
+    if suffix == "kept.npy":
+        values = np.full_like(np.load(path), 255)
+        path.unlink()
+        np.save(path, values)
+        readers: list[Callable[[], Any]] = [
+            tokens,
+            lambda: main(["--sample", "columns.language_score", "2"]),
+        ]
+    else:
+        entries = [{**entry, "twin_file": 7} for entry in pq.read_table(path).to_pylist()]
+        path.unlink()
+        pq.write_table(pa.Table.from_pylist(entries, schema=LEDGER_SCHEMA), path)
+        readers = [
+            lambda: main(["--why", "part-001.parquet", "1"]),
+            lambda: main(["--sample", "columns.language", "2"]),
+        ]
+    for read in readers:
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            read()
 
 
 def test_each_kind_of_piece_depends_on_all_code_that_decides_it() -> None:
