@@ -152,6 +152,17 @@ def drop_contaminated(
     }
 
 
+def unclean_tasks(pieces: Pieces, tasks: Index, decisions: Decisions) -> dict[str, int | None]:
+    """Return the tasks that share words with rows kept by all rules; see `SelectionManifest`."""
+    rows = Counter[int]()
+    for number, span in pieces.spans():
+        found = pieces.array(number, "contamination", "found.npy")
+        rows.update(found[decisions.kept[span][found[:, 0]], 1].tolist())
+    return dict.fromkeys(tasks.short) | {
+        tasks.items[item]: count for item, count in sorted(rows.items())
+    }
+
+
 def dumps(pieces: Pieces) -> tuple[np.ndarray, list[str]]:
     """Return the number of each row's dump, (n,) int32, and the dumps in order of appearance."""
     numbers: dict[str, int] = {}

@@ -70,8 +70,11 @@ def curate(
         raise UserError("params.yaml: curate.val_copies: drop needs tokenize.val_split: documents")
     stage = _Stage(raw.absolute(), source, params, split, machine, Store.open(machine))
     decisions, found = stage.decide()
-    pieces = stage.pieces.named()
-    return write_selection(raw, out, source, params, decisions, found, pieces, stage.store)
+    pieces, tasks = stage.pieces, stage.facts.tasks
+    unclean = row_rules.unclean_tasks(pieces, tasks, decisions) if tasks is not None else {}
+    return write_selection(
+        raw, out, source, params, decisions, found, unclean, pieces.named(), stage.store
+    )
 
 
 class _Stage:

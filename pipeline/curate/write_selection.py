@@ -38,6 +38,7 @@ def write_selection(
     params: CurateParams,
     decisions: Decisions,
     found: dict[str, Any],
+    unclean_tasks: dict[str, int | None],
     pieces: Sequence[tuple[str, str]],
     store: Store,
 ) -> SelectionManifest:
@@ -45,6 +46,7 @@ def write_selection(
 
     Args:
         found: What was only counted.
+        unclean_tasks: See `SelectionManifest`.
         pieces: Kind and key of the pieces that the decisions were made from.
     """
     sizes = [file.rows for file in source.files]
@@ -75,6 +77,7 @@ def write_selection(
         files=files,
         dropped=decisions.counts,
         found=found,
+        unclean_tasks=unclean_tasks,
         examples=examples(ledger, source, raw),
         pieces=made,
     )

@@ -162,6 +162,9 @@ class SelectionManifest(_Manifest):
     """Rows dropped by each rule that was applied."""
     found: dict[str, Any] = {}
     """What was counted and not dropped, such as copies of validation documents in training."""
+    unclean_tasks: dict[str, Count | None] = {}
+    """Per task of an evaluation (hellaswag_val/17, the line of its file from 0) the kept rows that
+    share words with it; None: too short to tell. All other tasks of `decontaminate` are clean."""
     examples: dict[str, list[DroppedExample]] = {}
     """A few rows that each rule dropped."""
     pieces: list[tuple[str, str]] = []

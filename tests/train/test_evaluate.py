@@ -12,14 +12,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from model import GPT
 from pipeline import TokenStream
+from pipeline.curate import stage as curate_stage
+from pipeline.format.selection import SELECTION
 from pipeline.format.tokenizer import EOT, encode
+from pipeline.params import CurateParams, TokenizeParams
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.machine import Machine
 from pipeline.store import atomic
 from tests.support.hub import Hub
+from tests.support.small_data import no_cluster, run_here, write_raw
 from tests.support.training import Project, some_tokens, train_here, write_hellaswag, write_tokens
 from train import evaluate
-from train.evals import hellaswag
+from train.evals import hellaswag, lambada
+from train.evals.hellaswag import Task
+from train.run import CHECKPOINT
 
 
 def test_a_trained_model_is_evaluated_and_sampled(
@@ -79,6 +87,41 @@ def test_metrics_do_not_depend_on_ranks_batch_size_or_source(
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("HellaSwag (12 tasks) acc") == 1
     assert project.results("evaluation") == one
+
+
+def test_tasks_that_are_in_the_text_are_left_out_of_the_clean_scores(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the tasks share 13 words with a document."""
+    monkeypatch.setattr(curate_stage, "cluster", no_cluster)
+    monkeypatch.setattr(curate_stage, "run_tasks", run_here)
+    tasks = write_hellaswag()
+    passages = [" ".join(task["ctx"].split()[: 2 + i]) for i, task in enumerate(tasks)]
+    lines = [json.dumps({"text": passage}) + "\n" for passage in passages]
+    Path("passages.jsonl").write_text("".join(lines))
+    document = tasks[0]["ctx"].removesuffix(" they then")
+    raw = write_raw(Path("data/raw"), [["Another text.", f"It was said that {document}."]])
+
+    def scores(*decontaminate: str) -> dict[str, Any]:
+        rules = CurateParams(decontaminate=list(decontaminate))
+        curate_stage.curate(raw, SELECTION, rules, TokenizeParams(), Machine())
+        evaluate.main()
+        return project.results("evaluation")
+
+    project.write(evaluate={"hellaswag": "tasks.jsonl", "lambada": "passages.jsonl"})
+    train_here()
+    one = scores("tasks.jsonl")
+    two = scores("tasks.jsonl", "passages.jsonl")
+    assert not any(name.startswith("lambada_clean") for name in one)
+    assert two["lambada_clean_tasks"] == 1  # the others are in the document, or too short
+    assert {name: two[name] for name in one if name != "json_sha256"}.items() <= one.items()
+    gpt = GPT.from_checkpoint(CHECKPOINT)
+    clean = [Task.from_row(task) for i, task in enumerate(tasks) if i % 7 > 2]
+    expected = hellaswag.metrics(hellaswag.predict(gpt, clean))
+    assert expected["hellaswag_tasks"] == 6
+    expected |= lambada.evaluate(gpt, [lambada.request({"text": passages[11]})])
+    for name, value in expected.items():
+        assert two[name.replace("_", "_clean_", 1)] == pytest.approx(value, rel=1e-5)
 
 
 @pytest.mark.parametrize(

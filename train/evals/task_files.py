@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import compress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipeline.format.manifest import NAME, SelectionManifest
+from pipeline.format.selection import SELECTION
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import project_root
 from pipeline.store import atomic
@@ -57,6 +60,41 @@ def text(row: Row, key: str) -> str:
     if not isinstance(value := row[key], str):
         raise TypeError(f"{key} is no text: {reprlib.repr(value)}")
     return value
+
+
+def are_clean(source: str | None, n: int) -> list[bool] | None:
+    """Tell which tasks of a file share no words with a document that `curate` keeps.
+
+    Args:
+        source: As of `read_tasks`; None: no benchmark.
+        n: Number of tasks.
+
+    Returns:
+        None if `curate.decontaminate` does not name the file.
+    """
+    if source is None or not (SELECTION / NAME).exists():
+        return None
+    selection = SelectionManifest.load(SELECTION)
+    if source not in selection.params.get("decontaminate", []):
+        return None
+    return [f"{Path(source).stem}/{line}" not in selection.unclean_tasks for line in range(n)]
+
+
+def with_clean(
+    metrics: Callable[[list[T]], dict[str, float]], results: list[T], clean: list[bool] | None
+) -> dict[str, float]:
+    """Return the metrics of all tasks and, as ``NAME_clean_...``, those of the clean ones.
+
+    Args:
+        metrics: Computes metrics, whose names begin with that of the benchmark, from results.
+        results: Per task.
+        clean: `are_clean`.
+    """
+    found = metrics(results)
+    if clean is not None and any(clean):
+        of_clean = metrics([*compress(results, clean)])
+        found |= {name.replace("_", "_clean_", 1): value for name, value in of_clean.items()}
+    return found
 
 
 def find_file(path: str) -> Path:

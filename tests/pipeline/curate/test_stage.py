@@ -347,10 +347,14 @@ def test_tasks_are_found_and_dropped_if_asked(here: Path) -> None:
     assert found["tasks_found"] == 2
     assert found["tasks_too_short"] == 1
     assert found["contaminated_rows"] >= len(copies)
+    unclean = SelectionManifest.load(SELECTION).unclean_tasks
+    assert unclean.keys() == {"tasks/0", "tasks/1", "tasks/2"}
+    assert len(copies) <= unclean["tasks/0"] <= unclean["tasks/1"] == found["contaminated_rows"]
     assert dropped() == {}
     curate(params(**rules, **off, contaminated="drop"))
     assert copies <= dropped().keys()
     assert dropped()[4][:3] == ("contamination", 8.0, "tasks/0")
+    assert SelectionManifest.load(SELECTION).unclean_tasks == {"tasks/2": None}
 
 
 def test_copies_are_looked_for_within_each_dump_and_not_among_too_many_rows(
