@@ -198,7 +198,7 @@ def speed_part(text: Path, tasks: Path, megabytes: int, rounds: int, python: str
 
 
 def write_made_text(raw: Path, rows: int, files: int = 10) -> Path:
-    """Write short documents of made words; a tenth repeat another of their file, half of these nearly."""
+    """Write short documents of made words; a tenth repeat another, half of these nearly."""
     raw.mkdir()
     rng = np.random.default_rng(1)
     vocabulary = np.array(
