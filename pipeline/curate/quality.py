@@ -1,6 +1,7 @@
 """Counts for the quality rules of Gopher and of FineWeb, and for C4's."""
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -45,12 +46,10 @@ def gopher_quality(surface: Surface) -> Counts:
     """
     codes, starts = surface.codes, surface.starts
     classes = codes & CLASS
-    plain = ((codes & SYMBOL) == 0) & (classes != SPACE)
-    if len(starts):
-        plain_word = np.maximum.reduceat(plain.view(np.uint8), starts).astype(bool)
-        alpha = np.maximum.reduceat(classes, starts) >= LETTER
-    else:
-        plain_word = alpha = np.zeros(0, dtype=bool)
+    # The class of a plain character, 0 of any other: letters have the highest, and are all plain.
+    plain = np.where((codes & SYMBOL) == 0, classes, 0)
+    highest = np.maximum.reduceat(plain, starts) if len(starts) else plain[:0]
+    plain_word, alpha = highest > 0, highest >= LETTER
     dots, dot_ends = surface.runs(surface.positions("."))
     triples = (dot_ends - dots) // 3
     in_row = np.searchsorted(surface.offsets, dots, side="right") - 1
@@ -78,13 +77,22 @@ def gopher_quality(surface: Surface) -> Counts:
 
 def _stop_words(surface: Surface) -> np.ndarray:
     """Count the different stop words of each row."""
+    sizes = surface.ends - surface.starts
+    short = np.flatnonzero((sizes >= 2) & (sizes <= 4))  # as all stop words
+    hashes = span_hashes(surface.data, surface.starts[short], surface.ends[short])
+    firsts = np.searchsorted(short, surface.firsts)
     found = np.zeros(surface.rows, dtype=np.int64)
-    for word in STOP_WORDS:
-        data = np.frombuffer(word.encode(), dtype=np.uint8)
-        (wanted,) = span_hashes(data, np.array([0]), np.array([len(data)]))
-        at = np.flatnonzero(surface.hashes == wanted)
-        found += np.diff(np.searchsorted(at, surface.firsts)) > 0
+    for wanted in _stop_word_hashes():
+        at = np.flatnonzero(hashes == wanted)
+        found += np.diff(np.searchsorted(at, firsts)) > 0
     return found
+
+
+@lru_cache(1)
+def _stop_word_hashes() -> np.ndarray:
+    ends = np.cumsum([len(word) for word in STOP_WORDS])
+    starts = np.concatenate([[0], ends[:-1]])
+    return span_hashes(np.frombuffer("".join(STOP_WORDS).encode(), dtype=np.uint8), starts, ends)
 
 
 def fineweb(surface: Surface, limits: Limits) -> Counts:
