@@ -61,7 +61,8 @@ def drop_near(
         is_val: (k,) bool, the rows of validation.
 
     Returns:
-        The number of training rows kept that are near a validation row.
+        The number of training rows that are near a validation row, before near duplicates are
+        dropped; 0 if these rows are dropped.
     """
     val_first = params.val_copies == "drop"
     order = np.argsort(~is_val, kind="stable") if val_first else np.arange(len(rows))
@@ -77,6 +78,16 @@ def drop_near(
         keys(), kept, None if groups is None else groups[order]
     )
     similarity = _similarity(pieces, in_order, buckets.rows, params, shingles)
+    near_val = 0
+    if not (params.near_duplicates and val_first):
+        twins, values = near_duplicates.decide(
+            buckets, len(rows), similarity, params.similarity, reference=is_val & kept
+        )
+        twins = np.where(kept & ~is_val, twins, -1)
+        if val_first:
+            _drop(VAL_COPIES, in_order, twins, values, decisions)
+        else:
+            near_val = int(np.count_nonzero(twins >= 0))
     if params.near_duplicates:
         if params.clusters == "components":
             twins = near_duplicates.components(buckets, len(rows))
@@ -89,16 +100,7 @@ def drop_near(
         _drop(NEAR, in_order, np.where(is_copy, -1, twins), values, decisions)
         if val_first:
             _drop(VAL_COPIES, in_order, np.where(is_copy, twins, -1), values, decisions)
-            return 0
-    kept = decisions.kept[in_order]
-    twins, values = near_duplicates.decide(
-        buckets, len(rows), similarity, params.similarity, reference=is_val & kept
-    )
-    twins = np.where(kept & ~is_val, twins, -1)
-    if val_first:
-        _drop(VAL_COPIES, in_order, twins, values, decisions)
-        return 0
-    return int(np.count_nonzero(twins >= 0))
+    return near_val
 
 
 def _drop(

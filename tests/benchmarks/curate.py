@@ -1,15 +1,16 @@
 """What the stage `curate` finds, and what it costs: `python -m tests.benchmarks.curate PART...`.
 
-- *copies*: near duplicates of known similarity; see `curate_copies`. Counts: about 3 minutes.
+- *copies*: near duplicates of known similarity; see `curate_copies`.
 - *datatrove*: decisions and clusters beside datatrove's (``--datatrove PYTHON``, an interpreter
-  with datatrove 0.10 and spaCy); see `curate_datatrove`. Counts: about 5 minutes.
-- *tasks*: real texts that share 13 words with tasks of HellaSwag.
-- *speed*: MB of text per second on one core, each contender in a process of its own that is bound
-  to one core, in turn; ratios to `tokenize` are medians over the rounds. With ``--datatrove`` its
-  filters and signatures run in the same rounds, on a part of the texts. About 6 minutes.
+  with datatrove 0.10 and spaCy); see `curate_datatrove`.
+- *tasks*: real texts that share words with tasks of HellaSwag.
+- *speed*: MB of text per second on one core: the stages `tokenize` and `curate` without Ray, each
+  in a process of its own, and the parts of `curate`, in turn. Ratios are medians over the rounds.
+  With ``--datatrove`` its filters and signatures run in the same rounds, on a part of the texts.
 - *scale*: a million short documents through the stages, on Ray, and the computed costs of more.
 
-``--write`` puts what was measured into docs/curate.md, between the markers of the part.
+``--write`` puts what was measured into docs/curate.md, between the markers of the part. *speed* and
+*scale* need an idle machine.
 """
 
 import argparse
@@ -19,8 +20,10 @@ import os
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +59,15 @@ RULES: dict[str, Any] = {
     "exact_duplicates": True,
     "near_duplicates": True,
 }
-GOALS = {"signatures": 50, "quality and FineWeb": 40, "repetition": 8}
+STAGES = ("tokenize", "curate, all rules")
+FILTERS = {
+    "gopher_quality": ["gopher_quality"],
+    "fineweb": ["fineweb"],
+    "gopher_quality and fineweb": ["gopher_quality", "fineweb"],
+    "c4": ["c4"],
+    "gopher_repetition": ["gopher_repetition"],
+}
+GOALS = {"signatures": 50, "gopher_quality and fineweb": 40, "gopher_repetition": 8}
 """MB/s."""
 DATATROVE_MB = 3
 DOCUMENT = 4500
@@ -93,11 +104,27 @@ def stages(raw: Path, tasks: Path) -> dict[str, Callable[[Path], Any]]:
         machine = Machine(work_dir=folder / "work")
         tokenize_stage.tokenize(raw, folder / "out", SPLIT, machine, "benchmark")
 
-    return {"tokenize": run_tokenize, "curate, all rules": run_curate}
+    return {STAGES[0]: run_tokenize, STAGES[1]: run_curate}
 
 
-def in_batches(raw: Path, name: str, tasks: Path) -> Callable[[], Any]:
-    """Return a function that computes one kind of fact about all texts, which are in memory."""
+def on_one_core() -> None:
+    """Bind this process, and those that it starts, to one core."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
+def measure_stage(name: str, raw: Path, small: Path, tasks: Path) -> tuple[float, float]:
+    """Return MB/s of a stage in this process, and the peak memory of the process in MB."""
+    on_one_core()
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        stages(small, tasks)[name](Path(first))  # imports, and what the first call builds
+        seconds = timed(lambda: stages(raw, tasks)[name](Path(second)))
+    size = sum(map(text_bytes, raw.glob("*.parquet"))) / 1e6
+    return size / seconds, peak_memory() / 1e6
+
+
+def measure_parts(raw: Path, tasks: Path) -> dict[str, float]:
+    """Return MB/s of each computation on texts that are in memory."""
+    on_one_core()
     source = RawManifest.load(raw)
     read = [
         as_texts(texts)
@@ -107,37 +134,19 @@ def in_batches(raw: Path, name: str, tasks: Path) -> Callable[[], Any]:
     index = decontaminate.index(decontaminate.read_items("hellaswag", tasks))
     compute: dict[str, Callable[[Texts], Any]] = {
         "signatures": signatures.sign,
-        "gopher_quality": lambda texts: heuristics.measure(texts, ["gopher_quality"]),
-        "fineweb": lambda texts: heuristics.measure(texts, ["fineweb"]),
-        "quality and FineWeb": lambda t: heuristics.measure(t, ["gopher_quality", "fineweb"]),
-        "c4": lambda texts: heuristics.measure(texts, ["c4"]),
-        "repetition": lambda texts: heuristics.measure(texts, ["gopher_repetition"]),
-        "decontamination": lambda texts: decontaminate.find(texts, index),
+        **{name: partial(heuristics.measure, sets=sets) for name, sets in FILTERS.items()},
+        "decontamination": partial(decontaminate.find, index=index),
     }
-    compute[name](read[0])
-    return lambda: [compute[name](texts) for texts in read]
-
-
-PARTS = ("signatures", "gopher_quality", "fineweb", "quality and FineWeb", "c4", "repetition",
-         "decontamination")  # fmt: skip
-
-
-def measure(name: str, raw: Path, small: Path, tasks: Path) -> tuple[float, float]:
-    """Measure a contender in this process, on one core; return MB/s and its peak memory in MB."""
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    size = sum(map(text_bytes, raw.glob("*.parquet"))) / 1e6
-    if name in PARTS:
-        seconds = timed(in_batches(raw, name, tasks))
-    else:
-        with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
-            stages(small, tasks)[name](Path(first))  # imports, and what the first call builds
-            run = stages(raw, tasks)[name]
-            seconds = timed(lambda: run(Path(second)))
-    return size / seconds, peak_memory() / 1e6
+    size, found = sum(len(texts.data) for texts in read) / 1e6, {}
+    for name, function in compute.items():
+        function(read[0])
+        found[name] = size / timed(lambda: [function(texts) for texts in read])  # noqa: B023
+    return found
 
 
 def measure_datatrove(python: str, raw: Path) -> dict[str, float]:
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    """Return MB/s of datatrove's filters and signatures on the first texts."""
+    on_one_core()
     texts = pq.read_table(next(raw.glob("*.parquet")), columns=["text"])["text"].to_pylist()
     sizes = np.cumsum([len(text.encode()) for text in texts])
     return curate_datatrove.speeds(python, texts[: int((sizes < DATATROVE_MB * 1e6).sum())])
@@ -150,36 +159,37 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def speed_part(text: Path, tasks: Path, megabytes: int, rounds: int, python: str | None) -> str:
-    """Measure the contenders in turn; return the medians as Markdown tables."""
-    names = ("tokenize", "curate, all rules", *PARTS)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    theirs: dict[str, list[float]] = {}
+    """Measure the contenders in turn; return the medians as a Markdown table."""
+    ours, theirs = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
+    peaks = defaultdict[str, list[float]](list)
     with tempfile.TemporaryDirectory() as folder:
         raw = make_corpus(text, Path(folder) / "raw", megabytes)
         small = make_corpus(text, Path(folder) / "small", 4)
         for turn in range(rounds):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                found[name].append(apart(measure, name, raw, small, tasks))
+            for name in STAGES:
+                speed, peak = apart(measure_stage, name, raw, small, tasks)
+                ours[name].append(speed)
+                peaks[name].append(peak)
+            for name, speed in apart(measure_parts, raw, tasks).items():
+                ours[name].append(speed)
             if python is not None:
                 for name, speed in apart(measure_datatrove, python, raw).items():
-                    theirs.setdefault(name, []).append(speed)
+                    theirs[name].append(speed)
             print(f"round {turn + 1} of {rounds}", flush=True)
-    reference = [speed for speed, _ in found["tokenize"]]
     lines = [
         f"{megabytes} MB of {text.name}, one core, medians of {rounds} rounds (least to most):",
         "",
         "| | MB/s | goal | part of `tokenize`'s speed | datatrove, MB/s | peak memory |",
         "|---|---|---|---|---|---|",
     ]
-    same = {"repetition": "gopher_repetition", "c4": ""}
-    for name, rows in found.items():
-        speeds, peaks = zip(*rows, strict=True)
-        ratios = [speed / other for speed, other in zip(speeds, reference, strict=True)]
-        other = theirs.get(same.get(name, name))
+    for name, speeds in ours.items():
+        ratios = [speed / other for speed, other in zip(speeds, ours[STAGES[0]], strict=True)]
+        other = f"{statistics.median(theirs[name]):.2f}" if name in theirs else ""
+        peak = f"{max(peaks[name]):.0f} MB" if name in peaks else ""
         lines.append(
             f"| {name} | {statistics.median(speeds):.1f} ({min(speeds):.1f} to "
             f"{max(speeds):.1f}) | {GOALS.get(name, '')} | {statistics.median(ratios):.3f} | "
-            f"{f'{statistics.median(other):.2f}' if other else ''} | {max(peaks):.0f} MB |"
+            f"{other} | {peak} |"
         )
     return "\n".join(lines)
 
@@ -188,7 +198,7 @@ def speed_part(text: Path, tasks: Path, megabytes: int, rounds: int, python: str
 
 
 def write_made_text(raw: Path, rows: int, files: int = 10) -> Path:
-    """Write short documents of made words; a tenth repeat an earlier one, half of these nearly."""
+    """Write short documents of made words; a tenth repeat another, half of these nearly."""
     raw.mkdir()
     rng = np.random.default_rng(1)
     vocabulary = np.array(
@@ -210,9 +220,8 @@ def write_made_text(raw: Path, rows: int, files: int = 10) -> Path:
     return raw
 
 
-def run_scale(folder: Path, rows: int) -> dict[str, float]:
-    """Run the stages on made text; return seconds, and sizes in bytes, by name."""
-    raw = write_made_text(folder / "raw", rows)
+def run_scale(folder: Path, raw: Path) -> dict[str, float]:
+    """Run the stages; return seconds, and sizes in bytes, by name."""
     machine = Machine(work_dir=folder / "work")
     filters = {"gopher_repetition": {}, "gopher_quality": {"min_words": 20}, "fineweb": {}}
     params = CurateParams.model_validate({**RULES, "filters": filters})
@@ -242,7 +251,8 @@ def run_scale(folder: Path, rows: int) -> dict[str, float]:
 def scale_part(rows: int) -> str:
     """Run a source of short documents, and compute the costs of larger ones."""
     with tempfile.TemporaryDirectory() as name:
-        found: dict[str, float] = apart(run_scale, Path(name), rows)
+        raw = apart(write_made_text, Path(name) / "raw", rows)  # its memory is not of interest
+        found: dict[str, float] = apart(run_scale, Path(name), raw)
     pieces, memory = found["pieces"] / rows, found["memory"] / rows
     decides = found["CPU time of the process that decides"]
     seconds = ", ".join(
@@ -316,7 +326,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", default=[*WEB, BOOKS], metavar="FOLDER")
     parser.add_argument("--tasks", type=Path, default=TASKS, help="a .jsonl file of HellaSwag")
     parser.add_argument("--datatrove", metavar="PYTHON")
-    parser.add_argument("--documents", type=int, help="default: copies 8000, datatrove 3000")
+    parser.add_argument("--documents", type=int, help="default: copies 6000, datatrove 2000")
     parser.add_argument("--seeds", type=int, default=3, help="of the hash functions (copies)")
     parser.add_argument("--mb", type=int, default=40, help="MB of text (speed)")
     parser.add_argument("--rounds", type=int, default=5)
@@ -325,12 +335,12 @@ def main() -> None:
     args = parser.parse_args()
     for part in args.parts:
         if part == "copies":
-            text = copies_part(args.text, args.documents or 8000, args.seeds)
+            text = copies_part(args.text, args.documents or 6000, args.seeds)
         elif part == "datatrove":
             if args.datatrove is None:
                 print("datatrove: skipped; name a Python that has it with --datatrove")
                 continue
-            text = curate_datatrove.datatrove_part(args.datatrove, WEB, args.documents or 3000)
+            text = curate_datatrove.datatrove_part(args.datatrove, WEB, args.documents or 2000)
         elif part == "tasks":
             text = tasks_part(args.text, args.tasks)
         elif part == "speed":

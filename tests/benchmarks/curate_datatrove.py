@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline.curate import heuristics, near_duplicates, words
 from pipeline.curate.hashing import mix64
-from tests.benchmarks.curate_copies import batch, plant, read_texts
+from tests.benchmarks.curate_copies import FAR, batch, plant, read_texts
 
 FILTERS = ("gopher_repetition", "gopher_quality", "fineweb")
 
@@ -189,7 +189,9 @@ def filters_table(python: str, folder: Path, texts: Sequence[str]) -> list[str]:
 def clusters_line(python: str, folder: Path, texts: Sequence[str]) -> str:
     """Cluster documents and copies with datatrove's signatures, in both; return a sentence."""
     planted, copies = plant(texts)
-    rows = [*planted, *(copy for kind in copies.values() for copy in kind), "too short a text"]
+    _, second = plant(copies[FAR.name], seed=2)  # copies of copies, which only a chain connects
+    made = [copy for kind in copies.values() for copy in kind] + second[FAR.name]
+    rows = [*planted, *made, "too short a text"]
     run(python, "clusters", folder, rows)
     record = np.dtype([("hashes", "<u8", 8), ("row", "<u4")])
     signed = np.zeros((len(rows), 112), np.uint16)

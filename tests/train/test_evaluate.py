@@ -27,6 +27,7 @@ from tests.support.training import Project, some_tokens, train_here, write_hella
 from train import evaluate
 from train.evals import hellaswag, lambada
 from train.evals.hellaswag import Task
+from train.evals.task_files import are_clean
 from train.run import CHECKPOINT
 
 
@@ -101,27 +102,23 @@ def test_tasks_that_are_in_the_text_are_left_out_of_the_clean_scores(
     Path("passages.jsonl").write_text("".join(lines))
     document = tasks[0]["ctx"].removesuffix(" they then")
     raw = write_raw(Path("data/raw"), [["Another text.", f"It was said that {document}."]])
-
-    def scores(*decontaminate: str) -> dict[str, Any]:
-        rules = CurateParams(decontaminate=list(decontaminate))
-        curate_stage.curate(raw, SELECTION, rules, TokenizeParams(), Machine())
-        evaluate.main()
-        return project.results("evaluation")
-
-    project.write(evaluate={"hellaswag": "tasks.jsonl", "lambada": "passages.jsonl"})
+    files = {"hellaswag": "tasks.jsonl", "lambada": "passages.jsonl"}
+    rules = CurateParams(decontaminate=list(files.values()))
+    curate_stage.curate(raw, SELECTION, rules, TokenizeParams(), Machine())
+    project.write(evaluate=files)
     train_here()
-    one = scores("tasks.jsonl")
-    two = scores("tasks.jsonl", "passages.jsonl")
-    assert not any(name.startswith("lambada_clean") for name in one)
-    assert two["lambada_clean_tasks"] == 1  # the others are in the document, or too short
-    assert {name: two[name] for name in one if name != "json_sha256"}.items() <= one.items()
+    evaluate.main()
+    metrics = project.results("evaluation")
+    assert (metrics["hellaswag_tasks"], metrics["lambada_tasks"]) == (12, 12)
     gpt = GPT.from_checkpoint(CHECKPOINT)
     clean = [Task.from_row(task) for i, task in enumerate(tasks) if i % 7 > 2]
     expected = hellaswag.metrics(hellaswag.predict(gpt, clean))
     assert expected["hellaswag_tasks"] == 6
+    # The other passages are in the document, or too short to tell.
     expected |= lambada.evaluate(gpt, [lambada.request({"text": passages[11]})])
+    assert are_clean("other.jsonl", 12) is None
     for name, value in expected.items():
-        assert two[name.replace("_", "_clean_", 1)] == pytest.approx(value, rel=1e-5)
+        assert metrics[name.replace("_", "_clean_", 1)] == pytest.approx(value, rel=1e-5)
 
 
 @pytest.mark.parametrize(

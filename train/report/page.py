@@ -64,8 +64,10 @@ EVALUATION_METRICS = {
     "hellaswag_acc": ("HellaSwag acc", "ending of the highest likelihood; chance: 0.25"),
     "hellaswag_acc_norm": ("HellaSwag acc_norm", "per byte; published GPT-2 124M: 0.311"),
     "hellaswag_acc_completion": ("HellaSwag, completion", "per token; GPT-2 124M: 0.2955"),
+    "hellaswag_clean_acc_norm": ("HellaSwag acc_norm, clean", "of tasks that are not in the text"),
     "lambada_acc": ("LAMBADA accuracy", "last word of a passage, greedy"),
     "lambada_perplexity": ("LAMBADA perplexity", "of the last word"),
+    "lambada_clean_acc": ("LAMBADA accuracy, clean", "of tasks that are not in the text"),
 }
 """Name and description of each key of `artifacts/evaluation.json` that is shown."""
 

@@ -80,7 +80,7 @@ def test_a_planted_item_is_found_whatever_surrounds_and_separates_its_words(size
     for number, separator in enumerate(SEPARATORS):
         row = [*TEXT[:before], *task, *TEXT[100 : 100 + after]]
         cased = [str.upper, str.title, str][number % 3]
-        planted = separator.join(map(cased, row))
+        planted = separator.join(cased(word) for word in row)
         assert found_in([*others, planted, *others], tasks) == [(3, 0, grams_in_common)]
 
 

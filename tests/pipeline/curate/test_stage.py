@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 
 from pipeline.curate import measure_chunk
 from pipeline.curate import stage as curate_stage
@@ -37,7 +38,7 @@ from pipeline.runtime.params_file import validate
 from pipeline.store import atomic
 from pipeline.tokenize.stage import tokenize
 from pipeline.verify.stage import DataFault, verify
-from tests.pipeline.curate.corpus import some_rows, write_source
+from tests.pipeline.curate.corpus import document, some_rows, write_source
 from tests.support.repo import REPO
 from tests.support.small_data import (
     CODE,
@@ -352,12 +353,33 @@ def test_tasks_are_found_and_dropped_if_asked(here: Path) -> None:
     assert found["contaminated_rows"] >= len(copies)
     unclean = SelectionManifest.load(SELECTION).unclean_tasks
     assert unclean.keys() == {"tasks/0", "tasks/1", "tasks/2"}
-    assert len(copies) <= unclean["tasks/0"] <= unclean["tasks/1"] == found["contaminated_rows"]
+    shares = [unclean["tasks/0"] or 0, unclean["tasks/1"] or 0]
+    assert len(copies) <= min(shares) <= max(shares) == found["contaminated_rows"]
     assert dropped() == {}
     curate(params(**rules, **off, contaminated="drop"))
     assert copies <= dropped().keys()
     assert dropped()[4][:3] == ("contamination", 8.0, "tasks/0")
     assert SelectionManifest.load(SELECTION).unclean_tasks == {"tasks/2": None}
+
+
+def test_training_rows_near_a_validation_row_are_counted_and_dropped_if_asked(here: Path) -> None:
+    """Each text has one near copy, in either split."""
+    draw = random.Random(5)
+    texts = [document(draw) for _ in range(40)]
+    texts += [text.replace(" the ", " a ", 1) for text in texts]
+    write_source(RAW, [{"text": text} for text in texts], [33])
+    is_val = [xxhash.xxh3_64_intdigest(text.encode()) % 10_000 < 2000 for text in texts]
+    near = {row for row in range(80) if not is_val[row] and is_val[(row + 40) % 80]}
+    assert any(row < 40 for row in near)
+    assert any(row >= 40 for row in near)
+    rules: dict[str, Any] = {"columns": [], "filters": {}, "exact_duplicates": False}
+    assert curate(params(**rules)).found["training_rows_near_validation"] == len(near)
+    for near_duplicates in (False, True):
+        curate(params(**rules, near_duplicates=near_duplicates, val_copies="drop"))
+        entries = dropped().items()
+        assert {row for row, entry in entries if entry[0] == "validation_copies"} == near
+        assert all(entry[3] == (row + 40) % 80 for row, entry in entries)
+        assert (len(entries) > len(near)) == near_duplicates
 
 
 def test_copies_are_looked_for_within_each_dump_and_not_among_too_many_rows(
