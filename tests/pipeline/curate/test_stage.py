@@ -250,8 +250,11 @@ def test_a_changed_threshold_reads_no_text_and_encodes_only_chunks_whose_rows_ch
     columns[0]["in"].append("59")  # type: ignore[attr-defined]
     with monkeypatch.context() as patch:
         patch.setattr(measure_chunk, "_read_text", None)
+        filters = {"gopher_quality": {"min_words": 130, "min_stop_words": None}, "fineweb": {}}
+        curate(params(columns=columns, filters=filters, similarity=0.9, exact_duplicates=False))
+        assert any(entry[0] == "gopher_quality.min_words" for entry in dropped().values())
         curate(params(columns=columns))
-    assert ", 0 to do" in capsys.readouterr().out
+    assert capsys.readouterr().out.count(", 0 to do") == 2
     changed = set(before.keys() ^ dropped().keys())
     assert changed == {59}
     tokens()
@@ -525,7 +528,7 @@ def test_each_kind_of_piece_depends_on_all_code_that_decides_it() -> None:
 @pytest.mark.parametrize(
     "kills",
     [
-        pytest.param([1, 2, 6, 8, 14, 16], marks=pytest.mark.slow),
+        pytest.param([1, 2, 6, 8, 13, 14], marks=pytest.mark.slow),
         pytest.param([*range(1, 21)], marks=pytest.mark.soak),
     ],
 )
@@ -533,7 +536,7 @@ def test_workers_kills_and_shipped_data_change_nothing(
     tmp_path: Path, small_raw: Path, kills: list[int]
 ) -> None:
     """The real commands on real Ray; with 2 and 4 workers killed at some numbers of pieces."""
-    rows, found, shards = some_rows(400, seed=3), [], []
+    rows, found, shards = some_rows(30 * kills[-1], seed=3), [], []
     for number, workers in enumerate("124"):
         folder = tmp_path / workers
         folder.mkdir()
