@@ -79,7 +79,7 @@ def test_a_planted_item_is_found_whatever_surrounds_and_separates_its_words(size
     others = [" ".join(part) for part in (TEXT[:200], task[: n - 1], task[1:n])]
     for number, separator in enumerate(SEPARATORS):
         row = [*TEXT[:before], *task, *TEXT[100 : 100 + after]]
-        cased = [str.upper, str.title, str][number % 3]
+        cased = (str.upper, str.title, str.lower)[number % 3]
         planted = separator.join(cased(word) for word in row)
         assert found_in([*others, planted, *others], tasks) == [(3, 0, grams_in_common)]
 
