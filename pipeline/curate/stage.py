@@ -221,7 +221,8 @@ class _Stage:
             chosen = rows[borders[number] : borders[number + 1]] - pieces.starts[number]
             key = measure_chunk.shingles_key(chunk, column, self.params.ngram, chosen, code)
             made.append(self.store.path("shingles", key))
-            if len(chosen) and self.store.find("shingles", key) is None:
+            is_made = not self.store.fresh and self.store.find("shingles", key)
+            if len(chosen) and not is_made:
                 arguments = (self.params.ngram, chosen, key, self.store)
                 tasks.append((chunk, self.raw, column, *arguments))
         self._run(measure_chunk.write_shingles, tasks)
