@@ -72,6 +72,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in ("curate.stage", "tokenize.from_text", "verify.stage"):
         monkeypatch.setattr(f"pipeline.{module}.run_tasks", run_here)
     monkeypatch.setattr(measure_chunk, "CHUNK_TOKENS", 6000)
+    monkeypatch.setattr("os.fsync", lambda _: None)  # half of the time of these tests
     return tmp_path
 
 
