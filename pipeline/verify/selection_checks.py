@@ -14,6 +14,10 @@ from pipeline.runtime.errors import UserError
 from pipeline.store import atomic
 from pipeline.verify.checks import Fault, Findings
 
+# Validation rows are decided first, so a training row can be dropped for a later one. Then all rows
+# of the same text have this twin.
+_MAY_BE_LATER = ["validation_copies", "exact_duplicates"]
+
 
 def check_selection(folder: Path, selection: Selection) -> list[Fault]:
     """Check what needs no ledger: file names, the number of rows kept, and the selection's key."""
@@ -40,8 +44,8 @@ def _names(file: SelectedFile) -> list[str]:
 def check_selected_file(folder: Path, index: int) -> Findings:
     """Check the bitmap and the ledger of one source file: a task.
 
-    The rows of the ledger are those that are not kept; a twin is a kept row, and comes before
-    unless it is for validation.
+    The rows of the ledger are those that are not kept. A twin is a kept row, and comes before,
+    except under the rules of `_MAY_BE_LATER`.
     """
     manifest = SelectionManifest.load(folder)
     file = manifest.files[index]
@@ -80,8 +84,7 @@ def _check_ledger(
     is_earlier = (twin_files < index) | (
         (twin_files == index) & (twin_rows < twins["row"].to_numpy())
     )
-    # Validation rows are decided first, so they can be later twins of training rows.
-    may_be_later = pc.equal(twins["rule"], "validation_copies").to_numpy()
+    may_be_later = pc.is_in(twins["rule"], pa.array(_MAY_BE_LATER)).to_numpy()
     if not (is_earlier | may_be_later).all():
         return "names a twin that is not an earlier row"
     for number in np.unique(twin_files).tolist():
