@@ -9,12 +9,13 @@ import pyarrow as pa
 
 from pipeline.format.selection import LEDGER_SCHEMA
 
+# Over all files the strings may be longer than the 2 GiB of `pa.string`.
 _SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
-        ("rule", pa.string()),
+        ("rule", pa.int32()),
         ("value", pa.float64()),
-        ("reason", pa.string()),
+        ("reason", pa.large_string()),
         ("twin", pa.int64()),
     ]
 )
@@ -53,17 +54,20 @@ class Decisions:
         empty = pa.nulls(len(rows))
         columns = {
             "row": rows,
-            "rule": pa.repeat(pa.scalar(rule), len(rows)),
+            "rule": np.full(len(rows), list(self.counts).index(rule)),
             "value": empty if values is None else pa.array(values, mask=~np.isfinite(values)),
-            "reason": empty if reasons is None else reasons.cast(pa.string()),
+            "reason": empty if reasons is None else reasons.cast(pa.large_string()),
             "twin": empty if twins is None else twins,
         }
         self._dropped.append(pa.table(columns).cast(_SCHEMA))
 
     def ledger(self) -> pa.Table:
-        """Return all dropped rows in order: row, rule, value, reason, twin."""
-        table = pa.concat_tables([_SCHEMA.empty_table(), *self._dropped])
-        table = table.sort_by("row").combine_chunks()
+        """Return all dropped rows in order: row, rule, value, reason, twin.
+
+        The rule is an index into the keys of `counts`.
+        """
+        table = pa.concat_tables([_SCHEMA.empty_table(), *self._dropped]).combine_chunks()
+        table = table.take(pa.array(np.argsort(table["row"].to_numpy())))
         rows, twins = table["row"].to_numpy(), table["twin"].fill_null(-1).to_numpy().copy()
         # The first of equal rows may be near another one: then that one is the twin of all.
         while len(again := np.flatnonzero((twins >= 0) & ~self.kept[twins])):
@@ -71,22 +75,25 @@ class Decisions:
         return table.set_column(4, "twin", pa.array(twins, pa.int64(), mask=twins < 0))
 
 
-def split_ledger(ledger: pa.Table, rows: Sequence[int]) -> Iterator[pa.Table]:
+def split_ledger(ledger: pa.Table, rules: Sequence[str], rows: Sequence[int]) -> Iterator[pa.Table]:
     """Yield the part of each file of `Decisions.ledger`, in `LEDGER_SCHEMA`.
 
     Args:
+        rules: The names of the rules.
         rows: The number of rows of each file.
     """
+    names = pa.array(rules, pa.string())
     starts = np.cumsum([0, *rows])
     borders = np.searchsorted(ledger["row"].to_numpy(), starts)
     for start, (first, last) in zip(starts, pairwise(borders.tolist()), strict=False):
-        part = ledger.slice(first, last - first)
+        # A copy: the offsets of a slice's strings may be beyond 2 GiB.
+        part = ledger.take(pa.array(np.arange(first, last)))
         twins = part["twin"].fill_null(-1).to_numpy()
         files = np.searchsorted(starts, twins, side="right") - 1
         yield pa.table(
             {
                 "row": part["row"].to_numpy() - start,
-                "rule": part["rule"],
+                "rule": names.take(part["rule"].combine_chunks()),
                 "value": part["value"],
                 "reason": part["reason"],
                 "twin_file": pa.array(files, pa.int32(), mask=twins < 0),

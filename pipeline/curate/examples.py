@@ -1,11 +1,11 @@
 """A few dropped rows of each rule, and how their texts begin: for people, in the manifest."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.format.manifest import DroppedExample, RawManifest
 from pipeline.format.parquet import read_batches
@@ -14,15 +14,21 @@ PER_RULE = 3
 _CHARACTERS = 600
 
 
-def examples(ledger: pa.Table, source: RawManifest, raw: Path) -> dict[str, list[DroppedExample]]:
+def examples(
+    ledger: pa.Table, rules: Sequence[str], source: RawManifest, raw: Path
+) -> dict[str, list[DroppedExample]]:
     """Return examples of each rule, spread over the rows that it dropped.
 
     Args:
         ledger: `Decisions.ledger`.
+        rules: The names of the rules.
     """
     found: dict[str, list[DroppedExample]] = {}
-    for rule in pc.unique(ledger["rule"]).to_pylist():
-        rows = np.flatnonzero(pc.equal(ledger["rule"], rule).to_numpy(zero_copy_only=False))
+    numbers = ledger["rule"].to_numpy()
+    for number, rule in enumerate(rules):
+        rows = np.flatnonzero(numbers == number)
+        if not len(rows):
+            continue
         chosen = np.unique(np.linspace(0, len(rows) - 1, PER_RULE).astype(int))
         entries = ledger.take(pa.array(rows[chosen])).to_pylist()
         found[rule] = [_example(entry, source, raw) for entry in entries]

@@ -54,7 +54,7 @@ def write_selection(
     masks = [decisions.kept[a:b] for a, b in pairwise(starts)]
     files, links, made = [], {}, list(pieces)
     ledger = decisions.ledger()
-    for index, part in enumerate(split_ledger(ledger, sizes)):
+    for index, part in enumerate(split_ledger(ledger, [*decisions.counts], sizes)):
         file = _all_kept(source, index)
         if len(part):
             key, hashes = _store(index, masks[index], part, store)
@@ -78,7 +78,7 @@ def write_selection(
         dropped=decisions.counts,
         found=found,
         unclean_tasks=unclean_tasks,
-        examples=examples(ledger, source, raw),
+        examples=examples(ledger, [*decisions.counts], source, raw),
         pieces=made,
     )
     return _publish(out, manifest, links)

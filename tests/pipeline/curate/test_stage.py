@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import mmap
 import os
 import random
 import re
@@ -25,6 +26,7 @@ import xxhash
 from pipeline.curate import measure_chunk
 from pipeline.curate import stage as curate_stage
 from pipeline.curate.__main__ import main
+from pipeline.curate.decisions import Decisions, split_ledger
 from pipeline.curate.heuristics import SETS
 from pipeline.curate.signatures import shingles
 from pipeline.curate.words import as_texts
@@ -154,6 +156,25 @@ def test_the_same_rows_for_any_cutting(here: Path, changes: dict[str, Any]) -> N
         if changes.get("val_copies") != "drop":
             assert twin < row
         assert str(text[row])[-200:] == str(text[twin])[-200:]
+
+
+def test_the_strings_of_a_ledger_may_be_longer_than_2_gib() -> None:
+    """Of memory that is mapped, and for the most part never written."""
+    text, first = b"a reason", 2**31
+    memory = mmap.mmap(-1, first + len(text))
+    memory[first:] = text
+    offsets = np.array([0, first, first + 2, first + len(text)])
+    reasons = pa.LargeStringArray.from_buffers(3, pa.py_buffer(offsets), pa.py_buffer(memory))
+    decisions = Decisions(np.ones(5, bool))
+    decisions.drop("exact_duplicates", np.array([2]), twins=np.array([1]))
+    decisions.drop("columns.a", np.array([4, 0]), reasons=reasons[1:])
+    (part,) = split_ledger(decisions.ledger(), [*decisions.counts], [5])
+    found = [(entry["row"], entry["rule"], entry["reason"]) for entry in part.to_pylist()]
+    rows = [(0, "columns.a", "reason"), (2, "exact_duplicates", None), (4, "columns.a", "a ")]
+    assert found == rows
+    ledger = decisions.ledger().slice(0, 1).set_column(3, "reason", reasons[2:])
+    (part,) = split_ledger(ledger, [*decisions.counts], [5])
+    assert part["reason"].to_pylist() == ["reason"]
 
 
 @pytest.mark.parametrize("val_copies", ["keep", "drop"])
