@@ -126,7 +126,8 @@ def check_source(
     counts = np.full(file.rows, -1, np.int32)
     for span in spans:
         docs = _read_documents(tokens, span)
-        if docs is not None and len(docs) and 0 <= docs[:, 2].min() <= docs[:, 2].max() < file.rows:
+        first, end = span.part.rows
+        if docs is not None and _is_ascending(docs[:, 2], first, min(end, file.rows)):
             # The two halves of a document that is cut between the splits add up.
             counts[docs[:, 2]] = np.maximum(counts[docs[:, 2]], 0) + docs[:, 1] - docs[:, 0] - 1
     if bits is not None and (kept := _read_kept(*bits)) is not None:
@@ -149,7 +150,8 @@ def _read_kept(folder: Path, file: SelectedFile) -> np.ndarray | None:
 def _read_documents(tokens: Path, span: PartSpan) -> np.ndarray | None:
     """Read a part's documents: (d, 3) int64, first token, token after the last, row.
 
-    Returns None if the document index is damaged; `check_shard` reports it.
+    Returns None if the document index is damaged; `check_shard` reports it, and rows that are not
+    of the part.
     """
     try:
         docs = read_docs(tokens / span.shard)[slice(*span.docs)]

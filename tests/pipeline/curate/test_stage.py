@@ -360,6 +360,20 @@ def test_verify_finds_what_is_wrong_with_the_selection(here: Path) -> None:
         verify(RAW, TOKENS, VerifyParams(), Machine(), SELECTION)
 
 
+def test_a_document_index_with_a_row_of_a_chunk_that_is_not_kept_is_named(here: Path) -> None:
+    rows = [{**row, "token_count": i} for i, row in enumerate(some_rows())]
+    write_source(RAW, rows, [])
+    off: dict[str, Any] = {"filters": {}, "exact_duplicates": False, "near_duplicates": False}
+    curate(params(**off, columns=[{"column": "token_count", "max": 9}]))
+    docs = TOKENS / tokens().shards[0].docs_name
+    index = np.load(docs)
+    index[-1, 1] = 59
+    docs.unlink()
+    np.save(docs, index)
+    with pytest.raises(DataFault, match=re.escape(f"{docs}: ")):
+        verify(RAW, TOKENS, VerifyParams(retokenize=0), Machine(), SELECTION)
+
+
 def edit_manifest(edit: Callable[[dict[str, Any]], None]) -> None:
     value = atomic.read_sealed(SELECTION / NAME)
     edit(value)
