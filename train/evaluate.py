@@ -32,7 +32,7 @@ from pipeline import TokenStream
 from pipeline.format import tokenizer
 from pipeline.format.shards import ShardError, open_shard
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.machine import Machine
+from pipeline.runtime.machine import Machine, find_file
 from pipeline.runtime.params_file import load_section
 from pipeline.store import atomic
 from train import numerics
@@ -45,7 +45,7 @@ from train.distributed.torchrun import run_torchrun
 from train.distributed.world import World
 from train.evals import hellaswag, lambada, reference_curve
 from train.evals.likelihood import BATCH_TOKENS, Request
-from train.evals.task_files import are_clean, find_file, with_clean
+from train.evals.task_files import are_clean, with_clean
 from train.params import EvaluateParams
 from train.run import CHECKPOINT, CURVES, TOKENS, compared
 from train.samples import as_markdown, before_and_after, sample

@@ -32,7 +32,7 @@ class Item(NamedTuple):
     """A task of an evaluation."""
 
     name: str
-    """Such as hellaswag/17, the line of the file from 0."""
+    """Such as hellaswag_val.jsonl/17: the file, and the line in it from 0."""
     text: str
     """What a document must not contain: the question with its right answer."""
 

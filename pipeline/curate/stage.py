@@ -30,8 +30,9 @@ from pipeline.curate.write_selection import write_all_kept, write_selection
 from pipeline.format.manifest import RawManifest, SelectionManifest
 from pipeline.params import CurateParams, TokenizeParams
 from pipeline.runtime.errors import UserError, printable
-from pipeline.runtime.machine import Machine, project_root
+from pipeline.runtime.machine import Machine, find_file
 from pipeline.runtime.progress import Progress
+from pipeline.store import atomic
 from pipeline.store.store import Store, require_space
 from pipeline.tokenize.chunk_plan import plan_chunks
 
@@ -69,11 +70,12 @@ def curate(
     if params.val_copies == "drop" and split.val_split != "documents":
         raise UserError("params.yaml: curate.val_copies: drop needs tokenize.val_split: documents")
     stage = _Stage(raw.absolute(), source, params, split, machine, Store.open(machine))
+    task_files = {path: atomic.sha256_file(find_file(path)) for path in params.decontaminate}
     decisions, found = stage.decide()
     pieces, tasks = stage.pieces, stage.facts.tasks
     unclean = row_rules.unclean_tasks(pieces, tasks, decisions) if tasks is not None else {}
     return write_selection(
-        raw, out, source, params, decisions, found, unclean, pieces.named(), stage.store
+        raw, out, source, params, decisions, found, unclean, task_files, pieces.named(), stage.store
     )
 
 
@@ -269,7 +271,7 @@ def facts_for(params: CurateParams) -> Facts:
     items = [
         item
         for path in params.decontaminate
-        for item in decontaminate.read_items(Path(path).stem, _find_file(path))
+        for item in decontaminate.read_items(path, find_file(path))
     ]
     columns = {rule.column for rule in params.columns}
     if params.has_hashes and params.scope == "dump":
@@ -283,9 +285,3 @@ def facts_for(params: CurateParams) -> Facts:
         ngram=params.ngram if params.has_signatures else None,
         bands=(params.bands, params.rows) if params.has_signatures else None,
     )
-
-
-def _find_file(path: str) -> Path:
-    """Find a file in the working directory, or in the main checkout of an experiment of DVC."""
-    here = Path(path).expanduser()
-    return here if here.exists() else project_root() / here

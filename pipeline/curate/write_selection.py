@@ -39,6 +39,7 @@ def write_selection(
     decisions: Decisions,
     found: dict[str, Any],
     unclean_tasks: dict[str, int | None],
+    task_files: dict[str, str],
     pieces: Sequence[tuple[str, str]],
     store: Store,
 ) -> SelectionManifest:
@@ -46,7 +47,7 @@ def write_selection(
 
     Args:
         found: What was only counted.
-        unclean_tasks: See `SelectionManifest`.
+        unclean_tasks, task_files: See `SelectionManifest`.
         pieces: Kind and key of the pieces that the decisions were made from.
     """
     sizes = [file.rows for file in source.files]
@@ -78,6 +79,7 @@ def write_selection(
         dropped=decisions.counts,
         found=found,
         unclean_tasks=unclean_tasks,
+        task_files=task_files,
         examples=examples(ledger, [*decisions.counts], source, raw),
         pieces=made,
     )

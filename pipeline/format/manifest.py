@@ -163,8 +163,10 @@ class SelectionManifest(_Manifest):
     found: dict[str, Any] = {}
     """What was counted and not dropped, such as copies of validation documents in training."""
     unclean_tasks: dict[str, Count | None] = {}
-    """Per task of an evaluation (hellaswag_val/17, the line of its file from 0) the kept rows that
-    share words with it; None: too short to tell. All other tasks of `decontaminate` are clean."""
+    """Per task of an evaluation (hellaswag_val.jsonl/17: its file, the line from 0) the kept rows
+    that share words with it; None: too short to tell. All other tasks of the files are clean."""
+    task_files: dict[str, str] = {}
+    """The files of `decontaminate`, and the sha256 of each."""
     examples: dict[str, list[DroppedExample]] = {}
     """A few rows that each rule dropped."""
     pieces: list[tuple[str, str]] = []

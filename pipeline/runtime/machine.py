@@ -5,6 +5,7 @@ They come from `machine.yaml` (optional, ignored by git) and from environment va
 to another machine invalidates no result.
 """
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Literal
@@ -32,6 +33,17 @@ def project_root() -> Path:
     without ignored files. Without DVC it is the current folder.
     """
     return Path(os.environ.get("DVC_ROOT") or ".").absolute()
+
+
+def find_file(path: str) -> Path:
+    """Find a file of `params.yaml` in the working directory or in the main checkout.
+
+    DVC experiments run in a workspace of their own, without the files that git ignores.
+    """
+    here = Path(path)
+    with contextlib.suppress(RuntimeError):  # no such user
+        here = here.expanduser()
+    return here if here.exists() else project_root() / here
 
 
 def usable_cores() -> int:

@@ -119,6 +119,15 @@ def test_tasks_that_are_in_the_text_are_left_out_of_the_clean_scores(
     assert are_clean("other.jsonl", 12) is None
     for name, value in expected.items():
         assert metrics[name.replace("_", "_clean_", 1)] == pytest.approx(value, rel=1e-5)
+    Path("other").mkdir()
+    Path("other/passages.jsonl").write_text(json.dumps({"text": "x " * 40}) + "\n")
+    rules = CurateParams(decontaminate=["passages.jsonl", "other/passages.jsonl"])
+    curate_stage.curate(raw, SELECTION, rules, TokenizeParams(), Machine())
+    assert are_clean("other/passages.jsonl", 1) == [True]
+    assert are_clean("passages.jsonl", 12) == [False] * 11 + [True]
+    Path("passages.jsonl").write_text("".join(reversed(lines)))
+    with pytest.raises(UserError, match=r"passages\.jsonl"):
+        are_clean("passages.jsonl", 12)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import compress
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.format.manifest import NAME, SelectionManifest
 from pipeline.format.selection import SELECTION
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.machine import project_root
+from pipeline.runtime.machine import find_file
 from pipeline.store import atomic
 
 T = TypeVar("T")
@@ -71,13 +70,21 @@ def are_clean(source: str | None, n: int) -> list[bool] | None:
 
     Returns:
         None if `curate.decontaminate` does not name the file.
+
+    Raises:
+        UserError: The file has changed since.
     """
     if source is None or not (SELECTION / NAME).exists():
         return None
     selection = SelectionManifest.load(SELECTION)
-    if source not in selection.params.get("decontaminate", []):
+    if source not in selection.task_files:
         return None
-    return [f"{Path(source).stem}/{line}" not in selection.unclean_tasks for line in range(n)]
+    if atomic.sha256_file(find_file(source)) != selection.task_files[source]:
+        raise UserError(
+            f"{SELECTION / NAME}: {source} has changed since its tasks were looked for; run "
+            "`dvc repro --force curate`"
+        )
+    return [f"{source}/{line}" not in selection.unclean_tasks for line in range(n)]
 
 
 def with_clean(
@@ -95,15 +102,6 @@ def with_clean(
         of_clean = metrics([*compress(results, clean)])
         found |= {name.replace("_", "_clean_", 1): value for name, value in of_clean.items()}
     return found
-
-
-def find_file(path: str) -> Path:
-    """Find a file of `params.yaml` in the working directory or in the main checkout.
-
-    DVC experiments run in a workspace of their own, without the files that git ignores.
-    """
-    here = Path(path)
-    return here if here.exists() else project_root() / here
 
 
 def _read_file(key: str, source: str) -> Iterator[Row]:

@@ -395,14 +395,14 @@ def test_tasks_are_found_and_dropped_if_asked(here: Path) -> None:
     assert found["tasks_too_short"] == 1
     assert found["contaminated_rows"] >= len(copies)
     unclean = SelectionManifest.load(SELECTION).unclean_tasks
-    assert unclean.keys() == {"tasks/0", "tasks/1", "tasks/2"}
-    shares = [unclean["tasks/0"] or 0, unclean["tasks/1"] or 0]
+    assert unclean.keys() == {"tasks.jsonl/0", "tasks.jsonl/1", "tasks.jsonl/2"}
+    shares = [unclean["tasks.jsonl/0"] or 0, unclean["tasks.jsonl/1"] or 0]
     assert len(copies) <= min(shares) <= max(shares) == found["contaminated_rows"]
     assert dropped() == {}
     curate(params(**rules, **off, contaminated="drop"))
     assert copies <= dropped().keys()
-    assert dropped()[4][:3] == ("contamination", 8.0, "tasks/0")
-    assert SelectionManifest.load(SELECTION).unclean_tasks == {"tasks/2": None}
+    assert dropped()[4][:3] == ("contamination", 8.0, "tasks.jsonl/0")
+    assert SelectionManifest.load(SELECTION).unclean_tasks == {"tasks.jsonl/2": None}
 
 
 def test_training_rows_near_a_validation_row_are_counted_and_dropped_if_asked(here: Path) -> None:
