@@ -8,6 +8,7 @@ Unlike GPT-3, n-grams that are in many documents are not left out.
 """
 
 import hashlib
+import io
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -19,7 +20,7 @@ import pyarrow as pa
 
 from pipeline.curate.hashing import gram_hashes
 from pipeline.curate.words import Texts, as_texts, plain_pieces, plain_words
-from pipeline.runtime.errors import UserError
+from pipeline.runtime.errors import UserError, printable
 from pipeline.store import atomic
 
 NGRAM, LEAST = 13, 8
@@ -104,23 +105,26 @@ def read_items(name: str, path: Path) -> list[Item]:
     Raises:
         UserError: The file cannot be read, or a line is neither; names file and line.
     """
-    items = []
+    shown = printable(str(path))
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file):
-                try:
-                    items.append(Item(f"{name}/{number}", _text(atomic.parse_json(line))))
-                except (KeyError, TypeError, ValueError, IndexError):
-                    raise UserError(
-                        f"{path}: line {number + 1} is not a task: it needs text, or ctx, endings "
-                        "and label; use another file"
-                    ) from None
+        lines = io.StringIO(atomic.read_bytes(path).decode(), newline=None)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; name a .jsonl file") from None
+        raise UserError(f"{shown}: {error.strerror}; name a .jsonl file") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8; use another file") from None
+        raise UserError(f"{shown}: not UTF-8; use another file") from None
+    except ValueError as error:  # of the path
+        raise UserError(f"{shown}: {error}; name a .jsonl file") from None
+    items = []
+    for number, line in enumerate(lines):
+        try:
+            items.append(Item(f"{name}/{number}", _text(atomic.parse_json(line))))
+        except (LookupError, TypeError, ValueError, OverflowError):
+            raise UserError(
+                f"{shown}: line {number + 1} is not a task: it needs text, or ctx, endings and "
+                "label; use another file"
+            ) from None
     if not items:
-        raise UserError(f"{path}: has no tasks; use another file")
+        raise UserError(f"{shown}: has no tasks; use another file")
     return items
 
 
@@ -129,11 +133,13 @@ def _text(row: Mapping[str, Any]) -> str:
         label = int(row["label"])
         if label < 0:
             raise ValueError(label)
-        text = f"{row['ctx']} {row['endings'][label]}"
-        return _MARKUP.sub(" ", text)
-    if not isinstance(row["text"], str):
+        text = _MARKUP.sub(" ", f"{row['ctx']} {row['endings'][label]}")
+    else:
+        text = row["text"]
+    if not isinstance(text, str):
         raise TypeError("text")
-    return row["text"]
+    text.encode()  # JSON can hold half of a surrogate pair
+    return text
 
 
 def index(items: Sequence[Item], ngram: int = NGRAM, least: int = LEAST) -> Index:

@@ -33,7 +33,8 @@ from pipeline.curate import decontaminate, heuristics, near_duplicates, signatur
 from pipeline.curate.piece_files import RowsFile, TableFile
 from pipeline.curate.words import Texts
 from pipeline.format.parquet import as_binary, is_text, open_parquet, read_batches, read_columns
-from pipeline.runtime.errors import UserError
+from pipeline.runtime.errors import UserError, printable
+from pipeline.runtime.params_file import nearest
 from pipeline.store import atomic
 from pipeline.store.code_key import modules_key
 from pipeline.store.store import Store
@@ -284,13 +285,12 @@ def _write_columns(chunk: Chunk, raw: Path, columns: Sequence[str], target: Path
 
 
 def _check_column(schema: pa.Schema, file: str, name: str) -> None:
-    index = schema.get_field_index(name)  # -1 if there is none, or more than one
-    if index < 0:
+    if schema.names.count(name) != 1:
         raise UserError(
-            f"params.yaml: curate: {file} has no column {name!r}, or several; name one of "
-            f"{', '.join(schema.names)}"
+            f"params.yaml: curate: {file} has no column {name!r}, or several; "
+            f"{printable(nearest(name, schema.names))[:200]}"
         )
-    kind = schema.field(index).type
+    kind = schema.field(schema.names.index(name)).type
     if not (is_text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)):
         raise UserError(
             f"params.yaml: curate: column {name!r} of {file} holds {kind}; name one of numbers "

@@ -103,7 +103,7 @@ def column_keeps(column: pa.Array, rule: ColumnRule) -> np.ndarray:
     if rule.in_ is not None:
         try:
             return np.asarray(pc.is_in(column, pa.array(rule.in_, column.type)))
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        except (pa.ArrowException, ValueError, OverflowError):
             pass
     elif is_number(column.type):
         values = as_floats(column)

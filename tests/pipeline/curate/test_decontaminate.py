@@ -1,6 +1,7 @@
 """Tasks of an evaluation are found in rows, whole or in part, and nowhere else."""
 
 import json
+import os
 import pickle
 import re
 from pathlib import Path
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 from pipeline.curate import decontaminate, words
 from pipeline.curate.decontaminate import LEAST, NGRAM, Item, index, read_items
+from pipeline.curate.stage import facts_for
+from pipeline.params import CurateParams
 from pipeline.runtime.errors import UserError
 
 TEXT = [f"word{i}" for i in range(400)]
@@ -147,6 +150,8 @@ def test_tasks_of_each_format_are_read(tmp_path: Path):
         b'{"text": "\xff"}\n',
         b'{"ctx": "a", "endings": ["b"], "label": 1}\n',
         b'{"ctx": "a", "endings": ["b"], "label": -1}\n',
+        b'{"ctx": "a", "endings": ["b"], "label": 1e999}\n',
+        b'{"text": "half of a pair: \\ud83d"}\n',
     ],
 )
 def test_files_that_hold_no_tasks_are_refused(tmp_path: Path, content: bytes):
@@ -156,3 +161,13 @@ def test_files_that_hold_no_tasks_are_refused(tmp_path: Path, content: bytes):
         read_items("tasks", path)
     with pytest.raises(UserError, match="missing"):
         read_items("tasks", tmp_path / "missing")
+
+
+@pytest.mark.parametrize("path", ["~nouser/tasks.jsonl", "a\0.jsonl", "pipe", "."])
+def test_paths_that_are_no_file_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    with pytest.raises(UserError):
+        facts_for(CurateParams(decontaminate=[path]))

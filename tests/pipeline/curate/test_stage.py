@@ -453,6 +453,7 @@ def test_copies_are_looked_for_within_each_dump_and_not_among_too_many_rows(
         ({"columns": [{"column": "language", "min": 1}]}, "curate.columns: .*'language'"),
         ({"columns": [{"column": "language", "in": [1]}]}, "curate.columns: .*'language'"),
         ({"columns": [{"column": "token_count", "in": [10**30]}]}, "curate.columns: .*'token_co"),
+        ({"columns": [{"column": "language", "in": ["\ud800"]}]}, "curate.columns: .*'language'"),
         ({"columns": [{"column": "language_score", "in": ["a"]}]}, "curate.columns: .*'language_s"),
         ({"columns": [{"column": "language_score", "min": 2}]}, "curate: drops every row"),
         ({"decontaminate": ["no.jsonl"]}, "no.jsonl: "),
@@ -466,6 +467,17 @@ def test_rules_that_do_not_fit_the_source_are_refused(
     with pytest.raises(UserError, match=named):
         curate(params(**{**rules, **changes}))
     assert not SELECTION.exists()
+
+
+def test_a_missing_column_among_thousands_is_named_in_a_short_line(here: Path) -> None:
+    RAW.mkdir(parents=True)
+    path = RAW / "a.parquet"
+    pq.write_table(pa.table({"text": ["a"], **{f"c{i}\x1b[31m": [1] for i in range(999)}}), path)
+    write_manifest(RAW, [describe(path, 1)])
+    with pytest.raises(UserError, match="'score'") as error:
+        curate(params(columns=[{"column": "score", "min": 1}]))
+    assert len(str(error.value)) < 400
+    assert "\x1b" not in str(error.value)
 
 
 @pytest.mark.parametrize(
