@@ -26,6 +26,7 @@ HASHES = 112
 """Hash functions: 14 bands of 8, or 16 of 7."""
 NGRAM = 5
 """Words of a run."""
+_ROWS = 1 << 14
 
 
 @lru_cache(1)
@@ -41,6 +42,15 @@ def sign(texts: Texts, ngram: int = NGRAM) -> np.ndarray:
     Returns:
         (d, HASHES) uint16; all 0 for a row without a signature.
     """
+    signed = np.empty((len(texts.offsets) - 1, HASHES), np.uint16)
+    for first in range(0, len(signed), _ROWS):  # 64 bits of each hash are kept until all are found
+        offsets = texts.offsets[first : first + _ROWS + 1]
+        part = Texts(texts.data[offsets[0] : offsets[-1]], offsets - offsets[0])
+        signed[first : first + _ROWS] = _sign(part, ngram)
+    return signed
+
+
+def _sign(texts: Texts, ngram: int) -> np.ndarray:
     least = np.full((HASHES, len(texts.offsets) - 1), np.uint64(2**64 - 1))
     signed = np.zeros(len(texts.offsets) - 1, dtype=bool)
     for grams, rows, starts in _grams(texts, ngram):
@@ -53,7 +63,7 @@ def sign(texts: Texts, ngram: int = NGRAM) -> np.ndarray:
         signed[rows] = True
     kept = (mix64(least) >> np.uint64(48)).astype(np.uint16)
     kept[:, ~signed] = 0
-    return np.ascontiguousarray(kept.T)
+    return kept.T
 
 
 def shingles(texts: Texts, ngram: int = NGRAM) -> list[np.ndarray]:

@@ -1,6 +1,7 @@
 """Signatures, buckets and the decision in row order."""
 
 import random
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -182,6 +183,19 @@ def test_exact_duplicates():
     groups = np.array([0, 0, 0, 1, 0, 0, 1, 0, 0])
     assert find(hashes, alive, groups).tolist() == [-1, -1, -1, -1, -1, 1, 3, -1, -1]
     assert find(hashes[:0], alive[:0]).tolist() == []
+
+
+def test_short_rows_are_signed_in_bounded_memory():
+    """Little more than the signatures, which are 224 bytes per row."""
+    rows = 120_000
+    texts = batch([f"{i} b c d e" for i in range(rows)])
+    tracemalloc.start()
+    signed = signatures.sign(texts)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * signed.nbytes
+    for row in (0, rows - 1):
+        assert np.array_equal(signatures.sign(batch([f"{row} b c d e"]))[0], signed[row])
 
 
 def test_too_many_bands_are_refused():
