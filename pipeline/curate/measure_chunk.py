@@ -113,7 +113,7 @@ def piece_keys(chunk: Chunk, column: str, facts: Facts, code: Mapping[str, str])
 
 
 def measure_chunk(
-    chunk: Chunk, raw: Path, column: str, facts: Facts, keys: Mapping[str, str], store: Store
+    chunk: Chunk, raw: Path, column: str, keys: Mapping[str, str], store: Store, facts: Facts
 ) -> int:
     """Build those pieces of a chunk that the store lacks; return the bytes of text read.
 

@@ -63,7 +63,7 @@ def _sign(texts: Texts, ngram: int) -> np.ndarray:
         signed[rows] = True
     kept = (mix64(least) >> np.uint64(48)).astype(np.uint16)
     kept[:, ~signed] = 0
-    return kept.T
+    return np.ascontiguousarray(kept.T)
 
 
 def shingles(texts: Texts, ngram: int = NGRAM) -> list[np.ndarray]:

@@ -145,11 +145,18 @@ class _Stage:
         column = self.source.text_column
         self._run(
             measure_chunk.measure_chunk,
-            [(chunks[i], self.raw, column, self.facts, keys[i], store) for i in missing],
+            [(chunks[i], self.raw, column, keys[i], store) for i in missing],
+            self.facts,
         )
 
-    def _run(self, function: Callable[..., int], tasks: Sequence[tuple[Any, ...]]) -> None:
-        """Run tasks on Ray whose first argument is a chunk and whose result is bytes read."""
+    def _run(
+        self, function: Callable[..., int], tasks: Sequence[tuple[Any, ...]], *shared: Any
+    ) -> None:
+        """Run tasks on Ray whose first argument is a chunk and whose result is bytes read.
+
+        Args:
+            shared: Last arguments of all tasks.
+        """
         if not tasks:
             return
         chunks = [task[0] for task in tasks]
@@ -164,7 +171,7 @@ class _Stage:
         ):
             for index, read in run_tasks(
                 function, tasks, None, "curate",
-                labels=labels, sizes=sizes, memory=_TASK_MEMORY, progress=progress,
+                shared=shared, labels=labels, sizes=sizes, memory=_TASK_MEMORY, progress=progress,
             ):  # fmt: skip
                 size += read
                 speed = size / 1e6 / (time.monotonic() - began)

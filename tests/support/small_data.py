@@ -178,8 +178,12 @@ def no_cluster(*_: Any, **__: Any) -> Iterator[int]:
 
 
 def run_here(
-    function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], *_: Any, **__: Any
+    function: Callable[..., Any],
+    tasks: Sequence[tuple[Any, ...]],
+    *_: Any,
+    shared: Sequence[Any] = (),
+    **__: Any,
 ) -> Iterator[tuple[int, Any]]:
     """Replacement of `pipeline.cluster.tasks.run_tasks` that runs tasks in this process."""
     for index, task in enumerate(tasks):
-        yield index, function(*task)
+        yield index, function(*task, *shared)
