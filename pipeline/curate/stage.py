@@ -64,7 +64,7 @@ def curate(
     """
     source = RawManifest.load(raw)
     if not params.has_rules:
-        return write_all_kept(out, source, params)
+        return write_all_kept(out, source)
     if source.source.kind == "tokens":
         raise UserError("params.yaml: curate: source.kind tokens has no text; turn all rules off")
     if params.val_copies == "drop" and split.val_split != "documents":

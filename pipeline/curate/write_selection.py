@@ -19,13 +19,15 @@ from pipeline.params import CurateParams
 from pipeline.store import atomic
 from pipeline.store.store import Store, publish
 
+_MEASURED = "measured"  # lists the pieces that a selection was decided from, for `--prune`
 
-def write_all_kept(out: Path, source: RawManifest, params: CurateParams) -> SelectionManifest:
+
+def write_all_kept(out: Path, source: RawManifest) -> SelectionManifest:
     """Publish a selection that keeps every row."""
     files = [_all_kept(source, index) for index in range(len(source.files))]
     manifest = SelectionManifest(
         selection_key=selection_key((file.rows, None) for file in files),
-        params=params.model_dump(),
+        params={},
         files=files,
     )
     return _publish(out, manifest, {})
@@ -48,12 +50,13 @@ def write_selection(
     Args:
         found: What was only counted.
         unclean_tasks, task_files: See `SelectionManifest`.
-        pieces: Kind and key of the pieces that the decisions were made from.
+        pieces: Kind and key of the pieces that the decisions were made from. They depend on the
+            code, so they are not listed in the selection, which would change without its rows.
     """
     sizes = [file.rows for file in source.files]
     starts = np.cumsum([0, *sizes]).tolist()
     masks = [decisions.kept[a:b] for a, b in pairwise(starts)]
-    files, links, made = [], {}, list(pieces)
+    files, links, made = [], {}, []
     ledger = decisions.ledger()
     for index, part in enumerate(split_ledger(ledger, [*decisions.counts], sizes)):
         file = _all_kept(source, index)
@@ -83,6 +86,9 @@ def write_selection(
         examples=examples(ledger, [*decisions.counts], source, raw),
         pieces=made,
     )
+    key = manifest.selection_key
+    with store.lock(_MEASURED, key), store.make(_MEASURED, key) as folder:
+        (folder / "pieces.json").write_bytes(atomic.json_bytes({"pieces": [*map(list, pieces)]}))
     return _publish(out, manifest, links)
 
 

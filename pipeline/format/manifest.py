@@ -157,6 +157,7 @@ class SelectionManifest(_Manifest):
     selection_key: str
     """A hash of the dropped rows, numbered over the whole source."""
     params: dict[str, Any]
+    """Section `curate`; empty if no rule applies."""
     files: list[SelectedFile]
     dropped: dict[str, Count] = {}
     """Rows dropped by each rule that was applied."""
@@ -170,7 +171,7 @@ class SelectionManifest(_Manifest):
     examples: dict[str, list[DroppedExample]] = {}
     """A few rows that each rule dropped."""
     pieces: list[tuple[str, str]] = []
-    """Kind and key of the pieces of the store that the selection was decided from."""
+    """Kind and key of the pieces of the store that hold the bitmaps and ledgers."""
 
 
 class Part(_Record):

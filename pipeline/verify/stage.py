@@ -18,7 +18,7 @@ from pipeline.format.manifest import (
     Shard,
     Split,
 )
-from pipeline.format.selection import PIECES, SELECTION, Selection
+from pipeline.format.selection import SELECTION, Selection
 from pipeline.format.shards import HEADER_BYTES, TOKEN_DTYPE
 from pipeline.params import VerifyParams
 from pipeline.runtime.errors import UserError
@@ -316,8 +316,7 @@ def _remove_selection(faults: Sequence[Fault], selection: Selection, store: Stor
     folder = selection.folder.absolute()
     if any(fault.path.absolute().is_relative_to(folder) for fault in faults):
         for kind, key in selection.manifest.pieces:
-            if kind == PIECES:  # made of the others, which the store checks
-                _discard(store, kind, key)
+            _discard(store, kind, key)
 
 
 def _outermost_link(path: Path, folders: Sequence[Path]) -> Path | None:

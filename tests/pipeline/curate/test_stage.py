@@ -38,6 +38,7 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.params_file import validate
 from pipeline.store import atomic
+from pipeline.store.__main__ import main as prune
 from pipeline.tokenize.stage import tokenize
 from pipeline.verify.stage import DataFault, verify
 from tests.pipeline.curate.corpus import document, some_rows, write_source
@@ -125,6 +126,30 @@ def test_without_rules_all_rows_are_kept_and_the_tokens_are_the_same(
     before = hashes(TOKENS)
     tokenize(RAW, TOKENS, SPLIT, Machine(work_dir=here / "other"), CODE)
     assert hashes(TOKENS) == before
+
+
+def test_a_selection_of_the_same_rows_is_the_same_after_a_change_of_code(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the stages after it need not run again; and `--prune` keeps what was measured."""
+    write_source(RAW, some_rows(), [25])
+    curate(params())
+    before, code = hashes(SELECTION), measure_chunk.code_keys()
+    changed = {kind: f"{key} changed" for kind, key in code.items()}
+    monkeypatch.setattr(measure_chunk, "code_keys", lambda: changed)
+    measured = {kind: {*Path(".work", kind).iterdir()} for kind in ("texts", "columns")}
+    curate(params())
+    assert hashes(SELECTION) == before
+    for path in Path(".work").rglob("*"):
+        os.utime(path, (0, 0))
+    prune(["--prune", "--older-than", "1"])
+    for kind, earlier in measured.items():
+        found = {*Path(".work", kind).iterdir()}
+        assert len(found) == len(earlier)
+        assert found.isdisjoint(earlier)
+    off: dict[str, Any] = {"columns": [], "filters": {}}
+    off |= {"exact_duplicates": False, "near_duplicates": False}
+    assert len({curate(params(**off, bands=bands)).model_dump_json() for bands in (1, 2)}) == 1
 
 
 @pytest.mark.parametrize(
