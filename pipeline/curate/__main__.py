@@ -57,7 +57,7 @@ def _explain(
     if row:
         yield from show.why(RAW, selection, source, row[0], int(number))
     if rule:
-        params = CurateParams.model_validate(selection.manifest.params)
+        params = show.params_of(selection)
         store = Store.open(Machine.load())
         pieces = plan_pieces(RAW, source, facts_for(params), store)
         yield from show.sample(RAW, selection, source, pieces, rule[0], int(number))

@@ -1,6 +1,6 @@
 """Explain the selection to people: `--why FILE ROW` and `--sample RULE N` of `pipeline.curate`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -8,18 +8,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import ValidationError
 
 from pipeline.curate import heuristics, row_rules, words
 from pipeline.curate.copies import NEAR
 from pipeline.curate.examples import read_text
 from pipeline.curate.pieces import Pieces
-from pipeline.format.manifest import RawManifest
+from pipeline.format.manifest import NAME, RawManifest
 from pipeline.format.selection import Selection, read_ledger
 from pipeline.params import CurateParams
 from pipeline.runtime.errors import UserError, printable
 from pipeline.runtime.params_file import nearest
 
 _CHARACTERS = 600
+_AGAIN = "run `dvc repro --force curate`"
 
 
 def why(raw: Path, selection: Selection, source: RawManifest, path: str, row: int) -> Iterator[str]:
@@ -32,7 +34,7 @@ def why(raw: Path, selection: Selection, source: RawManifest, path: str, row: in
     if path not in files:
         raise UserError(f"--why {path}: not a file of data/raw; {nearest(path, list(files))}")
     index = files[path]
-    file, params = selection.manifest.files[index], _params(selection)
+    file, params = selection.manifest.files[index], params_of(selection)
     if not 0 <= row < file.rows:
         raise UserError(f"--why {path} {row}: no such row; use 0 to {file.rows - 1}")
     yield f"{printable(path)}, row {row:,}"
@@ -46,8 +48,18 @@ def why(raw: Path, selection: Selection, source: RawManifest, path: str, row: in
         yield _excerpt(raw, source, *twin)
 
 
-def _params(selection: Selection) -> CurateParams:
-    return CurateParams.model_validate(selection.manifest.params)
+def params_of(selection: Selection) -> CurateParams:
+    """Return the parameters of a selection.
+
+    Raises:
+        UserError: Another version of the code made it.
+    """
+    try:
+        return CurateParams.model_validate(selection.manifest.params)
+    except ValidationError:
+        raise UserError(
+            f"{selection.folder / NAME}: params: made by another version; {_AGAIN}"
+        ) from None
 
 
 def _values(text: str, params: CurateParams) -> Iterator[str]:
@@ -80,17 +92,13 @@ def sample(
         raise UserError(f"--sample {rule}: no rule of this selection; {hint}")
     for kind, key in pieces.named():
         if pieces.store.find(kind, key) is None:
-            raise UserError("--sample: the store lacks what was measured; run `dvc repro curate`")
-    params = _params(selection)
-    threshold, values = _comparison(pieces, params, rule)
-    dropped = _dropped(selection, rule)
-    kept = []
-    if threshold is not None:
-        dropped.sort(key=lambda entry: abs((entry["value"] or 0) - threshold))
-        kept = _narrowly_kept(pieces, selection, values, threshold, count) if values else []
-    limit = "" if threshold is None else f", threshold {threshold:g}"
-    yield f"{printable(rule)}: {len(dropped):,} rows dropped{limit}"
-    for entry, narrow in zip_longest(dropped[:count], kept):
+            raise UserError(f"--sample: the store lacks what was measured; {_AGAIN}")
+    limits, values = _comparison(pieces, params_of(selection), rule)
+    dropped = _dropped(selection, rule, limits, count)
+    kept = _narrowly_kept(pieces, selection, values, limits, count) if values else []
+    shown = "".join(f", threshold {limit:g}" for limit in limits)
+    yield f"{printable(rule)}: {manifest.dropped[rule]:,} rows dropped{shown}"
+    for entry, narrow in zip_longest(dropped, kept):
         if entry is not None:
             yield f"\n== dropped: {_place(*entry['at'])}, {_decision(entry)}"
             yield _excerpt(raw, source, *entry["at"])
@@ -109,45 +117,64 @@ Values = Callable[[int], np.ndarray]
 
 def _comparison(
     pieces: Pieces, params: CurateParams, rule: str
-) -> tuple[float | None, Values | None]:
-    """Return a rule's threshold, and the values that it compares, where these exist.
+) -> tuple[list[float], Values | None]:
+    """Return a rule's thresholds, and the values that it compares, where these exist.
 
     Similarities are stored of dropped rows only.
     """
     if rule == NEAR:
-        return (params.similarity if params.compare else None), None
+        return ([params.similarity] if params.compare else []), None
     heuristic = {entry.name: entry for entry in row_rules.thresholds(params)[0]}.get(rule)
     if heuristic:
-        return heuristic.value, lambda i: heuristics.values(pieces.counts(i), heuristic.rule)
+        return [heuristic.value], lambda i: heuristics.values(pieces.counts(i), heuristic.rule)
     ranges = {row_rules.column_name(entry): entry for entry in params.columns if entry.in_ is None}
     if column := ranges.get(rule):
-        limit = column.max if column.min is None else column.min
-        return limit, lambda i: row_rules.as_floats(pieces.column(i, column.column))
-    return None, None
+        limits = [limit for limit in (column.min, column.max) if limit is not None]
+        return limits, lambda i: row_rules.as_floats(pieces.column(i, column.column))
+    return [], None
 
 
-def _dropped(selection: Selection, rule: str) -> list[dict[str, Any]]:
-    """Return the entries of a rule in all ledgers, each with its file and row as `at`."""
+def _distances(values: np.ndarray, limits: Sequence[float]) -> np.ndarray:
+    """Return how far values are from the nearest limit: (k,) float64; NaN: Inf; no limit: 0."""
+    if not limits:
+        return np.zeros(len(values))
+    distances: np.ndarray = np.min([np.abs(values - limit) for limit in limits], axis=0)
+    distances[np.isnan(distances)] = np.inf
+    return distances
+
+
+def _dropped(
+    selection: Selection, rule: str, limits: Sequence[float], count: int
+) -> list[dict[str, Any]]:
+    """Return the rows that a rule dropped nearest to its limits; each with its place as `at`."""
     found: list[dict[str, Any]] = []
     for file in selection.manifest.files:
         ledger = read_ledger(selection.folder, file)
-        entries = ledger.filter(pc.equal(ledger["rule"], rule)).to_pylist()
-        found += [{**entry, "at": (file.path, entry["row"])} for entry in entries]
+        entries = ledger.filter(pc.equal(ledger["rule"], rule))
+        distances = _distances(entries["value"].to_numpy(), limits)
+        nearest_rows = np.argsort(distances, kind="stable")[:count]
+        for distance, entry in zip(
+            distances[nearest_rows].tolist(),
+            entries.take(pa.array(nearest_rows)).to_pylist(),
+            strict=True,
+        ):
+            found.append({**entry, "at": (file.path, entry["row"]), "distance": distance})
+        found = sorted(found, key=lambda entry: entry["distance"])[:count]
     return found
 
 
 def _narrowly_kept(
-    pieces: Pieces, selection: Selection, values: Values, threshold: float, count: int
+    pieces: Pieces, selection: Selection, values: Values, limits: Sequence[float], count: int
 ) -> list[tuple[float, tuple[str, int]]]:
-    """Return the kept rows whose values are nearest to a threshold, with the values."""
+    """Return the kept rows whose values are nearest to a limit, with the values."""
     found: list[tuple[float, float, tuple[str, int]]] = []
     for number, chunk in enumerate(pieces.chunks):
         of_chunk, kept = values(number), selection.kept(chunk.file_index)
         if kept is not None:
             of_chunk = np.where(kept[chunk.start : chunk.stop], of_chunk, np.nan)
-        distances = np.abs(of_chunk - threshold)
+        distances = _distances(of_chunk, limits)
         for row in np.argsort(distances, kind="stable")[:count].tolist():
-            if not np.isnan(distances[row]):
+            if np.isfinite(distances[row]):
                 at = (chunk.file.path, chunk.start + row)
                 found.append((float(distances[row]), float(of_chunk[row]), at))
         found = sorted(found)[:count]

@@ -563,6 +563,23 @@ def test_rows_and_rules_are_explained(here: Path, capsys: pytest.CaptureFixture[
     capsys.readouterr()
 
 
+def test_examples_are_nearest_to_either_end_of_a_range(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": f"text {i}", "token_count": i} for i in range(60)]
+    write_source(RAW, rows, [25])
+    off: dict[str, Any] = {"filters": {}, "exact_duplicates": False, "near_duplicates": False}
+    curate(params(**off, columns=[{"column": "token_count", "min": 10, "max": 40}]))
+    main(["--sample", "columns.token_count", "3"])
+    shown = capsys.readouterr().out
+    assert re.findall(r"dropped: .*\((\d+)\)", shown) == ["9", "41", "8"]
+    assert re.findall(r"narrowly kept: .*, (\d+)$", shown, re.MULTILINE) == ["10", "40", "11"]
+    edit_manifest(lambda value: value["params"].update(gone=1))
+    for command in (["--why", "part-000.parquet", "1"], ["--sample", "columns.token_count", "1"]):
+        with pytest.raises(UserError, match=f"{SELECTION / NAME}: params"):
+            main(command)
+
+
 @pytest.mark.parametrize("suffix", ["kept.npy", "ledger.parquet"])
 def test_damaged_selections_are_named_by_all_that_read_them(here: Path, suffix: str) -> None:
     """Also a file that is readable: the ledger of another selection, all bits set."""
