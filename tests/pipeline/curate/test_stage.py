@@ -28,12 +28,13 @@ from pipeline.curate import stage as curate_stage
 from pipeline.curate.__main__ import main
 from pipeline.curate.decisions import Decisions, split_ledger
 from pipeline.curate.heuristics import SETS
+from pipeline.curate.row_rules import column_keeps
 from pipeline.curate.signatures import shingles
 from pipeline.curate.words import as_texts
 from pipeline.format.manifest import NAME, Manifest, RawManifest, SelectionManifest
 from pipeline.format.selection import LEDGER_SCHEMA, SELECTION, read_ledger
 from pipeline.format.shards import read_docs
-from pipeline.params import CurateParams, TokenizeParams, VerifyParams
+from pipeline.params import ColumnRule, CurateParams, TokenizeParams, VerifyParams
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.params_file import validate
@@ -257,6 +258,14 @@ def test_text_that_is_not_utf8_changes_no_other_row(here: Path) -> None:
     assert found[0].keys() == {1, 4, 6}  # too few stop words, too few words
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_limits_are_inclusive_in_the_type_of_the_column(dtype: type) -> None:
+    values = pa.array(np.array([0.6, 0.65, 0.7, 0.9, 1.0], dtype))
+    rule = ColumnRule(column="a", min=0.65, max=0.9)
+    assert column_keeps(values, rule).tolist() == [False, True, True, True, False]
+    assert column_keeps(values, ColumnRule(column="a", max=1e300)).all()
+
+
 def test_values_of_columns_that_are_not_utf8_count_as_missing(here: Path) -> None:
     """Parquet may hold any bytes in a column of strings."""
     values = [b"en", b"\xff", None, b"de", "é".encode()]
@@ -370,9 +379,16 @@ def test_verify_finds_what_is_wrong_with_the_selection(here: Path) -> None:
         {**entry, "twin_file": 0, "twin_row": row} if entry["twin_file"] is not None else entry
         for entry in ledger.to_pylist()
     ]
-    for forged in (ledger.slice(1), pa.Table.from_pylist(dropped_twins, schema=ledger.schema)):
+    entries = [dropped_twins]
+    for missing in ({"row": None}, {"rule": None}, {"twin_file": 0, "twin_row": None}):
+        entries.append([{**ledger.to_pylist()[0], **missing}, *ledger.to_pylist()[1:]])
+    tables = [pa.Table.from_pylist(forged, schema=ledger.schema) for forged in entries]
+    for table in (ledger.slice(1), *tables, None):
         (SELECTION / name).unlink()
-        pq.write_table(forged, SELECTION / name)
+        if table is None:
+            (SELECTION / name).write_bytes(b"no parquet")
+        else:
+            pq.write_table(table, SELECTION / name)
         sha256 = atomic.sha256_file(SELECTION / name)
         edit_manifest(lambda value: value["files"][1].update(ledger_sha256=sha256))  # noqa: B023
         check(name)
