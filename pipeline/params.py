@@ -1,8 +1,8 @@
-"""Sections `source`, `tokenize` and `verify` of `params.yaml`."""
+"""Sections `source`, `curate`, `tokenize` and `verify` of `params.yaml`."""
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from pipeline.runtime.params_file import Section
 
@@ -61,6 +61,120 @@ class SourceParams(Section):
             raise ValueError(f"kind sample has no {self.text_column!r}: set text_column to text")
         if self.kind == "sample" and (self.max_bytes or self.max_tokens):
             raise ValueError("kind sample: set max_bytes and max_tokens to null, or use files")
+        return self
+
+
+SIGNATURE_HASHES = 112
+FilterSet = Literal["gopher_quality", "gopher_repetition", "c4", "fineweb"]
+
+
+class ColumnRule(Section):
+    """A rule of `curate.columns`: keep the rows whose value is in a range, or in a list."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    column: str = Field(min_length=1)
+    """A column of the source: numbers for `min` and `max`; numbers or strings for `in`."""
+
+    min: float | None = None
+    """Least value that is kept; null: no limit."""
+
+    max: float | None = None
+    """Largest value that is kept; null: no limit."""
+
+    in_: list[str | int | float] | None = Field(default=None, alias="in", min_length=1)
+    """Values that are kept; null: any."""
+
+    @model_validator(mode="after")
+    def _has_one_condition(self) -> "ColumnRule":
+        has_range = self.min is not None or self.max is not None
+        if has_range == (self.in_ is not None):
+            raise ValueError("set either min and max (or one of them), or in")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError("min is above max: no row would be kept")
+        return self
+
+
+class CurateParams(Section):
+    """`curate`: which rows of the source are kept. By default all are."""
+
+    columns: list[ColumnRule] = Field(default=[])
+    """Rules on columns: `{column: language_score, min: 0.65}`, `{column: language, in: [en]}`. A
+    row without a value is dropped."""
+
+    filters: dict[FilterSet, dict[str, float | None]] = Field(default={})
+    """Published sets of heuristics to apply, each with the thresholds that differ from the
+    published ones: `{gopher_quality: {min_words: 30, max_words: null}}`; null: no such limit."""
+
+    decontaminate: list[str] = Field(default=[])
+    """Files of benchmark tasks (.jsonl: HellaSwag, LAMBADA, or any with a `text`), which are looked
+    for in the rows."""
+
+    contamination_words: int = Field(default=13, ge=8, le=100)
+    """Consecutive words (8 to 100) that a row and a task must share to be reported. A task of fewer
+    words, at least 8, must be in the row completely."""
+
+    contaminated: Literal["report", "drop"] = "report"
+    """What happens to rows that share such words with a task."""
+
+    exact_duplicates: bool = False
+    """Drop rows whose text is that of an earlier kept row."""
+
+    near_duplicates: bool = False
+    """Drop rows that are similar to an earlier kept row (MinHash LSH over n-grams of words)."""
+
+    ngram: int = Field(default=5, ge=1, le=32)
+    """Words per n-gram (1 to 32); a text of fewer words is near no other."""
+
+    bands: int = Field(default=14, ge=1, le=112)
+    """Bands of the signature: rows that agree on all hashes of one are compared."""
+
+    rows: int = Field(default=8, ge=1, le=112)
+    """Hashes per band; bands * rows is at most 112."""
+
+    compare: Literal["signatures", "text"] | None = "signatures"
+    """How the similarity of two rows that agree on a band is found: estimated from their
+    signatures, computed from their text, or null: not at all, and they count as similar."""
+
+    similarity: float = Field(default=0.7, ge=0, le=1)
+    """Least similarity (Jaccard, 0 to 1) of near duplicates."""
+
+    clusters: Literal["row_order", "components"] = "row_order"
+    """`row_order`: a row is dropped if it is near an earlier kept row; `components`: of all rows
+    that are connected by shared bands the first is kept, without a comparison (as datatrove)."""
+
+    scope: Literal["all", "dump"] = "all"
+    """Where duplicates are looked for: in the whole source, or within each value of its column
+    `dump`."""
+
+    val_copies: Literal["keep", "drop"] = "keep"
+    """Training rows that are near a validation row: keep them (they are counted if there are
+    signatures), or drop them."""
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether any text is looked at."""
+        return bool(self.columns or self.filters or self.decontaminate or self.has_hashes)
+
+    @property
+    def has_hashes(self) -> bool:
+        """Whether rows are compared with each other."""
+        return self.exact_duplicates or self.has_signatures
+
+    @property
+    def has_signatures(self) -> bool:
+        """Whether rows are compared for similarity."""
+        return self.near_duplicates or self.val_copies == "drop"
+
+    @model_validator(mode="after")
+    def _signature_is_long_enough(self) -> "CurateParams":
+        if self.bands * self.rows > SIGNATURE_HASHES:
+            raise ValueError(
+                f"bands * rows is {self.bands * self.rows}: a signature has {SIGNATURE_HASHES} "
+                "hashes; make one of them smaller"
+            )
+        if self.clusters == "components" and self.compare is not None:
+            raise ValueError("clusters components compares no rows: set compare to null")
         return self
 
 

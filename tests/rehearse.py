@@ -44,7 +44,7 @@ from train.preset import merge
 from train.run_summary import commit
 
 PRESET, ONE_GPU, ONE_HOUR = "fineweb-10b", "one-gpu", "one-hour"
-DATA_STAGES = {"download", "tokenize", "verify"}
+DATA_STAGES = {"download", "curate", "tokenize", "verify"}
 LATER_STAGES = {"evaluate", "export", "report"}
 
 Overlay = dict[str, dict[str, Any]]
@@ -195,7 +195,7 @@ class Rehearsal:
     def data(self, hub: Hub, n_bytes: int) -> None:
         """Run the data stages on ``n_bytes`` of source files."""
         done = stages_run(self.run("dvc", "repro", "verify", env={}))
-        self.check("download, tokenize and verify ran", done == DATA_STAGES)
+        self.check("download, curate, tokenize and verify ran", done == DATA_STAGES)
         raw, tokens = self.json("data/raw/manifest.json"), self.json("data/tokens/manifest.json")
         files = raw["files"]
         self.check(f"{len(files)} files were downloaded", len(files) == self.scale.files)

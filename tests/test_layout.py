@@ -45,6 +45,7 @@ DECIDE_NO_BYTE = (
 # the hashes of its manifest; training uses samples and evaluation tasks to observe a run;
 # `model/gpt.py` offers more than each stage needs.
 NOT_USED_BY = {
+    "curate": ("pipeline/download/",),
     "tokenize": ("pipeline/download/",),
     "verify": ("pipeline/download/",),
     "train": ("train/evals/", "model/generation.py"),
@@ -250,10 +251,10 @@ def test_importing_a_module_runs_nothing(name: str) -> None:
 
 
 COMMANDS = [
-    *(f"pipeline.{name}" for name in ("convert", "download", "store", "tokenize", "verify")),
+    *(f"pipeline.{name}" for name in ("convert", "curate", "download", "store", "tokenize")),
     *(f"model.{name}" for name in ("export", "generate", "import_hf")),
     *(f"train.{name}" for name in ("bench", "evaluate", "launch", "plan", "play", "preset")),
-    *("pipeline.repair", "train.report", "train.trace", "train"),
+    *("pipeline.repair", "pipeline.verify", "train.report", "train.trace", "train"),
 ]
 
 

@@ -31,7 +31,7 @@ from train.preset import read_preset
 
 pytestmark = pytest.mark.slow
 
-DATA_STAGES = ("download", "tokenize", "verify")
+DATA_STAGES = ("download", "curate", "tokenize", "verify")
 LATER_STAGES = ("evaluate", "export", "report")
 
 
@@ -89,7 +89,7 @@ def test_interrupted_repro_keeps_finished_work_and_leaves_no_orphan(
     built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clone, (killed, terminated, complete) = built.clone, built.outputs
-    assert stages_run(killed) == {"download", "tokenize"}
+    assert stages_run(killed) == {"download", "curate", "tokenize"}
     assert chunks_found(terminated) >= len(built.chunks) > 0
     assert all(path.stat().st_ino == inode for path, inode in built.chunks.items())
     assert stages_run(complete) == {"train", *LATER_STAGES}

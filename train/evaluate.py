@@ -32,7 +32,7 @@ from pipeline import TokenStream
 from pipeline.format import tokenizer
 from pipeline.format.shards import ShardError, open_shard
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.machine import Machine
+from pipeline.runtime.machine import Machine, find_file
 from pipeline.runtime.params_file import load_section
 from pipeline.store import atomic
 from train import numerics
@@ -45,7 +45,7 @@ from train.distributed.torchrun import run_torchrun
 from train.distributed.world import World
 from train.evals import hellaswag, lambada, reference_curve
 from train.evals.likelihood import BATCH_TOKENS, Request
-from train.evals.task_files import find_file
+from train.evals.task_files import are_clean, with_clean
 from train.params import EvaluateParams
 from train.run import CHECKPOINT, CURVES, TOKENS, compared
 from train.samples import as_markdown, before_and_after, sample
@@ -77,15 +77,17 @@ class Tasks:
 
     hellaswag: list[hellaswag.Task] | None
     lambada: list[Request] | None
+    hellaswag_clean: list[bool] | None = None
+    """Whether each task shares no words with the text; None: `curate` did not look for them."""
+    lambada_clean: list[bool] | None = None
 
     @classmethod
     def read(cls, params: EvaluateParams) -> Tasks:
         """Read the tasks named in the parameters."""
         a, b = params.hellaswag, params.lambada
-        return cls(
-            hellaswag.read("evaluate.hellaswag", a) if a else None,
-            lambada.read("evaluate.lambada", b) if b else None,
-        )
+        choices = hellaswag.read("evaluate.hellaswag", a) if a else None
+        words = lambada.read("evaluate.lambada", b) if b else None
+        return cls(choices, words, are_clean(a, len(choices or ())), are_clean(b, len(words or ())))
 
 
 def main(argv: Sequence[str] = ()) -> None:
@@ -219,9 +221,10 @@ def measure(
     gpt.document_masking = False
     torch.set_float32_matmul_precision("highest")
     if tasks.hellaswag is not None:
-        metrics |= hellaswag.metrics(hellaswag.predict(gpt, tasks.hellaswag, world, batch_size))
+        predictions = hellaswag.predict(gpt, tasks.hellaswag, world, batch_size)
+        metrics |= with_clean(hellaswag.metrics, predictions, tasks.hellaswag_clean)
     if tasks.lambada is not None:
-        metrics |= lambada.evaluate(gpt, tasks.lambada, world, batch_size)
+        metrics |= lambada.evaluate(gpt, tasks.lambada, world, batch_size, tasks.lambada_clean)
     return metrics
 
 
@@ -277,6 +280,17 @@ def summary(metrics: Mapping[str, Any]) -> str:
         parts.append(
             f"LAMBADA ({metrics['lambada_tasks']:,} tasks) acc {metrics['lambada_acc']:.4f}, "
             f"perplexity {metrics['lambada_perplexity']:.2f}"
+        )
+    if "hellaswag_clean_tasks" in metrics:
+        parts.append(
+            f"HellaSwag without the tasks in the text ({metrics['hellaswag_clean_tasks']:,} tasks) "
+            f"acc {metrics['hellaswag_clean_acc']:.4f}, "
+            f"acc_norm {metrics['hellaswag_clean_acc_norm']:.4f}"
+        )
+    if "lambada_clean_tasks" in metrics:
+        parts.append(
+            f"LAMBADA without the tasks in the text ({metrics['lambada_clean_tasks']:,} tasks) "
+            f"acc {metrics['lambada_clean_acc']:.4f}"
         )
     parts.append(f"published curve: {metrics['reference']}")
     return "\n".join([*parts, f"{RESULTS}, {SAMPLES}"])

@@ -15,7 +15,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pipeline.params import SourceParams, TokenizeParams, VerifyParams
+from pipeline.params import CurateParams, SourceParams, TokenizeParams, VerifyParams
 from pipeline.runtime import command
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.params_file import PARAMS, Section, nearest, read_yaml, validate
@@ -24,6 +24,7 @@ from train.params import EvaluateParams, ModelParams, TrainParams
 
 SECTIONS: dict[str, type[Section]] = {
     "source": SourceParams,
+    "curate": CurateParams,
     "tokenize": TokenizeParams,
     "verify": VerifyParams,
     "model": ModelParams,
@@ -37,6 +38,7 @@ class Parameters:
     """Validated sections of `params.yaml`."""
 
     source: SourceParams
+    curate: CurateParams
     tokenize: TokenizeParams
     verify: VerifyParams
     model: ModelParams

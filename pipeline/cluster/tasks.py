@@ -56,13 +56,14 @@ def run_tasks(
     num_cpus: float = 1,
     tick: Callable[[], None] | None = None,
     *,
+    shared: Sequence[Any] = (),
     labels: Sequence[str] = (),
     sizes: Sequence[int] = (),
     memory: int = 0,
     collect: Collect | None = None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[int, Any]]:
-    """Run ``function(*task)`` for each task on the cluster that `join.cluster` initialised.
+    """Run ``function(*task, *shared)`` per task on the cluster that `join.cluster` initialised.
 
     Args:
         in_flight: Tasks submitted at a time; None: twice as many as the cluster can run as it grows
@@ -70,6 +71,7 @@ def run_tasks(
         name: Name of the work; the tasks' names on Ray's dashboard begin with it.
         num_cpus: CPUs per task, less than one if it mostly waits.
         tick: Called about every second while tasks run.
+        shared: Large arguments of all tasks, which are stored on the cluster once.
         labels: Name of each task; empty: its index.
         sizes: Size of each task: the largest start first, so that the run does not end with one
             worker on one long task.
@@ -87,7 +89,9 @@ def run_tasks(
         ClusterLost: No task can run any more.
     """
     if tasks:
-        run = _Run(function, tasks, name, num_cpus, memory, labels, sizes, collect, progress)
+        run = _Run(
+            function, tasks, name, num_cpus, memory, shared, labels, sizes, collect, progress
+        )
         yield from run.results(in_flight, tick)
 
 
@@ -101,6 +105,7 @@ class _Run:
         name: str,
         num_cpus: float,
         memory: int,
+        shared: Sequence[Any],
         labels: Sequence[str],
         sizes: Sequence[int],
         collect: Collect | None,
@@ -117,6 +122,7 @@ class _Run:
         if collect is not None:
             options |= {"num_returns": "streaming", "_generator_backpressure_num_objects": 2}
         self.remote: Any = ray.remote(num_cpus=num_cpus, **options)(with_node_check(function))
+        self.shared = [ray.put(value) for value in shared]
         order = range(len(tasks))
         self.queue = deque(sorted(order, key=lambda i: -sizes[i]) if sizes else order)
         self.pending: dict[Any, int] = {}
@@ -153,7 +159,7 @@ class _Run:
 
     def _start(self, index: int) -> None:
         task = self.remote.options(name=f"{self.name} {self._label(index)}")
-        self.pending[task.remote(*self.tasks[index])] = index
+        self.pending[task.remote(*self.tasks[index], *self.shared)] = index
 
     def _label(self, index: int) -> str:
         return self.labels[index] if self.labels else str(index)

@@ -1,4 +1,4 @@
-"""The manifests: `data/raw/manifest.json` (source files), `data/tokens/manifest.json` (shards).
+"""The manifests of `data/raw` (source files), `data/selection` (rows kept), `data/tokens` (shards).
 
 A manifest is written last, so a folder with a manifest is complete. It holds no clock time, host
 name or absolute path: the same inputs give the same bytes anywhere. Readers ignore unknown keys and
@@ -6,7 +6,7 @@ refuse an unknown major ``schema_version``. Each holds its own hash.
 """
 
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -124,6 +124,56 @@ class RawManifest(_Manifest):
     files: list[SourceFile]
 
 
+class SelectedFile(_Record):
+    """A source file in `data/selection`."""
+
+    path: RelativePath
+    sha256: str
+    rows: Count
+    kept: Count
+    bits: RelativePath | None = None
+    """The name of the bitmap; None if all rows are kept, and then there is no ledger."""
+    bits_sha256: str | None = None
+    ledger: RelativePath | None = None
+    ledger_sha256: str | None = None
+
+
+class DroppedExample(_Record):
+    """A dropped row, to read: the beginning of its text, and that of its twin."""
+
+    path: RelativePath
+    row: Count
+    value: float | None = None
+    reason: str | None = None
+    text: str
+    twin_path: RelativePath | None = None
+    twin_row: Count | None = None
+    twin_text: str | None = None
+
+
+class SelectionManifest(_Manifest):
+    """`data/selection/manifest.json`."""
+
+    selection_key: str
+    """A hash of the dropped rows, numbered over the whole source."""
+    params: dict[str, Any]
+    """Section `curate`; empty if no rule applies."""
+    files: list[SelectedFile]
+    dropped: dict[str, Count] = {}
+    """Rows dropped by each rule that was applied."""
+    found: dict[str, Any] = {}
+    """What was counted and not dropped, such as copies of validation documents in training."""
+    unclean_tasks: dict[str, Count | None] = {}
+    """Per task of an evaluation (hellaswag_val.jsonl/17: its file, the line from 0) the kept rows
+    that share words with it; None: too short to tell. All other tasks of the files are clean."""
+    task_files: dict[str, str] = {}
+    """The files of `decontaminate`, and the sha256 of each."""
+    examples: dict[str, list[DroppedExample]] = {}
+    """A few rows that each rule dropped."""
+    pieces: list[tuple[str, str]] = []
+    """Kind and key of the pieces of the store that hold the bitmaps and ledgers."""
+
+
 class Part(_Record):
     """Consecutive documents of a shard that come from one chunk."""
 
@@ -190,6 +240,8 @@ class Manifest(_Manifest):
     tokenizer: Tokenizer
     params: dict[str, int | str]
     source: RawManifest
+    selection_key: str | None = Field(default=None, exclude_if=lambda key: key is None)
+    """That of `data/selection`; None if all rows are kept."""
     chunks: list[ChunkRecord] = []
     shards: list[Shard]
     totals: dict[Split, Totals]

@@ -268,23 +268,50 @@ def read_batches(
         yield first, as_binary(pa.concat_arrays(pending))
 
 
+def read_columns(
+    path: Path, columns: Sequence[str], start: int, stop: int
+) -> Iterator[pa.RecordBatch]:
+    """Read rows [start, stop) of short columns in batches.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    with (
+        open_parquet(path) as file,
+        decoding(f"{path}: columns {', '.join(columns)} are unreadable", _REBUILD),
+    ):
+        for group, at in _groups_between(file, start, stop):
+            for batch in file.iter_batches(
+                _METADATA_ROWS, row_groups=[group], columns=list(columns), use_threads=False
+            ):
+                low, high = max(start - at, 0), min(stop - at, len(batch))
+                if low < high:
+                    yield batch.slice(low, high - low)
+                at += len(batch)
+
+
 def _read_rows(
     path: Path, column: str, start: int, stop: int, batch_bytes: int
 ) -> Iterator[pa.Array]:
     with open_parquet(path) as file:
-        row = 0
-        for group in range(file.metadata.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if row < stop and row + rows > start:
-                at = row
-                for texts in _read_group(file, str(path), group, column, batch_bytes, _REBUILD):
-                    low, high = max(start - at, 0), min(stop - at, len(texts))
-                    if low < high:
-                        yield texts.slice(low, high - low)
-                    at += len(texts)
-                    if at >= stop:
-                        return
-            row += rows
+        for group, at in _groups_between(file, start, stop):
+            for texts in _read_group(file, str(path), group, column, batch_bytes, _REBUILD):
+                low, high = max(start - at, 0), min(stop - at, len(texts))
+                if low < high:
+                    yield texts.slice(low, high - low)
+                at += len(texts)
+                if at >= stop:
+                    return
+
+
+def _groups_between(file: pq.ParquetFile, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Yield the row groups that hold any of the rows [start, stop), and the first row of each."""
+    first = 0
+    for group in range(file.metadata.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        if first < stop and first + rows > start:
+            yield group, first
+        first += rows
 
 
 def _read_group(

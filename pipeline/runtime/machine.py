@@ -37,6 +37,17 @@ def project_root() -> Path:
     return Path(os.environ.get("DVC_ROOT") or ".").absolute()
 
 
+def find_file(path: str) -> Path:
+    """Find a file of `params.yaml` in the working directory or in the main checkout.
+
+    DVC experiments run in a workspace of their own, without the files that git ignores.
+    """
+    here = Path(path)
+    with contextlib.suppress(RuntimeError):  # no such user
+        here = here.expanduser()
+    return here if here.exists() else project_root() / here
+
+
 def usable_cores() -> int:
     """Return the number of cores in this process's CPU affinity (Linux), or of the machine."""
     affinity = getattr(os, "sched_getaffinity", None)

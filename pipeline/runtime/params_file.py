@@ -12,7 +12,7 @@ from pipeline.runtime.yaml_size import check_size
 from pipeline.store import atomic
 
 PARAMS = Path("params.yaml")
-SECTIONS = ("source", "tokenize", "verify", "model", "train", "evaluate")
+SECTIONS = ("source", "curate", "tokenize", "verify", "model", "train", "evaluate")
 _MAX_VALUE_CHARS = 80  # of a value in a message
 _MAX_CHARS = 200  # of a key or a parser's message
 _MAX_FILE_BYTES = 1 << 20  # paths of such a size take some seconds to parse

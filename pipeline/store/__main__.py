@@ -28,6 +28,11 @@ def _pieces_of_outs(root: Path, store: Store) -> set[tuple[str, str]]:
     for origin in (store.root / "origins").glob("*/origin.json"):
         if ("files", load(origin)["sha256"]) in used:
             used.add(("origins", origin.parent.name))
+    selection = load(root / "data/selection/manifest.json")
+    used |= set(map(tuple, selection.get("pieces", [])))
+    if key := selection.get("selection_key"):
+        measured = load(store.path("measured", key) / "pieces.json").get("pieces", [])
+        used |= {("measured", key), *map(tuple, measured)}
     for path in (root / "data/tokens/chunks").glob("*.json"):
         record = load(path)
         used |= {("chunks", record[key]) for key in ("chunk_key", "cut_from") if key in record}

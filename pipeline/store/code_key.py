@@ -8,6 +8,7 @@ import ast
 import hashlib
 import io
 import tokenize
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.runtime.errors import UserError
@@ -37,8 +38,13 @@ def stage_modules(stage: str, root: Path = Path()) -> list[Path]:
 
 def code_key(stage: str, root: Path = Path()) -> str:
     """Return the sha256 of the names and the code of a stage's modules."""
+    return modules_key(stage_modules(stage, root), root)
+
+
+def modules_key(modules: Iterable[Path], root: Path = Path()) -> str:
+    """Return the sha256 of the names and the code of modules."""
     digest = hashlib.sha256()
-    for module in stage_modules(stage, root):
+    for module in modules:
         code = code_only((root / module).read_text(encoding="utf-8")).encode()
         digest.update(f"{module.as_posix()}\0{len(code)}\0".encode() + code)
     return digest.hexdigest()

@@ -4,7 +4,8 @@ import sys
 from collections.abc import Sequence
 
 from pipeline.download.restore import restore
-from pipeline.params import TokenizeParams
+from pipeline.format.selection import SELECTION
+from pipeline.params import CurateParams, TokenizeParams
 from pipeline.runtime import command
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.params_file import load_section
@@ -18,12 +19,18 @@ def main(argv: Sequence[str] = ()) -> None:
     params = load_section("tokenize", TokenizeParams)
     machine = Machine.load()
     restore(RAW, machine)
-    manifest = tokenize(RAW, OUT, params, machine, code_key("tokenize"))
+    # Without rules `curate` need not have run; with rules a missing selection is an error.
+    selection = SELECTION if SELECTION.exists() or _has_rules() else None
+    manifest = tokenize(RAW, OUT, params, machine, code_key("tokenize"), selection)
     splits = ", ".join(
         f"{name} {t.tokens:,} tokens of {t.docs:,} documents in {t.shards} shards"
         for name, t in manifest.totals.items()
     )
     print(f"tokenize: {splits} in {OUT}; dataset_key {manifest.dataset_key[:12]}")
+
+
+def _has_rules() -> bool:
+    return load_section("curate", CurateParams).has_rules
 
 
 if __name__ == "__main__":

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.format.manifest import SourceFile
 from pipeline.format.parquet import row_groups
+from pipeline.format.selection import Selection, unpack
 
 # English web text has about 4.5 bytes per GPT-2 token; this only sets the size of a chunk.
 _BYTES_PER_100_TOKENS = 450
@@ -25,6 +28,12 @@ class Chunk:
     start: int
     stop: int
     estimated_tokens: int
+    bits: bytes | None = None
+    """Which of the rows are kept, packed as in `data/selection`; None: all."""
+
+    def kept(self) -> np.ndarray | None:
+        """Return which of the rows are kept: (stop - start,) bool; None: all."""
+        return None if self.bits is None else unpack(self.bits, self.stop - self.start)
 
     @property
     def label(self) -> str:
@@ -55,9 +64,19 @@ def cut_rows(groups: Sequence[tuple[int, int]], target_bytes: int) -> list[tuple
 
 
 def plan_chunks(
-    folder: Path, files: Sequence[SourceFile], column: str, shard_tokens: int
+    folder: Path,
+    files: Sequence[SourceFile],
+    column: str,
+    shard_tokens: int,
+    selection: Selection | None = None,
 ) -> list[Chunk]:
     """Cut every file into chunks of about ``shard_tokens`` tokens, in file order.
+
+    Where chunks begin and end does not depend on the rows that are kept: so a row more or less
+    changes one chunk.
+
+    Args:
+        selection: The rows to keep; None: all.
 
     Raises:
         UserError: A file is missing or unreadable, or has no text column.
@@ -68,5 +87,6 @@ def plan_chunks(
         rows, size = sum(rows for rows, _ in groups), sum(size for _, size in groups)
         for start, stop in cut_rows(groups, shard_tokens * _BYTES_PER_100_TOKENS // 100):
             tokens = size * (stop - start) // max(1, rows) * 100 // _BYTES_PER_100_TOKENS
-            chunks.append(Chunk(file_index, file, start, stop, tokens))
+            bits = selection.bits_between(file_index, start, stop) if selection else None
+            chunks.append(Chunk(file_index, file, start, stop, tokens, bits))
     return chunks

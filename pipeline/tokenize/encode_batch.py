@@ -17,6 +17,9 @@ from pipeline.format.shards import TOKEN_DTYPE
 from pipeline.format.tokenizer import EOT
 from pipeline.tokenize.engines import FastEngine, Unencodable, needs_reference, reference
 
+NOT_KEPT = "not kept"
+"""The reason in `skipped` of rows that stage `curate` has dropped."""
+
 
 class EngineMismatch(Exception):
     """A document that the fast engine and the reference encode differently."""
@@ -65,6 +68,7 @@ def encode_batch(
     fast: FastEngine | None,
     check_fraction: float,
     report: EngineReport,
+    keep: np.ndarray | None = None,
 ) -> Encoded:
     """Encode the texts of consecutive rows.
 
@@ -76,12 +80,17 @@ def encode_batch(
             are chosen by their hash, so they are the same in each run. If it is not 0, the first
             document of a report is compared too.
         report: Updated with the counts of this batch.
+        keep: (rows,) bool, the rows to encode; None: all.
 
     Raises:
         EngineMismatch: The first document found on which the engines differ.
     """
     skipped: Counter[str] = Counter()
-    texts, rows = _with_text(texts.cast(pa.large_binary()), first_row, skipped)
+    texts, rows = texts.cast(pa.large_binary()), np.arange(first_row, first_row + len(texts))
+    if keep is not None:
+        skipped[NOT_KEPT] += len(rows) - int(np.count_nonzero(keep))
+        texts, rows = texts.filter(pa.array(keep)), rows[keep]
+    texts, rows = _with_text(texts, rows, skipped)
     data, offsets = _buffers(texts)
     sizes = np.diff(offsets)
     hashes = _hashes(data, offsets)
@@ -137,7 +146,7 @@ def encode_batch(
 
 
 def _with_text(
-    texts: pa.Array, first_row: int, skipped: Counter[str]
+    texts: pa.Array, rows: np.ndarray, skipped: Counter[str]
 ) -> tuple[pa.Array, np.ndarray]:
     """Return the non-empty texts in valid UTF-8 and their rows; count the others in ``skipped``."""
     sizes = pc.fill_null(pc.binary_length(texts), -1).to_numpy()
@@ -154,8 +163,7 @@ def _with_text(
     for reason, size in (("null", -1), ("empty", 0)):
         if count := int((sizes == size).sum()):
             skipped[reason] += count
-    rows = np.flatnonzero(keep) + first_row
-    return (texts if keep.all() else texts.filter(pa.array(keep))), rows
+    return (texts, rows) if keep.all() else (texts.filter(pa.array(keep)), rows[keep])
 
 
 def _buffers(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:

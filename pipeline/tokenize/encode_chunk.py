@@ -6,6 +6,7 @@ the content alone, so copies of a text never end up in both splits.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,11 @@ CHECK_FRACTION = 0.002
 
 
 def chunk_key(chunk: Chunk, column: str, params: TokenizeParams, code_key: str) -> str:
-    """Hash what decides a chunk's bytes: its text, the tokenizer, the parameters and the code."""
+    """Hash what decides a chunk's bytes: its text, the tokenizer, the parameters and the code.
+
+    The key of a chunk of which all rows are kept does not depend on the selection.
+    """
+    kept = {} if chunk.bits is None else {"kept": sha256(chunk.bits).hexdigest()}
     return atomic.sha256_json(
         {
             "file": chunk.file.sha256,
@@ -48,6 +53,7 @@ def chunk_key(chunk: Chunk, column: str, params: TokenizeParams, code_key: str) 
             "ranks": tokenizer.RANKS_SHA256,
             "val_per_10k": hashed_per_10k(params),
             "code": code_key,
+            **kept,
         }
     )
 
@@ -134,9 +140,12 @@ def write_piece(
     report = EngineReport(differences=list(differences))
     skipped: Counter[str] = Counter()
     splits = {split: _SplitWriter(ShardWriter(folder / f"{split}.bin")) for split in SPLITS}
+    kept = chunk.kept()
     try:
         for first_row, texts in batches:
-            encoded = encode_batch(first_row, texts, fast, check_fraction, report)
+            first = first_row - chunk.start
+            keep = None if kept is None else kept[first : first + len(texts)]
+            encoded = encode_batch(first_row, texts, fast, check_fraction, report, keep)
             skipped += encoded.skipped
             val = encoded.hashes % np.uint64(10_000) < hashed_per_10k(params)
             splits["train"].add(encoded, ~val, chunk.file_index)

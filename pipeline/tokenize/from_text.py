@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from pipeline.cluster.tasks import run_tasks
 from pipeline.format.manifest import RawManifest
+from pipeline.format.selection import Selection
 from pipeline.params import TokenizeParams
 from pipeline.runtime.errors import printable
 from pipeline.runtime.machine import Machine
@@ -29,12 +30,15 @@ class TextChunks:
     store: Store
     code: str
     machine: Machine
+    selection: Selection | None = None
     can_ship: ClassVar = True
 
     def plan(self) -> list[tuple[Chunk, str]]:
         """Cut the parquet files into chunks of rows; return each with its key."""
         column = self.source.text_column
-        chunks = plan_chunks(self.raw, self.source.files, column, self.params.shard_tokens)
+        chunks = plan_chunks(
+            self.raw, self.source.files, column, self.params.shard_tokens, self.selection
+        )
         return [(chunk, chunk_key(chunk, column, self.params, self.code)) for chunk in chunks]
 
     def written_tokens(self, chunk: Chunk) -> int:

@@ -20,9 +20,10 @@ from pipeline.format.manifest import (
     Tokenizer,
     Totals,
 )
+from pipeline.format.selection import Selection
 from pipeline.format.shards import ShardWriter, docs_path, open_shard, read_docs
 from pipeline.params import TokenizeParams
-from pipeline.runtime.errors import UserError
+from pipeline.runtime.errors import UserError, printable
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.progress import Progress
 from pipeline.store import atomic
@@ -39,6 +40,7 @@ FORMAT = "llm.c"
 
 # Peak memory of a worker on chunks of 20M tokens, with a margin.
 _TASK_MEMORY = 700 * 2**20
+_SHOWN = 8  # chunks to do, named in the log
 
 
 class ChunkBuilder(Protocol):
@@ -60,7 +62,14 @@ class ChunkBuilder(Protocol):
         """Build chunks by `run_tasks`, which takes the options; yield the index and the record."""
 
 
-def tokenize(raw: Path, out: Path, params: TokenizeParams, machine: Machine, code: str) -> Manifest:
+def tokenize(
+    raw: Path,
+    out: Path,
+    params: TokenizeParams,
+    machine: Machine,
+    code: str,
+    selection: Path | None = None,
+) -> Manifest:
     """Turn the source files in ``raw`` into token shards in ``out``.
 
     Chunks that are already in the store are not built again. So a killed run resumes, and a changed
@@ -68,13 +77,15 @@ def tokenize(raw: Path, out: Path, params: TokenizeParams, machine: Machine, cod
 
     Args:
         code: The code key of this stage.
+        selection: The folder that says which rows are kept; None: all are.
 
     Raises:
         UserError: An input is missing or unreadable, a split is empty, or the disk is too small.
     """
     store = Store.open(machine)
     source = RawManifest.load(raw)
-    builder: ChunkBuilder = TextChunks(raw, source, params, store, code, machine)
+    selected = Selection.load(selection, source) if selection else None
+    builder: ChunkBuilder = TextChunks(raw, source, params, store, code, machine, selected)
     if source.source.kind == "tokens":
         builder = TokenFileChunks(raw, source, params, store, code)
     chunks = builder.plan()
@@ -87,6 +98,10 @@ def tokenize(raw: Path, out: Path, params: TokenizeParams, machine: Machine, cod
         f"{len(chunks) - len(missing)} chunks done before, {len(missing)} to do",
         flush=True,
     )
+    if 0 < len(missing) < len(chunks):
+        labels = [printable(chunk.label) for chunk, _ in missing]
+        more = f" and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else ""
+        print(f"tokenize: to do: {', '.join(labels[:_SHOWN])}{more}", flush=True)
     if missing:
         _build_missing(builder, missing, raw, machine, store)
     if params.val_split == "position":
@@ -104,7 +119,8 @@ def tokenize(raw: Path, out: Path, params: TokenizeParams, machine: Machine, cod
         name, sha256 = f"chunks/{index:05d}.json", store.sha256("chunks", key)[RECORD]
         files[name] = pieces[index] / RECORD
         commits.append(ChunkRecord(name=name, chunk_key=key, sha256=sha256))
-    manifest = _manifest(source, params, records, commits, shards)
+    selection_key = selected.key if selected else None
+    manifest = _manifest(source, selection_key, params, records, commits, shards)
     publish({**files, NAME: atomic.json_bytes(atomic.sealed(manifest.model_dump()))}, out)
     return manifest
 
@@ -237,6 +253,7 @@ def _merge_val(
 
 def _manifest(
     source: RawManifest,
+    selection_key: str | None,
     params: TokenizeParams,
     records: Sequence[Record],
     commits: list[ChunkRecord],
@@ -265,6 +282,7 @@ def _manifest(
         ),
         params=params.model_dump(),
         source=source,
+        selection_key=selection_key,
         chunks=commits,
         shards=shards,
         totals=totals,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from pipeline.download.restore import restore
 from pipeline.format.manifest import NAME
+from pipeline.format.selection import SELECTION
 from pipeline.params import VerifyParams
 from pipeline.runtime import command
 from pipeline.runtime.errors import printable
@@ -31,7 +32,8 @@ def main(argv: Sequence[str] = ()) -> None:
     params, machine = load_section("verify", VerifyParams), Machine.load()
     restore(RAW, machine)
     try:
-        manifest, report = verify(RAW, TOKENS, params, machine)
+        selection = SELECTION if SELECTION.exists() else None
+        manifest, report = verify(RAW, TOKENS, params, machine, selection)
     except DataFault as fault:
         print(
             "verify: damaged files, now removed; run `dvc repro` to rebuild:",

@@ -1,6 +1,7 @@
 """The checks of one file, which read each byte once: the work of a verify task."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -9,8 +10,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline.format.manifest import ChunkRecord, Part, Shard, SourceFile, Split, Tokenizer
+from pipeline.format.manifest import (
+    ChunkRecord,
+    Part,
+    SelectedFile,
+    Shard,
+    SourceFile,
+    Split,
+    Tokenizer,
+)
 from pipeline.format.parquet import read_batches, row_groups
+from pipeline.format.selection import read_bits
 from pipeline.format.shards import HEADER_BYTES, ShardError, docs_path, open_shard, read_docs
 from pipeline.runtime.errors import UserError
 from pipeline.store import atomic
@@ -18,7 +28,7 @@ from pipeline.tokenize import engines
 from pipeline.tokenize.chunk_record import Record, length_bins
 from pipeline.tokenize.encode_chunk import split_of
 from pipeline.tokenize.token_stats import BLOCK_TOKENS, TokenStats, blocks
-from pipeline.verify.data_report import ShardFacts, SourceFacts, source_facts
+from pipeline.verify.data_report import NOT_KEPT, ShardFacts, SourceFacts, source_facts
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,8 @@ class Findings:
     faults: list[Fault] = field(default_factory=list)
     shard: ShardFacts | None = None
     source: SourceFacts | None = None
+    dropped: Counter[str] | None = None
+    """Rows that each rule of `curate` dropped."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +100,19 @@ def _reason(error: OSError) -> str:
 
 
 def check_source(
-    raw: Path, file: SourceFile, tokens: Path, spans: Sequence[PartSpan], has_text: bool
+    raw: Path,
+    file: SourceFile,
+    tokens: Path,
+    spans: Sequence[PartSpan],
+    has_text: bool,
+    bits: tuple[Path, SelectedFile] | None = None,
 ) -> Findings:
     """Check a file of `data/raw` against its manifest; read its metadata columns for the report.
 
     Args:
         spans: The parts of shards that come from this file.
         has_text: Whether the file is parquet rather than a token file.
+        bits: The folder of the selection and the file in it, if some of the rows are dropped.
     """
     path = raw / file.path
     try:
@@ -108,16 +126,32 @@ def check_source(
     counts = np.full(file.rows, -1, np.int32)
     for span in spans:
         docs = _read_documents(tokens, span)
-        if docs is not None and len(docs) and 0 <= docs[:, 2].min() <= docs[:, 2].max() < file.rows:
+        first, end = span.part.rows
+        if docs is not None and _is_ascending(docs[:, 2], first, min(end, file.rows)):
             # The two halves of a document that is cut between the splits add up.
             counts[docs[:, 2]] = np.maximum(counts[docs[:, 2]], 0) + docs[:, 1] - docs[:, 0] - 1
+    if bits is not None and (kept := _read_kept(*bits)) is not None:
+        if (counts[~kept] >= 0).any():
+            row = int(np.flatnonzero(~kept & (counts >= 0))[0])
+            shard = next(s.shard for s in spans if s.part.rows[0] <= row < s.part.rows[1])
+            return Findings([Fault(docs_path(tokens / shard), f"has row {row}, which is dropped")])
+        counts[~kept] = NOT_KEPT
     return Findings(source=source_facts(path, counts))
+
+
+def _read_kept(folder: Path, file: SelectedFile) -> np.ndarray | None:
+    """Read a bitmap; None if it is damaged, which `check_selected_file` reports."""
+    try:
+        return read_bits(folder, file)
+    except UserError:
+        return None
 
 
 def _read_documents(tokens: Path, span: PartSpan) -> np.ndarray | None:
     """Read a part's documents: (d, 3) int64, first token, token after the last, row.
 
-    Returns None if the document index is damaged; `check_shard` reports it.
+    Returns None if the document index is damaged; `check_shard` reports it, and rows that are not
+    of the part.
     """
     try:
         docs = read_docs(tokens / span.shard)[slice(*span.docs)]

@@ -27,6 +27,9 @@ COMPARED = ("documents", "tokens", "skipped", "duplicates")
 TOP = 20
 """The number of dumps and of hosts in the report."""
 
+NOT_KEPT = -2
+"""In place of a number of tokens: the row was dropped by stage `curate`."""
+
 _COLUMNS = {"dump": pa.string(), "url": pa.string(), "token_count": pa.int64()}
 _BATCH_ROWS = 1 << 15
 # A tweet has more. Documents that are shorter on average are probably lines of longer ones.
@@ -70,7 +73,8 @@ def source_facts(path: Path, counts: np.ndarray) -> SourceFacts:
     A file in which they cannot be read contributes nothing: only its text column is required.
 
     Args:
-        counts: (rows,) tokens of each row's text, without `<|endoftext|>`; -1 if not encoded.
+        counts: (rows,) tokens of each row's text, without `<|endoftext|>`; -1 if not encoded;
+            `NOT_KEPT` if the row is no part of the data.
     """
     try:
         return _read_columns(path, counts)
@@ -89,6 +93,8 @@ def _read_columns(path: Path, counts: np.ndarray) -> SourceFacts:
         for batch in file.iter_batches(_BATCH_ROWS, columns=names, use_threads=False):
             found = counts[row : row + len(batch)]
             row += len(batch)
+            if len(kept := np.flatnonzero(found != NOT_KEPT)) < len(batch):
+                batch, found = batch.take(pa.array(kept)), found[kept]
             if "dump" in names:
                 _count(facts.dumps, _as_string(batch.column("dump")))
             if "url" in names:

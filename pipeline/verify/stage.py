@@ -9,7 +9,16 @@ from typing import Any
 
 from pipeline.cluster.join import cluster
 from pipeline.cluster.tasks import run_tasks
-from pipeline.format.manifest import NAME, SPLITS, Manifest, RawManifest, Shard, Split
+from pipeline.format.manifest import (
+    NAME,
+    SPLITS,
+    Manifest,
+    RawManifest,
+    SelectionManifest,
+    Shard,
+    Split,
+)
+from pipeline.format.selection import SELECTION, Selection
 from pipeline.format.shards import HEADER_BYTES, TOKEN_DTYPE
 from pipeline.params import VerifyParams
 from pipeline.runtime.errors import UserError
@@ -21,6 +30,7 @@ from pipeline.tokenize.split_by_position import val_size
 from pipeline.verify import checks
 from pipeline.verify.checks import Fault, Findings
 from pipeline.verify.data_report import DataReport
+from pipeline.verify.selection_checks import check_selected_file, check_selection
 
 RAW = Path("data/raw")
 TOKENS = Path("data/tokens")
@@ -34,12 +44,19 @@ class DataFault(Exception):
 
 
 def verify(
-    raw: Path, tokens: Path, params: VerifyParams, machine: Machine
+    raw: Path,
+    tokens: Path,
+    params: VerifyParams,
+    machine: Machine,
+    selection: Path | None = None,
 ) -> tuple[Manifest, DataReport]:
-    """Check `data/raw` and `data/tokens` against their manifests, and collect statistics.
+    """Check the data against their manifests, and collect statistics.
 
     Damaged files are removed from the workspace and the store, so that the next `dvc repro`
     rebuilds exactly these.
+
+    Args:
+        selection: The folder that says which rows are kept; None: all are.
 
     Raises:
         UserError: A manifest is missing.
@@ -47,7 +64,19 @@ def verify(
     """
     raw_manifest, manifest = RawManifest.load(raw), Manifest.load(tokens)
     faults, records = _check_folder(raw, tokens, raw_manifest, manifest)
-    tasks = _tasks(raw.absolute(), tokens.absolute(), raw_manifest, manifest, records, params)
+    selected = Selection.load(selection, raw_manifest) if selection else None
+    if selection and selected:
+        wrong = check_selection(selection, selected)
+        if not wrong and manifest.selection_key != selected.key:
+            wrong = [Fault(tokens / NAME, f"was not made with the rows that {SELECTION} keeps")]
+        faults += wrong
+        selection = selection.absolute()
+    elif manifest.selection_key is not None:
+        raise UserError(f"{SELECTION}: missing; run `dvc repro curate` to create it")
+    tasks = _tasks(
+        raw.absolute(), tokens.absolute(), raw_manifest, manifest, records, params, selection
+    )
+    dropped: Counter[str] = Counter()
     report = DataReport()
     total = sum(task.size for task in tasks)
     files = [raw / file.path for file in raw_manifest.files]
@@ -61,14 +90,21 @@ def verify(
                 report.add_shard(found.shard)
             if found.source is not None:
                 report.add_source(found.source)
+            if found.dropped is not None:
+                dropped += found.dropped
             progress.advance(tasks[nth].size, f"{len(faults)} faults" if faults else "no fault")
+    if selected is not None and not faults and dropped != Counter(selected.manifest.dropped):
+        faults.append(Fault(SELECTION / NAME, "its counts of dropped rows are not the ledgers'"))
     if faults:
         message = "\n".join(sorted(map(str, faults)))
         try:
-            _remove_bad(faults, raw, tokens, manifest, records, Store.open(machine))
+            store = Store.open(machine)
+            _remove_bad(faults, raw, tokens, manifest, records, store)
+            if selected is not None:
+                _remove_selection(faults, selected, store)
         except (OSError, UserError) as error:
             message += f"\ncannot be removed: {error}"
-        for folder in (raw, tokens):  # tasks have absolute paths
+        for folder in (raw, tokens, SELECTION):  # tasks have absolute paths
             message = message.replace(str(folder.absolute()), str(folder))
         raise DataFault(message)
     print(f"verify: {len(tasks)} checks over {total / 1e6:.1f} MB, no fault", flush=True)
@@ -96,13 +132,20 @@ def _tasks(
     manifest: Manifest,
     records: dict[str, Record],
     params: VerifyParams,
+    selection: Path | None,
 ) -> list[_Task]:
     """Return a task per source file, per shard, and per chunk to encode again; largest first."""
     has_text = raw_manifest.source.kind != "tokens"
     file_indices = {file.path: index for index, file in enumerate(manifest.source.files)}
     of_file: dict[str, list[checks.PartSpan]] = {file.path: [] for file in raw_manifest.files}
     of_chunk: dict[str, list[checks.PartSpan]] = {}
-    tasks, linked = [], set()
+    tasks, linked, bits = [], set(), {}
+    selected = SelectionManifest.load(selection).files if selection else []
+    for index, entry in enumerate(selected):
+        if selection and entry.bits is not None:
+            bits[entry.path] = (selection, entry)
+            label = f"selection of {entry.path}"
+            tasks.append(_Task(check_selected_file, (selection, index), 0, label))
     for shard in manifest.shards:
         for span in checks.part_spans(shard):
             if span.part.path in of_file:
@@ -121,7 +164,8 @@ def _tasks(
         tasks.append(_Task(checks.check_shard, shard_arguments, size, shard.name))
     for file in raw_manifest.files:
         if raw / file.path not in linked:
-            arguments = (raw, file, tokens, of_file[file.path], has_text)
+            of_selection = bits.get(file.path)
+            arguments = (raw, file, tokens, of_file[file.path], has_text, of_selection)
             tasks.append(_Task(checks.check_source, arguments, file.bytes, file.path))
     if has_text and params.retokenize:
         column, val_per_10k = raw_manifest.text_column, _hashed_per_10k(manifest)
@@ -262,9 +306,17 @@ def _remove_bad(
             pieces.add(("merged", merged_key(keys)) if is_val else ("chunks", keys[0]))
     for kind, key in pieces:
         _discard(store, kind, key)
-    for path in {_outermost_link(path, (raw, tokens)) or path for path in bad}:
+    for path in {_outermost_link(path, (raw, tokens, SELECTION)) or path for path in bad}:
         if os.path.lexists(path):
             unlink_damaged(path)
+
+
+def _remove_selection(faults: Sequence[Fault], selection: Selection, store: Store) -> None:
+    """Discard the pieces of a damaged selection, whose files `_remove_bad` has removed."""
+    folder = selection.folder.absolute()
+    if any(fault.path.absolute().is_relative_to(folder) for fault in faults):
+        for kind, key in selection.manifest.pieces:
+            _discard(store, kind, key)
 
 
 def _outermost_link(path: Path, folders: Sequence[Path]) -> Path | None:

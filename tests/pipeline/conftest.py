@@ -29,6 +29,7 @@ def one_ray(ray_cpus: int, monkeypatch: pytest.MonkeyPatch) -> int:
     def running(machine: Machine, *_: object, **__: object) -> AbstractContextManager[int]:
         return contextlib.nullcontext(ray_cpus)
 
+    monkeypatch.setattr("pipeline.curate.stage.cluster", running)
     monkeypatch.setattr("pipeline.tokenize.stage.cluster", running)
     monkeypatch.setattr("pipeline.verify.stage.cluster", running)
     return ray_cpus

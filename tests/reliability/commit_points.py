@@ -34,7 +34,9 @@ FAULTS = {
 }
 _NEEDS = {errno.ENOSPC: SPACE, errno.EIO: DATA, errno.EACCES: PERMISSION}
 
-CHAIN = ("download", "tokenize", "verify", "train", "publish", "evaluate", "export", "report")
+CHAIN = (
+    "download", "curate", "tokenize", "verify", "train", "publish", "evaluate", "export", "report"
+)  # fmt: skip
 STAGES = (*CHAIN, "download from a hub", "dvc repro")
 
 

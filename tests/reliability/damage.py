@@ -26,6 +26,7 @@ NO_RESULT, REPAIRED, NAMED = "not read for any result", "repaired", "named, not 
 # The stage that writes a file, by its path; the store is used by all.
 _WRITERS = {
     "data/raw/": "download",
+    "data/selection/": "curate",
     "data/tokens/": "tokenize",
     "data/": "verify",
     "metrics/data.json": "verify",

@@ -25,6 +25,7 @@ EXPORT = ["--checkpoint", "artifacts/checkpoint", "--out", HF]
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "source": {"kind": "files", "paths": ["source/*"]},
+    "curate": {"exact_duplicates": True, "near_duplicates": True, "compare": "text"},
     "tokenize": {"shard_tokens": 4000, "val_per_10k": 2000},
     "verify": {"retokenize": 1},
     "model": {**MODEL, "n_layer": 1, "n_embd": 4},
@@ -41,6 +42,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 OUTS = {
     "download": ["data/raw"],
     "download from a hub": ["data/raw"],
+    "curate": ["data/selection"],
     "tokenize": ["data/tokens"],
     "verify": ["data/statistics.json", "data/verified.json"],
     "train": ["artifacts", "metrics/live"],
@@ -70,10 +72,10 @@ _NOT_RESULTS = (".work/locks/", ".dvc/tmp/", "home/", ".git/")
 
 
 def make_project(folder: Path, **changes: Mapping[str, Any]) -> Path:
-    """Write a project with two source files, one of which must be converted."""
+    """Write a project with two source files; one must be converted, and repeats a row."""
     texts = some_texts(16)
     write_parquet(folder / "source/a.parquet", texts[:8])
-    lines = [json.dumps({"text": text}) for text in texts[8:]]
+    lines = [json.dumps({"text": text}) for text in [*texts[8:], texts[0]]]
     (folder / "source/b.jsonl").write_text("\n".join(lines) + "\n")
     sections = {name: {**values, **changes.get(name, {})} for name, values in SECTIONS.items()}
     (folder / "params.yaml").write_text(json.dumps(sections))  # JSON is YAML

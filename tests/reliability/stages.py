@@ -33,6 +33,7 @@ COUNT, KILL, TEAR, CLOCK = 0, -1, -2, -3  # modes of faults.c; a positive mode i
 COMMANDS: dict[str, tuple[str, list[str]]] = {
     "download": ("pipeline.download.__main__", []),
     "download from a hub": ("pipeline.download.__main__", []),
+    "curate": ("pipeline.curate.__main__", []),
     "tokenize": ("pipeline.tokenize.__main__", []),
     "verify": ("pipeline.verify.__main__", []),
     "train": ("train.__main__", []),
@@ -132,9 +133,10 @@ class Stages:
 def _serve() -> None:
     for module, _ in COMMANDS.values():
         importlib.import_module(module)
-    for name in ("pipeline.download", "pipeline.tokenize", "pipeline.verify"):
-        setattr(importlib.import_module(f"{name}.stage"), "cluster", no_cluster)  # noqa: B010
-    for name in ("download.stage", "tokenize.from_text", "tokenize.from_tokens", "verify.stage"):
+    for name in ("download", "curate", "tokenize", "verify"):
+        setattr(importlib.import_module(f"pipeline.{name}.stage"), "cluster", no_cluster)  # noqa: B010
+    texts = ("download.stage", "curate.stage", "tokenize.from_text")
+    for name in (*texts, "tokenize.from_tokens", "verify.stage"):
         setattr(importlib.import_module(f"pipeline.{name}"), "run_tasks", run_here)  # noqa: B010
     from pipeline.format import tokenizer
 

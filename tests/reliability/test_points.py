@@ -35,7 +35,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stages,
         yield stages, Prepared(stages, scratch)
 
 
-@pytest.mark.parametrize("stage", ["download", "tokenize", "verify", "train"])
+@pytest.mark.parametrize("stage", ["download", "curate", "tokenize", "verify", "train"])
 def test_a_faulted_stage_ends_clean_and_the_same_command_completes_it(
     prepared: tuple[Stages, Prepared], stage: str
 ) -> None:

@@ -132,6 +132,7 @@ def flip(path: Path, offset: int, keep_mtime: bool = False) -> None:
 
 PARAMS = """\
 source: {{kind: sample, files: null}}
+curate: {{}}
 tokenize: {{shard_tokens: {shard_tokens}, val_per_10k: {val_per_10k}}}
 verify: {{retokenize: 1}}
 """
@@ -177,8 +178,12 @@ def no_cluster(*_: Any, **__: Any) -> Iterator[int]:
 
 
 def run_here(
-    function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], *_: Any, **__: Any
+    function: Callable[..., Any],
+    tasks: Sequence[tuple[Any, ...]],
+    *_: Any,
+    shared: Sequence[Any] = (),
+    **__: Any,
 ) -> Iterator[tuple[int, Any]]:
     """Replacement of `pipeline.cluster.tasks.run_tasks` that runs tasks in this process."""
     for index, task in enumerate(tasks):
-        yield index, function(*task)
+        yield index, function(*task, *shared)

@@ -12,14 +12,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from model import GPT
 from pipeline import TokenStream
+from pipeline.curate import stage as curate_stage
+from pipeline.format.selection import SELECTION
 from pipeline.format.tokenizer import EOT, encode
+from pipeline.params import CurateParams, TokenizeParams
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.machine import Machine
 from pipeline.store import atomic
 from tests.support.hub import Hub
+from tests.support.small_data import no_cluster, run_here, write_raw
 from tests.support.training import Project, some_tokens, train_here, write_hellaswag, write_tokens
 from train import evaluate
-from train.evals import hellaswag
+from train.evals import hellaswag, lambada
+from train.evals.hellaswag import Task
+from train.evals.task_files import are_clean
+from train.run import CHECKPOINT
 
 
 def test_a_trained_model_is_evaluated_and_sampled(
@@ -79,6 +88,46 @@ def test_metrics_do_not_depend_on_ranks_batch_size_or_source(
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("HellaSwag (12 tasks) acc") == 1
     assert project.results("evaluation") == one
+
+
+def test_tasks_that_are_in_the_text_are_left_out_of_the_clean_scores(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the tasks share 13 words with a document."""
+    monkeypatch.setattr(curate_stage, "cluster", no_cluster)
+    monkeypatch.setattr(curate_stage, "run_tasks", run_here)
+    tasks = write_hellaswag()
+    passages = [" ".join(task["ctx"].split()[: 2 + i]) for i, task in enumerate(tasks)]
+    lines = [json.dumps({"text": passage}) + "\n" for passage in passages]
+    Path("passages.jsonl").write_text("".join(lines))
+    document = tasks[0]["ctx"].removesuffix(" they then")
+    raw = write_raw(Path("data/raw"), [["Another text.", f"It was said that {document}."]])
+    files = {"hellaswag": "tasks.jsonl", "lambada": "passages.jsonl"}
+    rules = CurateParams(decontaminate=list(files.values()))
+    curate_stage.curate(raw, SELECTION, rules, TokenizeParams(), Machine())
+    project.write(evaluate=files)
+    train_here()
+    evaluate.main()
+    metrics = project.results("evaluation")
+    assert (metrics["hellaswag_tasks"], metrics["lambada_tasks"]) == (12, 12)
+    gpt = GPT.from_checkpoint(CHECKPOINT)
+    clean = [Task.from_row(task) for i, task in enumerate(tasks) if i % 7 > 2]
+    expected = hellaswag.metrics(hellaswag.predict(gpt, clean))
+    assert expected["hellaswag_tasks"] == 6
+    # The other passages are in the document, or too short to tell.
+    expected |= lambada.evaluate(gpt, [lambada.request({"text": passages[11]})])
+    assert are_clean("other.jsonl", 12) is None
+    for name, value in expected.items():
+        assert metrics[name.replace("_", "_clean_", 1)] == pytest.approx(value, rel=1e-5)
+    Path("other").mkdir()
+    Path("other/passages.jsonl").write_text(json.dumps({"text": "x " * 40}) + "\n")
+    rules = CurateParams(decontaminate=["passages.jsonl", "other/passages.jsonl"])
+    curate_stage.curate(raw, SELECTION, rules, TokenizeParams(), Machine())
+    assert are_clean("other/passages.jsonl", 1) == [True]
+    assert are_clean("passages.jsonl", 12) == [False] * 11 + [True]
+    Path("passages.jsonl").write_text("".join(reversed(lines)))
+    with pytest.raises(UserError, match=r"passages\.jsonl"):
+        are_clean("passages.jsonl", 12)
 
 
 @pytest.mark.parametrize(

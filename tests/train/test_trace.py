@@ -206,7 +206,7 @@ def project(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     for name in ("raw", "tokens"):
         (tmp_path / "data" / name).symlink_to(root / "data" / name)
     sections = {
-        **{section: {} for section in ("source", "tokenize", "verify", "evaluate")},
+        **{section: {} for section in ("source", "curate", "tokenize", "verify", "evaluate")},
         "model": {**MODEL, "block_size": BLOCK},
         "train": {**TRAIN, "batch_tokens": BATCH * BLOCK},
     }

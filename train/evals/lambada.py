@@ -13,8 +13,8 @@ from typing import Any
 
 from model import GPT
 from train.distributed.world import World
-from train.evals.likelihood import Request, score_requests
-from train.evals.task_files import read_tasks, text
+from train.evals.likelihood import Request, Score, score_requests
+from train.evals.task_files import read_tasks, text, with_clean
 
 HUB = ("EleutherAI/lambada_openai", "default", "test")
 
@@ -37,13 +37,21 @@ def read(name: str, source: str) -> list[Request]:
 
 
 def evaluate(
-    gpt: GPT, tasks: list[Request], world: World | None = None, batch_size: int | None = None
+    gpt: GPT,
+    tasks: list[Request],
+    world: World | None = None,
+    batch_size: int | None = None,
+    clean: list[bool] | None = None,
 ) -> dict[str, float]:
-    """Return accuracy and last-word perplexity; for the arguments see ``score_requests``."""
-    results = score_requests(gpt, tasks, world, batch_size)
-    n = len(results)
+    """Score the tasks; for the arguments see ``score_requests`` and ``task_files.with_clean``."""
+    return with_clean(metrics, score_requests(gpt, tasks, world, batch_size), clean)
+
+
+def metrics(scores: list[Score]) -> dict[str, float]:
+    """Return the number of tasks, accuracy and last-word perplexity."""
+    n = len(scores)
     return {
         "lambada_tasks": n,
-        "lambada_acc": sum(score.greedy for score in results) / n,
-        "lambada_perplexity": math.exp(-sum(score.log_likelihood for score in results) / n),
+        "lambada_acc": sum(score.greedy for score in scores) / n,
+        "lambada_perplexity": math.exp(-sum(score.log_likelihood for score in scores) / n),
     }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from itertools import compress
 from typing import Any, TypeVar
 
+from pipeline.format.manifest import NAME, SelectionManifest
+from pipeline.format.selection import SELECTION
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.machine import project_root
+from pipeline.runtime.machine import find_file
 from pipeline.store import atomic
 
 T = TypeVar("T")
@@ -59,13 +61,47 @@ def text(row: Row, key: str) -> str:
     return value
 
 
-def find_file(path: str) -> Path:
-    """Find a file of `params.yaml` in the working directory or in the main checkout.
+def are_clean(source: str | None, n: int) -> list[bool] | None:
+    """Tell which tasks of a file share no words with a document that `curate` keeps.
 
-    DVC experiments run in a workspace of their own, without the files that git ignores.
+    Args:
+        source: As of `read_tasks`; None: no benchmark.
+        n: Number of tasks.
+
+    Returns:
+        None if `curate.decontaminate` does not name the file.
+
+    Raises:
+        UserError: The file has changed since.
     """
-    here = Path(path)
-    return here if here.exists() else project_root() / here
+    if source is None or not (SELECTION / NAME).exists():
+        return None
+    selection = SelectionManifest.load(SELECTION)
+    if source not in selection.task_files:
+        return None
+    if atomic.sha256_file(find_file(source)) != selection.task_files[source]:
+        raise UserError(
+            f"{SELECTION / NAME}: {source} has changed since its tasks were looked for; run "
+            "`dvc repro --force curate`"
+        )
+    return [f"{source}/{line}" not in selection.unclean_tasks for line in range(n)]
+
+
+def with_clean(
+    metrics: Callable[[list[T]], dict[str, float]], results: list[T], clean: list[bool] | None
+) -> dict[str, float]:
+    """Return the metrics of all tasks and, as ``NAME_clean_...``, those of the clean ones.
+
+    Args:
+        metrics: Computes metrics, whose names begin with that of the benchmark, from results.
+        results: Per task.
+        clean: `are_clean`.
+    """
+    found = metrics(results)
+    if clean is not None and any(clean):
+        of_clean = metrics([*compress(results, clean)])
+        found |= {name.replace("_", "_clean_", 1): value for name, value in of_clean.items()}
+    return found
 
 
 def _read_file(key: str, source: str) -> Iterator[Row]:

@@ -15,6 +15,7 @@ from model.errors import FormatError
 from model.size import flops_per_token
 from pipeline import Manifest, TokenStream
 from pipeline.format import tokenizer
+from pipeline.format.manifest import NAME, SelectionManifest
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.params_file import PARAMS, load_section
 from pipeline.store import atomic
@@ -33,6 +34,7 @@ LOG = Path("artifacts/log.jsonl")
 SAMPLES = Path("artifacts/samples.md")
 TOKENS = Path("data/tokens")
 METRICS = run_charts.METRICS
+SELECTION = Path("data/selection")
 
 MADE_BY = {
     DATA: "pipeline.verify",
@@ -62,8 +64,10 @@ EVALUATION_METRICS = {
     "hellaswag_acc": ("HellaSwag acc", "ending of the highest likelihood; chance: 0.25"),
     "hellaswag_acc_norm": ("HellaSwag acc_norm", "per byte; published GPT-2 124M: 0.311"),
     "hellaswag_acc_completion": ("HellaSwag, completion", "per token; GPT-2 124M: 0.2955"),
+    "hellaswag_clean_acc_norm": ("HellaSwag acc_norm, clean", "of tasks that are not in the text"),
     "lambada_acc": ("LAMBADA accuracy", "last word of a passage, greedy"),
     "lambada_perplexity": ("LAMBADA perplexity", "of the last word"),
+    "lambada_clean_acc": ("LAMBADA accuracy, clean", "of tasks that are not in the text"),
 }
 """Name and description of each key of `artifacts/evaluation.json` that is shown."""
 
@@ -124,6 +128,7 @@ def render() -> str:
         samples=parse_samples(samples(evaluation)),
         data_rows=data_rows(data),
         data_charts=run_charts.data_charts(),
+        selection=selection(),
         layer_charts=run_charts.layer_charts(gpt, text),
         activation_tokens=text.size,
         predictions=predictions(gpt, params.prompts),
@@ -196,6 +201,25 @@ def data_rows(data: Mapping[str, Any]) -> list[tuple[str, Any]]:
         for key, name in DATA_METRICS.items()
         if key in data
     ]
+
+
+def selection() -> dict[str, Any] | None:
+    """Return what each rule of `curate` took from the data, with examples; None without rules."""
+    if not (SELECTION / NAME).exists():
+        return None
+    manifest = SelectionManifest.load(SELECTION)
+    if not manifest.dropped and not manifest.found:
+        return None
+    rows = sum(file.rows for file in manifest.files)
+    return {
+        "rows": rows,
+        "kept": sum(file.kept for file in manifest.files),
+        "rules": [
+            (rule, n, html.percent(n / max(rows, 1))) for rule, n in manifest.dropped.items()
+        ],
+        "found": [(name.replace("_", " "), value) for name, value in manifest.found.items()],
+        "examples": manifest.examples,
+    }
 
 
 def time_rows(train: Mapping[str, Any], state: Mapping[str, Any]) -> list[tuple[str, Any]]:

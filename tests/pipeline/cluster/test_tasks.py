@@ -74,6 +74,26 @@ def test_each_task_runs_once_and_its_result_comes_with_its_index(ray_cpus: int) 
     assert list(run_tasks(square, [], 3, "x")) == []
 
 
+class Shared:
+    """Counts in this process how often it is sent."""
+
+    sent = 0
+
+    def __reduce__(self) -> tuple[type[Shared], tuple[()]]:
+        Shared.sent += 1
+        return Shared, ()
+
+
+def ignores_shared(x: int, shared: Shared) -> int:
+    return x
+
+
+def test_shared_arguments_are_sent_once(ray_cpus: int) -> None:
+    done = run_tasks(ignores_shared, [(i,) for i in range(8)], 3, "x", shared=[Shared()])
+    assert sorted(done) == [(i, i) for i in range(8)]
+    assert Shared.sent == 1
+
+
 def test_largest_tasks_start_first(ray_cpus: int) -> None:
     sizes = [3, 9, 1, 7]
     done = run_tasks(square, [(i,) for i in range(4)], 1, "x", sizes=sizes)

@@ -17,6 +17,7 @@ from dvc.repo import Repo
 
 from model import GPT, GPTConfig
 from pipeline.format import tokenizer
+from pipeline.format.manifest import NAME, DroppedExample, SelectedFile, SelectionManifest
 from pipeline.runtime.errors import UserError
 from pipeline.store import atomic
 from tests.support.browser import CHROMIUM, browser
@@ -55,6 +56,15 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         curve.write_text("step,reference\n6,10.1\n12,9.9\n")
         data["tables_sha256"] = {hosts.name: atomic.sha256_file(hosts)}
         Path("data/statistics.json").write_text(json.dumps(data))
+        example = DroppedExample(path="a.parquet", row=7, value=0.25, text="<b>Dropped</b> text")
+        selection = SelectionManifest(
+            selection_key="k",
+            params={},
+            files=[SelectedFile(path="a.parquet", sha256="a", rows=80, kept=60)],
+            dropped={"fineweb.max_newlines": 20},
+            examples={"fineweb.max_newlines": [example]},
+        )
+        atomic.write_json(report.SELECTION / NAME, selection.model_dump(mode="json"))
         found = atomic.read_sealed(report.EVALUATION)
         found["reference_sha256"] = atomic.sha256_file(curve)
         atomic.write_json(report.EVALUATION, atomic.sealed(found))
@@ -69,6 +79,7 @@ def test_page_shows_the_run_and_is_reproducible_and_self_contained(reported: Pro
     for text in (
         f"{loss:.4f}", state["run_key"], state["code_key"], "k" * 64,
         "99.7 %", "published run", "a.example", "step 12", "learning_rate", "attn.c_proj",
+        "fineweb.max_newlines", "60 of 80 rows", "25 %", "&lt;b&gt;Dropped",
     ):  # fmt: skip
         assert text in page, text
     assert re.search(r"positions\s+rotary", page)
