@@ -194,7 +194,7 @@ def test_imports_have_no_cycle() -> None:
     assert "train/trainer.py" not in reached("train/plan/__main__.py")
 
 
-WITHOUT_TORCH = ["train.preset", "train.launch", "pipeline.verify", "pipeline.store"]
+WITHOUT_TORCH = ["train.preset", "train.launch", "train.watch", "pipeline.verify", "pipeline.store"]
 
 
 @pytest.mark.parametrize("command", [*WITHOUT_TORCH, "pipeline.convert"])
@@ -254,7 +254,7 @@ COMMANDS = [
     *(f"pipeline.{name}" for name in ("convert", "download", "store", "tokenize", "verify")),
     *(f"model.{name}" for name in ("export", "generate", "import_hf")),
     *(f"train.{name}" for name in ("bench", "evaluate", "launch", "plan", "play", "preset")),
-    *("pipeline.repair", "train.report", "train.trace", "train"),
+    *("pipeline.repair", "train.report", "train.trace", "train.watch", "train"),
 ]
 
 

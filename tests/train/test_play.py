@@ -27,8 +27,8 @@ from train.play import (
     generate,
     load_model,
     main,
-    serve,
 )
+from train.serve import serve
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=64)
 
@@ -74,7 +74,7 @@ def play(gpt: GPT, scenario: Callable[[str, list[str]], Awaitable[None]]) -> Non
 
     async def run() -> None:
         log: list[str] = []
-        async with serve(Playground(gpt, "a test", log.append), 0) as address:
+        async with serve(Playground(gpt, "a test", log.append).app(), 0) as address:
             await asyncio.wait_for(scenario(address, log), 90)
 
     asyncio.run(run())
@@ -227,7 +227,7 @@ def ask(
     head = b"\r\n".join([line, b"Host: " + host, *headers, b"", b""])
 
     async def exchange() -> bytes:
-        async with serve(Playground(gpt, "", lambda _: None), 0) as address:
+        async with serve(Playground(gpt, "", lambda _: None).app(), 0) as address:
             port = int(address.rstrip("/").rpartition(":")[2])
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(head + body)
@@ -308,7 +308,7 @@ def test_mistake_is_named(tmp_path: Path, gpt: GPT, monkeypatch: pytest.MonkeyPa
     async def taken(address: str, log: list[str]) -> None:
         port = int(address.rstrip("/").rpartition(":")[2])
         with pytest.raises(UserError, match=f"--port {port}: "):
-            async with serve(Playground(gpt, ""), port):
+            async with serve(Playground(gpt, "").app(), port):
                 pass
 
     play(gpt, taken)
