@@ -1,8 +1,8 @@
 """The whole training program on one page: GPT-2, from tokens to a trained model.
 
-    python train/one_page.py                                            # one process
-    torchrun --standalone --nproc-per-node=8 train/one_page.py          # one process per GPU
-    python train/one_page.py --steps 500 --learning_rate 2e-3           # any setting is a flag
+    python train/one_page.py                                   # one process
+    python train/one_page.py --processes 8                     # one per GPU of this machine
+    python train/one_page.py --steps 500 --learning_rate 2e-3  # any setting is a flag
 
 It needs PyTorch, NumPy, and `data/tokens`, which `dvc repro verify` makes. It leaves out what long
 runs on shared machines need, and nothing that decides a weight: with the same settings its weights
@@ -20,7 +20,9 @@ import dataclasses
 import hashlib
 import math
 import os
+import signal
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,7 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 # -- Settings --------------------------------------------------------------------------------------
@@ -55,6 +57,7 @@ class Settings:
     steps: int = 1400
     batch_tokens: int = 1024  # per step, over all processes
     micro_batch: int = 8  # windows that a process computes at a time; less needs less memory
+    processes: int = 1  # one per GPU
     learning_rate: float = 4e-3  # the peak
     min_lr_ratio: float = 0.1  # the last rate, as a fraction of the peak
     warmup_steps: int = 100
@@ -125,8 +128,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         x = x + self.attn(self.ln_1(x))
-        x = x + self.mlp(self.ln_2(x))
-        return x
+        return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
@@ -187,8 +189,7 @@ class SummedLoss(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, table: Tensor, targets: Tensor) -> Tensor:
         """Return the sum of the losses; keep the gradients."""
         (N, C), device = x.shape, x.device.type
-        autocasts = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocasts else x.dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         w = table.to(dtype)
         chunk = -(-N // -(-N // max(2 * C, 512)))  # about equal chunks of up to 2 C tokens
         losses, dx, dw = [], [], torch.zeros_like(table)
@@ -260,8 +261,7 @@ def mix(x: np.ndarray) -> np.ndarray:
     """Mix 64 bits, wrapping: the end of SplitMix64 (Steele et al. 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x = x ^ (x >> np.uint64(31))
-    return x
+    return x ^ (x >> np.uint64(31))
 
 
 def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
@@ -377,7 +377,8 @@ def restore(gpt: GPT, optimizer: torch.optim.AdamW, s: Settings, device: torch.d
     if not Path(s.out).exists():
         return 0
     saved = torch.load(s.out, map_location=device, weights_only=True)  # runs no code
-    if saved["settings"] != dataclasses.asdict(s):
+    free = {"micro_batch": s.micro_batch, "processes": s.processes}  # they change only the rounding
+    if saved["settings"] | free != dataclasses.asdict(s):
         sys.exit(f"{s.out}: trained with other settings; set --out, or delete it to start again")
     gpt.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
@@ -385,29 +386,30 @@ def restore(gpt: GPT, optimizer: torch.optim.AdamW, s: Settings, device: torch.d
 
 
 # -- Processes -------------------------------------------------------------------------------------
-# torchrun starts the processes and gives each its place in environment variables. Each holds the
-# whole model and takes its part of every batch; the backward pass averages the gradients over them,
-# so that all take the same step. Without torchrun, a process is a group of one.
+# One process per GPU. Each holds the whole model and takes its part of every batch; the backward
+# pass averages the gradients, so that all take the same step. They meet in a file and talk over the
+# loopback interface: neither gloo nor NCCL asks who connects.
 # Hardened: train/distributed/, train/launch/
 # Papers: Li et al. 2020 (arXiv 2006.15704)
-def join() -> torch.device:
-    """Join the group of processes; return this one's device."""
-    cuda, rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
-    if cuda:
-        torch.cuda.set_device(rank)
+def work(rank: int, s: Settings, folder: str) -> None:
+    """Train as one of the processes, which meet in `folder`."""
+    if s.processes > 1:  # Ctrl-C ends this process at once, also in a wait for the others
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ[name] = "lo" if sys.platform == "linux" else "lo0"
+    sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")  # only the first prints
+    if torch.cuda.is_available():
+        backend, device = "nccl", torch.device("cuda", rank)
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     else:  # share the cores; another number of threads adds in another order
+        backend, device = "gloo", torch.device("cpu")
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    if int(os.environ.get("RANK", 0)) > 0:
-        sys.stdout = open(os.devnull, "w")  # only the first prints
-    backend = "nccl" if cuda else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        store = dist.HashStore()  # type: ignore[attr-defined]  # in memory: no port is opened
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    return torch.device("cuda", rank) if cuda else torch.device("cpu")
+        torch.set_num_threads(max(1, cores // s.processes))
+    store = dist.FileStore(f"{folder}/store", s.processes)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=s.processes)
+    train(s, device)
+    dist.destroy_process_group()
 
 
 def wrap(gpt: GPT, s: Settings, device: torch.device) -> DistributedDataParallel:
@@ -416,9 +418,8 @@ def wrap(gpt: GPT, s: Settings, device: torch.device) -> DistributedDataParallel
     DDP rearranges its buckets after the first backward pass, and then sums in another order. With
     two passes over made-up tokens at each start, a resumed run adds as one that never stopped.
     """
-    ddp = DistributedDataParallel(
-        gpt, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
-    )
+    ids = [device] if device.type == "cuda" else None
+    ddp = DistributedDataParallel(gpt, device_ids=ids, gradient_as_bucket_view=True)
     made_up = torch.zeros(s.micro_batch, s.block_size, dtype=torch.int64, device=device)
     for _ in range(2):
         loss_of(ddp, (made_up, made_up), s).backward()
@@ -428,28 +429,24 @@ def wrap(gpt: GPT, s: Settings, device: torch.device) -> DistributedDataParallel
 # -- Training --------------------------------------------------------------------------------------
 # A step: read a batch, add up the gradients of its micro-batches, clip, update. Only the last
 # micro-batch averages over the processes; `no_sync` saves the others the traffic. The loss is a sum
-# over tokens, divided once by their number in the whole batch: processes and micro-batches change
-# its rounding, not its value.
+# over tokens, divided once by the batch's tokens: processes and micro-batches change only rounding.
 # Hardened: train/trainer.py, train/loop.py, train/monitor/
 def train(s: Settings, device: torch.device) -> None:
     """Train from the checkpoint, or from scratch, to the last step."""
-    T, rank, world = s.block_size, dist.get_rank(), dist.get_world_size()
-    count, unit = s.batch_tokens // T, world * s.micro_batch * T
-    if s.batch_tokens % unit:
-        sys.exit(f"batch_tokens {s.batch_tokens}: set a multiple of {unit}, or another micro_batch")
+    T, count, rank = s.block_size, s.batch_tokens // s.block_size, dist.get_rank()
     data, held_out = Stream(s.tokens, "train"), Stream(s.tokens, "val")
     gpt = GPT(s).to(device)
     optimizer = make_optimizer(gpt, s)
     done = restore(gpt, optimizer, s, device)
     ddp = wrap(gpt, s, device)
     optimizer.zero_grad(set_to_none=False)  # the gradients are views into DDP's buckets: keep them
-    scale = world / s.batch_tokens  # DDP divides by the number of processes; undo that
+    scale = s.processes / s.batch_tokens  # DDP divides by the number of processes; undo that
     clock, since = time.perf_counter(), done
     for step in range(done, s.steps):
         for group in optimizer.param_groups:
             group["lr"] = rate(step, s)
         samples = windows(step * count, count, (len(data) - 1) // T, s.seed)
-        mine = samples.reshape(-1, world, s.micro_batch)[:, rank] * T
+        mine = samples.reshape(-1, s.processes, s.micro_batch)[:, rank] * T
         total = torch.zeros((), device=device)
         for number, starts in enumerate(mine.tolist(), start=1):
             batch = data.batch(starts, T, device)
@@ -472,7 +469,7 @@ def train(s: Settings, device: torch.device) -> None:
                 sys.exit(f"step {done}: loss or gradient is NaN or Inf; try a lower learning_rate")
         if logs:
             speed = (done - since) * s.batch_tokens / (time.perf_counter() - clock)
-            print(f"step {done}: loss {total.item() / world:.4f}, {speed:,.0f} tokens per second")
+            print(f"step {done}: loss {total.item() / s.processes:.4f}, {speed:,.0f} tokens/s")
             clock, since = time.perf_counter(), done
         if validates:
             print(f"step {done}: validation loss {validate(gpt, held_out, s, device):.4f}")
@@ -485,12 +482,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="train/one_page.py", description=main.__doc__)
     for field in dataclasses.fields(Settings):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-    settings = Settings(**vars(parser.parse_args(argv)))
-    device = join()
-    try:
-        train(settings, device)
-    finally:
-        dist.destroy_process_group()
+    s = Settings(**vars(parser.parse_args(argv)))
+    unit = s.processes * s.micro_batch * s.block_size
+    if unit < 1 or s.batch_tokens % unit:
+        sys.exit(f"batch_tokens: no multiple of processes * micro_batch * block_size, {unit}")
+    with tempfile.TemporaryDirectory() as folder:
+        if s.processes == 1:
+            return work(0, s, folder)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: end the others
+        try:
+            multiprocessing.spawn(work, (s, folder), s.processes, daemon=True)
+        except multiprocessing.ProcessExitedException as error:
+            sys.exit(str(error))
 
 
 if __name__ == "__main__":
