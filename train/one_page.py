@@ -1,8 +1,7 @@
 """The whole training program on one page: GPT-2, from tokens to a trained model.
 
-    python train/one_page.py                                   # one process
-    python train/one_page.py --processes 8                     # one per GPU of this machine
-    python train/one_page.py --steps 500 --learning_rate 2e-3  # any setting is a flag
+    python train/one_page.py                            # any setting is a flag:
+    python train/one_page.py --processes 8 --steps 500  # one process per GPU of this machine
 
 It needs PyTorch, NumPy, and `data/tokens`, which `dvc repro verify` makes. It leaves out what long
 runs on shared machines need, and nothing that decides a weight: with the same settings its weights
@@ -32,7 +31,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from torch.nn.parallel import DistributedDataParallel
 
 # -- Settings --------------------------------------------------------------------------------------
@@ -128,7 +128,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 
 class GPT(nn.Module):
@@ -261,7 +262,8 @@ def mix(x: np.ndarray) -> np.ndarray:
     """Mix 64 bits, wrapping: the end of SplitMix64 (Steele et al. 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = x ^ (x >> np.uint64(31))
+    return x
 
 
 def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
@@ -319,8 +321,7 @@ def clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
     else:  # a CPU adds squares one by one in float32, 1e-3 off for large tables: add short pieces
         norms = []
         for gradient in gradients:
-            flat = gradient.flatten()
-            cut = len(flat) - len(flat) % 4096
+            flat, cut = gradient.flatten(), gradient.numel() // 4096 * 4096
             for pieces in (flat[:cut].view(-1, 4096), flat[cut:].view(1, -1)):
                 norms.append(torch.linalg.vector_norm(pieces, dim=1))
         norm = torch.linalg.vector_norm(torch.cat(norms), dtype=torch.float64).float()
@@ -457,7 +458,6 @@ def train(s: Settings, device: torch.device) -> None:
         norm = clip(list(gpt.parameters()), s.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
-
         done = step + 1
         logs, validates, saves = (
             done % every == 0 or done == s.steps
@@ -491,8 +491,8 @@ def main(argv: list[str] | None = None) -> None:
             return work(0, s, folder)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: end the others
         try:
-            multiprocessing.spawn(work, (s, folder), s.processes, daemon=True)
-        except multiprocessing.ProcessExitedException as error:
+            spawn(work, (s, folder), s.processes, daemon=True)
+        except ProcessExitedException as error:
             sys.exit(str(error))
 
 
