@@ -1,7 +1,7 @@
 """The whole training program on one page: GPT-2, from tokens to a trained model.
 
-    python train/one_page.py                            # any setting is a flag:
-    python train/one_page.py --processes 8 --steps 500  # one process per GPU of this machine
+    python train/one_page.py                                # any setting is a flag:
+    python train/one_page.py --processes 8 --micro_batch 1  # one process per GPU of this machine
 
 It needs PyTorch, NumPy, and `data/tokens`, which `dvc repro verify` makes. It leaves out what long
 runs on shared machines need, and nothing that decides a weight: with the same settings its weights
