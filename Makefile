@@ -57,7 +57,7 @@ soak: $(VENV)/.installed  ## run the longest tests: many kills, lost hosts, full
 	python -m tests.reliability --long --dry
 	python -m tests.soak.download
 
-rehearse: $(VENV)/.installed  ## rehearse the presets fineweb-10b and one-gpu in small sizes: 25 minutes
+rehearse: $(VENV)/.installed  ## rehearse the presets fineweb-10b, one-gpu and one-hour in small sizes: 25 minutes
 	python -m tests.rehearse
 
 gpu: $(VENV)/.installed  ## on a machine with GPUs: run the tests that need one, then time a step

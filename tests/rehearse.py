@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from tests.support.watched import run_watched
 from train.preset import merge
 from train.run_summary import commit
 
-PRESET, ONE_GPU = "fineweb-10b", "one-gpu"
+PRESET, ONE_GPU, ONE_HOUR = "fineweb-10b", "one-gpu", "one-hour"
 DATA_STAGES = {"download", "tokenize", "verify"}
 LATER_STAGES = {"evaluate", "export", "report"}
 
@@ -67,13 +68,16 @@ class Scale:
     """Tasks per benchmark."""
 
 
+# The checks of each part count tasks, also of a preset that scores none.
+TASKS = {"hellaswag": "hub", "lambada": "hub"}
 SIZES: dict[str, Overlay] = {
     "every": {
         "train": {
             "steps": 6, "batch_tokens": 4096, "warmup_steps": 3, "val_every": 3, "val_tokens": 8192,
-            "hellaswag_every": 6, "checkpoint_every": 2, "log_every": 1, "sample_tokens": 16,
+            "hellaswag": "hub", "hellaswag_every": 6, "checkpoint_every": 2, "log_every": 1,
+            "sample_tokens": 16,
         },
-        "evaluate": {"val_tokens": 8192, "samples": 1, "sample_tokens": 24},
+        "evaluate": {**TASKS, "val_tokens": 8192, "samples": 1, "sample_tokens": 24},
     },
     "shallow": {
         "model": {"size": None, "n_layer": 2, "n_head": 12, "n_embd": 768},
@@ -85,26 +89,26 @@ SIZES: dict[str, Overlay] = {
         "model": {"size": None, "n_layer": 2, "n_head": 12, "n_embd": 768},
         "train": {"steps": 4},
     },
+    ONE_HOUR: {"train": {"steps": 4}},
 }  # fmt: skip
-FULL = Scale(SIZES, {"full": 4, "shallow": 8, "compiled": 1, ONE_GPU: 1}, 15, None, coarse=True)
+RANKS = {"compiled": 1, ONE_GPU: 1, ONE_HOUR: 1}
+FULL = Scale(SIZES, {"full": 4, "shallow": 8, **RANKS}, 15, None, coarse=True)
 
 QUICK_SIZES: dict[str, Overlay] = {
     "every": {
         "model": {"size": None, "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64},
         "train": {
             "steps": 40, "batch_tokens": 256, "warmup_steps": 3, "val_every": 20,
-            "val_tokens": 1024, "hellaswag_every": 20, "checkpoint_every": 2, "log_every": 1,
-            "sample_tokens": 16,
+            "val_tokens": 1024, "hellaswag": "hub", "hellaswag_every": 20, "checkpoint_every": 2,
+            "log_every": 1, "sample_tokens": 16,
         },
-        "evaluate": {"val_tokens": 1024, "samples": 1, "sample_tokens": 24},
+        "evaluate": {**TASKS, "val_tokens": 1024, "samples": 1, "sample_tokens": 24},
     },
     "shallow": {"model": {"n_layer": 1}},
     "compiled": {"train": {"steps": 4}},
     ONE_GPU: {"source": {"files": 2}},
 }  # fmt: skip
-QUICK = Scale(
-    QUICK_SIZES, {"full": 2, "shallow": 4, "compiled": 1, ONE_GPU: 1}, 3, 5_000, coarse=False
-)
+QUICK = Scale(QUICK_SIZES, {"full": 2, "shallow": 4, **RANKS}, 3, 5_000, coarse=False)
 
 
 class Rehearsal:
@@ -284,8 +288,9 @@ def rehearse(folder: Path, out: Path, scale: Scale) -> int:
         rehearsal.part("full", lambda: losses.update(rehearsal.kill_and_resume("full")))
         rehearsal.part("shallow", lambda: rehearsal.kill_and_resume("shallow", uninterrupted=True))
         rehearsal.part("compiled", lambda: rehearsal.compiled(losses))
-        rehearsal.apply(ONE_GPU)
-        rehearsal.part(ONE_GPU, lambda: rehearsal.kill_and_resume(ONE_GPU, uninterrupted=True))
+        for preset in (ONE_GPU, ONE_HOUR):
+            rehearsal.apply(preset)
+            rehearsal.part(preset, partial(rehearsal.kill_and_resume, preset, uninterrupted=True))
         failures = rehearsal.failures
         rehearsal.log("\n" + "\n".join(rehearsal.table))
         rehearsal.log(f"{failures} checks failed" if failures else "all checks passed")

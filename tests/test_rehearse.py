@@ -19,4 +19,5 @@ def test_quick_rehearsal_passes_all_checks(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert "FAILED" not in done.stdout
     reports = {path.name for path in tmp_path.glob("*.html")}
-    assert reports == {"full.html", "shallow.html", "compiled.html", "one-gpu.html"}
+    parts = {"full", "shallow", "compiled", "one-gpu", "one-hour"}
+    assert reports == {f"{part}.html" for part in parts}

@@ -170,11 +170,8 @@ def lose_a_worker(
 LOSSES = [("ship", "unplug"), ("ship", "cut"), ("shared", "unplug"), ("shared", "cut")]
 
 
-@pytest.mark.parametrize(
-    ("data", "how"),
-    [pytest.param(*loss, marks=pytest.mark.soak if n else pytest.mark.slow)
-     for n, loss in enumerate(LOSSES)],
-)  # fmt: skip
+@pytest.mark.soak
+@pytest.mark.parametrize(("data", "how"), LOSSES)
 def test_lost_worker(project: Project, tmp_path: Path, data: str, how: str) -> None:
     with cluster(tmp_path / "hosts", project.folder, data == "shared") as hosts:
         lose = hosts["w2"].unplug if how == "unplug" else partial(hosts.cut, "w2")

@@ -300,7 +300,7 @@ def test_a_listed_path_outside_the_folder_is_refused(
     downloads.check_nothing_published()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_sigterm_stops_the_stage_within_seconds_and_the_next_run_resumes(
     hub: Hub, tmp_path: Path
 ) -> None:
