@@ -6,7 +6,6 @@ nothing else, so it neither disturbs a run nor needs its data or its model.
 
 from __future__ import annotations
 
-import fcntl
 import json
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -61,23 +60,11 @@ def find_runs(store: Store) -> list[Found]:
 
 
 def _state(store: Store, folder: Path) -> str:
-    if _is_locked(store.root / "locks" / f"runs-{folder.name}"):
+    if store.is_locked("runs", folder.name):
         return "running"
     if (folder / "final.json").exists():
         return "finished"
     return "failed" if (folder / "failed.json").exists() else "stopped"
-
-
-def _is_locked(path: Path) -> bool:
-    """Return whether a process holds a lock; a shared lock for an instant is how to know."""
-    try:
-        with open(path) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no such file
-        return False
-    return False
 
 
 def choose(runs: list[Found], key: str | None) -> Found:
