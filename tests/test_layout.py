@@ -136,7 +136,7 @@ def test_packages_import_only_what_they_may(name: str) -> None:
                 m for m in reaches if m.startswith("pipeline.format.tokenizer.")
             } | {"pipeline.runtime", "pipeline.runtime.command"}  # for a stage of DVC
         allowed = {*sys.stdlib_module_names, "torch", "safetensors", "model", "pipeline"}
-        if name == "model/import_hf.py":  # only for a hub id
+        if name == "model/hub.py":  # only for a hub id
             assert "huggingface_hub" not in roots(name, everywhere=False)
             allowed |= {"huggingface_hub"}
         if name == "model/tokenizer_files.py":
