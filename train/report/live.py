@@ -44,8 +44,8 @@ class Found:
 
     @property
     def when(self) -> str:
-        """Time of the last line of the log, UTC."""
-        return f"{datetime.fromtimestamp(self.changed, timezone.utc):%Y-%m-%d %H:%M} UTC"
+        """Time of the last line of the log."""
+        return _minute(datetime.fromtimestamp(self.changed, timezone.utc))
 
 
 def find_runs(store: Store) -> list[Found]:
@@ -96,7 +96,7 @@ def render_body(run: Found, runs: list[Found]) -> str:
         "run.html",
         run=run,
         runs=runs[:MOST_RUNS],
-        title=_title(record),
+        model=_model(record),
         start=start,
         steps=steps,
         tiles=tiles(run, log, record),
@@ -142,7 +142,7 @@ def tiles(run: Found, log: Log, record: dict[str, Any]) -> list[tuple[str, str]]
 
     steps, speed = record.get("train", {}).get("steps"), last("tokens_per_second")
     done = log.records[-1]["step"] if log.records else 0
-    found = [(f"{done:,}" + (f" / {steps:,}" if steps else ""), "steps")]
+    found = [(f"{done:,}", f"of {steps:,} steps" if steps else "steps")]
     for name, label in (
         ("train/loss", "training loss, nats per token"),
         ("val/loss", "validation loss, nats per token"),
@@ -178,15 +178,21 @@ def _share(log: Log, steps: int | None) -> float:
     return 100 * log.records[-1]["step"] / steps if log.records and steps else 0
 
 
-def _title(record: dict[str, Any]) -> str:
+def _minute(time: datetime) -> str:
+    return f"{time:%Y-%m-%d %H:%M} UTC"
+
+
+def _model(record: dict[str, Any]) -> tuple[str, str]:
+    """Title and sizes of the model."""
     try:
         config = ModelParams.model_validate(record["model"]).config()
     except (KeyError, ValueError, TypeError):  # damaged, or of another version
-        return "A run whose run.json this version cannot read"
-    return (
-        f"GPT-2 with {parameter_count(config):,} parameters: {config.n_layer} layers, "
-        f"{config.n_head} heads, width {config.n_embd}, context {config.block_size}"
+        return "A run whose run.json this version cannot read", ""
+    sizes = (
+        f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context of "
+        f"{config.block_size} tokens."
     )
+    return f"GPT-2 with {parameter_count(config):,} parameters", sizes
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -202,6 +208,6 @@ def _last_start(folder: Path) -> dict[str, Any]:
     try:
         lines = (folder / "starts.jsonl").read_text(encoding="utf-8").splitlines()
         start = json.loads(lines[-1])
-        return start if isinstance(start, dict) else {}
-    except (OSError, ValueError, IndexError):
+        return {**start, "time": _minute(datetime.fromisoformat(start["time"]))}
+    except (OSError, ValueError, IndexError, KeyError, TypeError):
         return {}
