@@ -2,6 +2,7 @@
 
     python -m model.export --checkpoint DIR --out DIR                 # transformers, lm_eval
     python -m model.export --checkpoint DIR --out DIR --format llmc   # llm.c
+    python -m model.export --checkpoint DIR --out DIR --format gguf   # llama.cpp
 
 DIR of `--out` is a new folder, or one of an earlier export in the same format. In the first format
 it is a complete repository of the Hugging Face hub; `--push` uploads it.
@@ -21,18 +22,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     from pipeline.runtime import command  # only commands know of DVC
 
     command.die_with_parent()  # before torch is imported, which takes seconds
-    from model import llmc, output
+    from model import gguf, llmc, output
     from model.gpt import GPT
+    from pipeline.format import tokenizer  # only commands know text
 
     parser = Parser(
         prog="python -m model.export",
-        description="Export a checkpoint for transformers and lm_eval, or for llm.c.",
+        description="Export a checkpoint for transformers, llm.c or llama.cpp.",
     )
     parser.add_argument("--checkpoint", type=folder_path, required=True, metavar="DIR")
     parser.add_argument(
         "--out", type=folder_path, required=True, metavar="DIR", help="a new folder"
     )
-    parser.add_argument("--format", choices=("hf", "llmc"), default="hf", help="default: hf")
+    parser.add_argument(
+        "--format", choices=("hf", "llmc", "gguf"), default="hf", help="default: hf"
+    )
     parser.add_argument(
         "--project", type=folder_path, metavar="DIR",
         help="hf: the project that trained the model; its figures go into the model card",
@@ -48,12 +52,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if args.project or args.push:
         parser.error("--project and --push: only for --format hf, leave them out")
-    names = tuple(llmc.FILES)
+    names = tuple(llmc.FILES) if args.format == "llmc" else (gguf.FILE,)
     output.check(args.out, args.checkpoint, names, lambda _: True)
     gpt = GPT.from_checkpoint(args.checkpoint)
     with output.new_files(args.out, names) as part:
-        llmc.write(part, gpt.config, gpt.state_dict())
-    print(f"wrote {args.out}: load {' or '.join(names)} with train_gpt2cu -e")
+        if args.format == "llmc":
+            llmc.write(part, gpt.config, gpt.state_dict())
+        else:
+            gguf.write(part, gpt.config, gpt.state_dict(), tokenizer.ranks())
+    program = "train_gpt2cu -e" if args.format == "llmc" else "llama-cli -m"
+    print(f"wrote {args.out}: load {' or '.join(names)} with {program}")
 
 
 def _export_hf(source: Path, out: Path, project: Path | None, repo: str | None) -> None:

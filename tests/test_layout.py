@@ -139,6 +139,9 @@ def test_packages_import_only_what_they_may(name: str) -> None:
         if name == "model/hub.py":  # only for a hub id
             assert "huggingface_hub" not in roots(name, everywhere=False)
             allowed |= {"huggingface_hub"}
+        if name == "model/gguf.py":
+            assert "gguf" not in roots(name, everywhere=False)
+            allowed |= {"gguf"}
         if name == "model/tokenizer_files.py":
             assert "tokenizers" not in roots(name, everywhere=False)
             allowed |= {"tokenizers"}
