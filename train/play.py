@@ -8,7 +8,7 @@ import json
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,10 +31,11 @@ from pipeline.runtime.params_file import Section, validate
 from train import serve
 from train.distributed.devices import device_type
 from train.report import html
-from train.report.model_probe import token_text, top_tokens
+from train.report.model_probe import token_text
 
 MAX_CHARACTERS = 8000  # per prompt
 MAX_TOKENS = 1000  # per generation
+MAX_CONTINUATION = 8000  # tokens of a text that is continued
 MAX_WAITING = 4  # generations in the queue
 BODY_SECONDS = 10.0  # for a request's body to arrive
 LIKELIEST = 8  # most likely tokens shown for each position
@@ -45,6 +46,14 @@ class GenerateRequest(Section):
 
     prompt: str = Field(default="", max_length=MAX_CHARACTERS)
     """Text to continue; empty starts a document."""
+
+    continuation: list[Annotated[int, Field(ge=0, lt=tokenizer.N_VOCAB)]] = Field(
+        default=[], max_length=MAX_CONTINUATION
+    )
+    """Tokens after the prompt, to continue from."""
+
+    shown: int = Field(default=0, ge=0)
+    """Number of them whose text the page has."""
 
     tokens: int = Field(default=200, ge=1, le=MAX_TOKENS)
     """Largest number of new tokens."""
@@ -69,26 +78,40 @@ def generate(gpt: GPT, request: GenerateRequest) -> Iterator[dict[str, Any]]:
     model's, before temperature, top-k and top-p.
 
     Yields:
-        For each token, its "text" (empty until the last token of a character), the "token", its
-        "probability", and the "likeliest" tokens at its position. At the end, the "text" of a
-        character that was never completed.
+        The "text" of the tokens of the continuation that are not shown, if there are such. For each
+        new token, its "text" (empty until the last token of a character), its "id", the "token" as
+        text, its "probability", and the "likeliest" tokens at its position, as text, probability
+        and id. At the end, the "text" of a character that was never completed.
     """
     logits: list[Tensor] = []
-    prompt = [tokenizer.EOT, *tokenizer.encode(request.prompt)]
+    prompt = [tokenizer.EOT, *tokenizer.encode(request.prompt), *request.continuation]
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    decoder.decode(_text_bytes(request.continuation[: request.shown]))
+    if hidden := request.continuation[request.shown :]:
+        yield {"text": decoder.decode(_text_bytes(hidden))}
     settings = (request.tokens, request.temperature, request.top_k, request.top_p, request.seed)
     for (token,) in stream(gpt, [prompt], *settings, on_logits=logits.append):
         assert token is not None
         probabilities = logits.pop()[0].softmax(0)  # (V,)
-        data = b"" if token == tokenizer.EOT else tokenizer.decode_bytes([token])
         yield {
-            "text": decoder.decode(data),
+            "text": decoder.decode(_text_bytes([token])),
+            "id": token,
             "token": token_text(token),
             "probability": float(probabilities[token]),
-            "likeliest": top_tokens(probabilities, LIKELIEST),
+            "likeliest": _likeliest(probabilities),
         }
     if rest := decoder.decode(b"", final=True):
         yield {"text": rest}
+
+
+def _text_bytes(tokens: Sequence[int]) -> bytes:
+    return tokenizer.decode_bytes([token for token in tokens if token != tokenizer.EOT])
+
+
+def _likeliest(probabilities: Tensor) -> list[tuple[str, float, int]]:
+    """Return text, probability and id of the most likely tokens of (V,) probabilities."""
+    values, ids = probabilities.topk(LIKELIEST)
+    return [(token_text(i), p, i) for i, p in zip(ids.tolist(), values.tolist(), strict=True)]
 
 
 class Playground:
@@ -101,7 +124,7 @@ class Playground:
 
     def app(self) -> web.Application:
         """Build the web application."""
-        app = web.Application(client_max_size=2**16)
+        app = web.Application(client_max_size=2**17)
         app.router.add_get("/", self._page)
         app.router.add_post("/generate", self._generate)
         return app
