@@ -55,12 +55,21 @@ def read(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     return config, dict(load_tensors(found))
 
 
+def check_seal(path: Path, values: dict[str, Any]) -> None:
+    """Compare a JSON object with its own hash, if it has one.
+
+    Raises:
+        FormatError: They differ.
+    """
+    rest = {key: value for key, value in values.items() if key != SEAL}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    if values.get(SEAL) not in (None, hashlib.sha256(text.encode()).hexdigest()):
+        raise FormatError(f"{path} is damaged: it does not match its {SEAL}")
+
+
 def _check_hashes(folder: Path, state: dict[str, Any]) -> None:
     """Compare the files with the hashes in a checkpoint of training; others have none."""
-    rest = {key: value for key, value in state.items() if key != SEAL}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
-    if state.get(SEAL) not in (None, hashlib.sha256(text.encode()).hexdigest()):
-        raise FormatError(f"{folder / STATE} is damaged: it does not match its {SEAL}")
+    check_seal(folder / STATE, state)
     hashes = state.get("sha256")
     if not isinstance(hashes, dict) or WEIGHTS not in hashes or not (folder / WEIGHTS).is_file():
         return

@@ -9,7 +9,7 @@ no padded rows. Values never change, so a round trip is bit-exact.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,16 @@ def read(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     return config, state
 
 
-def write(folder: Path, config: GPTConfig, parameters: dict[str, Tensor]) -> None:
+def write(
+    folder: Path,
+    config: GPTConfig,
+    parameters: dict[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write the layout of a `state_dict()`, without the tokenizer (`tokenizer_files.py`).
+
+    Args:
+        metadata: More entries for the header of the weights.
 
     Raises:
         ConfigError: The model has an option that the layout cannot hold.
@@ -119,7 +127,7 @@ def write(folder: Path, config: GPTConfig, parameters: dict[str, Tensor]) -> Non
         PREFIX + name: _to_hf(name, parameter.detach().cpu(), config)
         for name, parameter in parameters.items()
     }
-    save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    save_tensors(folder / WEIGHTS, tensors, {"format": "pt", **(metadata or {})})
     write_json(folder / GENERATION, {"_from_model_config": True, **_end_of_text(config)})
     write_json(folder / CONFIG, _config_values(config))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from model import checkpoint, output
+from model import checkpoint, hub, output
 from model.command import Parser, folder_path, run
 from model.errors import FormatError
 from model.files import read_json
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     folder = args.source if args.source.is_dir() else None
     output.check(args.out, folder, checkpoint.FILES, _is_imported, replace=False)
-    gpt = GPT.from_hf(folder or _fetch(str(args.source)))
+    gpt = GPT.from_hf(folder or hub.download(str(args.source)))
     with output.new_files(args.out, checkpoint.FILES) as part:
         checkpoint.write(part, gpt.config, gpt.state_dict(), {IMPORTED_FROM: str(args.source)})
     print(f"wrote {args.out}: sample from it with python -m model.generate --checkpoint {args.out}")
@@ -48,21 +48,6 @@ def _is_imported(folder: Path) -> bool:
         return IMPORTED_FROM in read_json(folder / checkpoint.STATE, "")
     except FormatError:
         return False
-
-
-def _fetch(name: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise FormatError(
-            f"{name} is not a folder: give one, or install huggingface_hub to use a name on the Hub"
-        ) from error
-    try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors*"]))
-    except Exception as error:  # the client's errors have no common base class
-        raise FormatError(
-            f"{name} is not a folder, and downloading it from the Hub failed: {error}"
-        ) from error
 
 
 if __name__ == "__main__":

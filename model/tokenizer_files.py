@@ -30,15 +30,8 @@ def write_tokenizer(folder: Path, ranks: Mapping[bytes, int], block_size: int) -
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    characters = bytes_to_unicode()
-
-    def spell(token: bytes) -> str:
-        return "".join(characters[byte] for byte in token)
-
-    vocabulary = {spell(token): rank for token, rank in sorted(ranks.items(), key=lambda x: x[1])}
-    vocabulary[END_OF_TEXT] = EOT
+    vocabulary, merges = spelled(ranks)
     write_text(folder / VOCABULARY, json.dumps(vocabulary, ensure_ascii=False))
-    merges = [(spell(left), spell(right)) for left, right in recover_merges(ranks)]
     lines = [f"{left} {right}\n" for left, right in merges]
     write_text(folder / MERGES, "".join(["#version: 0.2\n", *lines]))
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
@@ -59,6 +52,18 @@ def write_tokenizer(folder: Path, ranks: Mapping[bytes, int], block_size: int) -
             "tokenizer_class": "GPT2Tokenizer",
         },
     )
+
+
+def spelled(ranks: Mapping[bytes, int]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return the vocabulary in the order of its ids, and the merges, in printable characters."""
+    characters = bytes_to_unicode()
+
+    def spell(token: bytes) -> str:
+        return "".join(characters[byte] for byte in token)
+
+    vocabulary = {spell(token): rank for token, rank in sorted(ranks.items(), key=lambda x: x[1])}
+    vocabulary[END_OF_TEXT] = EOT
+    return vocabulary, [(spell(left), spell(right)) for left, right in recover_merges(ranks)]
 
 
 def recover_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:

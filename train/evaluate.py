@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from model import GPT
-from model.checkpoint import STATE
+from model.checkpoint import STATE, WEIGHTS
 from model.errors import FormatError
 from model.files import read_json
 from pipeline import TokenStream
@@ -149,6 +149,7 @@ def main(argv: Sequence[str] = ()) -> None:
     page = as_markdown(sample(gpt, params), both, metrics["val_loss"], params).encode()
     atomic.write_bytes(SAMPLES, page)
     hashes = {
+        "weights_sha256": state["sha256"][WEIGHTS],
         "samples_sha256": atomic.sha256_file(SAMPLES),
         "reference_sha256": atomic.sha256_file(PUBLISHED),
     }

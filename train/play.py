@@ -1,27 +1,19 @@
-"""`python -m train.play`: a local web page that continues a prompt with a trained model.
-
-The server is reachable from this machine only. Other web sites could still send requests to it
-through the user's browser, or rebind a DNS name of their own to 127.0.0.1, so requests with another
-host name or origin are refused. A malformed request gets a status of 4xx, and no line in the log.
-"""
+"""`python -m train.play`: a local web page that continues a prompt with a trained model."""
 
 from __future__ import annotations
 
 import asyncio
 import codecs
 import json
-import logging
-import re
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from aiohttp import http_exceptions, web
+from aiohttp import web
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
@@ -36,15 +28,14 @@ from pipeline.runtime import command
 from pipeline.runtime.errors import UserError, printable
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.params_file import Section, validate
+from train import serve
 from train.distributed.devices import device_type
 from train.report import html
-from train.report.model_probe import token_text, top_tokens
-
-HOST = "127.0.0.1"
-HOST_HEADER = re.compile(r"(127\.0\.0\.1|localhost)(:[0-9]{1,5})?", re.IGNORECASE)
+from train.report.model_probe import token_text
 
 MAX_CHARACTERS = 8000  # per prompt
 MAX_TOKENS = 1000  # per generation
+MAX_CONTINUATION = 8000  # tokens of a text that is continued
 MAX_WAITING = 4  # generations in the queue
 BODY_SECONDS = 10.0  # for a request's body to arrive
 LIKELIEST = 8  # most likely tokens shown for each position
@@ -55,6 +46,14 @@ class GenerateRequest(Section):
 
     prompt: str = Field(default="", max_length=MAX_CHARACTERS)
     """Text to continue; empty starts a document."""
+
+    continuation: list[Annotated[int, Field(ge=0, lt=tokenizer.N_VOCAB)]] = Field(
+        default=[], max_length=MAX_CONTINUATION
+    )
+    """Tokens after the prompt, to continue from."""
+
+    shown: int = Field(default=0, ge=0)
+    """Number of them whose text the page has."""
 
     tokens: int = Field(default=200, ge=1, le=MAX_TOKENS)
     """Largest number of new tokens."""
@@ -79,26 +78,40 @@ def generate(gpt: GPT, request: GenerateRequest) -> Iterator[dict[str, Any]]:
     model's, before temperature, top-k and top-p.
 
     Yields:
-        For each token, its "text" (empty until the last token of a character), the "token", its
-        "probability", and the "likeliest" tokens at its position. At the end, the "text" of a
-        character that was never completed.
+        The "text" of the tokens of the continuation that are not shown, if there are such. For each
+        new token, its "text" (empty until the last token of a character), its "id", the "token" as
+        text, its "probability", and the "likeliest" tokens at its position, as text, probability
+        and id. At the end, the "text" of a character that was never completed.
     """
     logits: list[Tensor] = []
-    prompt = [tokenizer.EOT, *tokenizer.encode(request.prompt)]
+    prompt = [tokenizer.EOT, *tokenizer.encode(request.prompt), *request.continuation]
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    decoder.decode(_text_bytes(request.continuation[: request.shown]))
+    if hidden := request.continuation[request.shown :]:
+        yield {"text": decoder.decode(_text_bytes(hidden))}
     settings = (request.tokens, request.temperature, request.top_k, request.top_p, request.seed)
     for (token,) in stream(gpt, [prompt], *settings, on_logits=logits.append):
         assert token is not None
         probabilities = logits.pop()[0].softmax(0)  # (V,)
-        data = b"" if token == tokenizer.EOT else tokenizer.decode_bytes([token])
         yield {
-            "text": decoder.decode(data),
+            "text": decoder.decode(_text_bytes([token])),
+            "id": token,
             "token": token_text(token),
             "probability": float(probabilities[token]),
-            "likeliest": top_tokens(probabilities, LIKELIEST),
+            "likeliest": _likeliest(probabilities),
         }
     if rest := decoder.decode(b"", final=True):
         yield {"text": rest}
+
+
+def _text_bytes(tokens: Sequence[int]) -> bytes:
+    return tokenizer.decode_bytes([token for token in tokens if token != tokenizer.EOT])
+
+
+def _likeliest(probabilities: Tensor) -> list[tuple[str, float, int]]:
+    """Return text, probability and id of the most likely tokens of (V,) probabilities."""
+    values, ids = probabilities.topk(LIKELIEST)
+    return [(token_text(i), p, i) for i, p in zip(ids.tolist(), values.tolist(), strict=True)]
 
 
 class Playground:
@@ -111,7 +124,7 @@ class Playground:
 
     def app(self) -> web.Application:
         """Build the web application."""
-        app = web.Application(middlewares=[_only_this_machine], client_max_size=2**16)
+        app = web.Application(client_max_size=2**17)
         app.router.add_get("/", self._page)
         app.router.add_post("/generate", self._generate)
         return app
@@ -193,64 +206,6 @@ async def _send(response: web.StreamResponse, event: dict[str, Any]) -> None:
     await response.write(json.dumps(event).encode() + b"\n")
 
 
-@web.middleware
-async def _only_this_machine(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    """Refuse other host names and other origins."""
-    hosts = request.headers.getall("Host", [])
-    if len(hosts) != 1 or not HOST_HEADER.fullmatch(hosts[0]):
-        raise web.HTTPForbidden(text=f"host {printable(', '.join(hosts))} is refused; use {HOST}")
-    origin = request.headers.get("Origin")
-    if origin is not None and origin != f"http://{hosts[0]}":
-        raise web.HTTPForbidden(text=f"origin {printable(origin)} is refused")
-    return await handler(request)
-
-
-async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers.update(
-        {
-            "X-Frame-Options": "DENY",
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-            "Cross-Origin-Resource-Policy": "same-origin",
-            "Cache-Control": "no-store",
-        }
-    )
-
-
-def _is_fault(record: logging.LogRecord) -> bool:
-    """Whether a record of aiohttp's is about this server, and not about a malformed request."""
-    malformed = (http_exceptions.HttpProcessingError, web.RequestPayloadError)
-    error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, (*malformed, ConnectionError))
-
-
-@asynccontextmanager
-async def serve(playground: Playground, port: int) -> AsyncIterator[str]:
-    """Serve a playground and yield its address.
-
-    Raises:
-        UserError: The port is not available.
-    """
-    app = playground.app()
-    app.on_response_prepare.append(_add_headers)
-    logger = logging.getLogger("train.play")
-    logger.addFilter(_is_fault)
-    runner = web.AppRunner(
-        app, handler_cancellation=True, access_log=None, shutdown_timeout=1, logger=logger
-    )
-    await runner.setup()
-    try:
-        try:
-            await web.TCPSite(runner, HOST, port).start()
-        except (OSError, OverflowError) as error:
-            raise UserError(f"--port {port}: {error}; use another, or 0 for any") from None
-        yield f"http://{HOST}:{runner.addresses[0][1]}/"
-    finally:
-        await runner.cleanup()
-
-
 def load_model(folder: Path) -> GPT:
     """Load the model of a checkpoint to this machine's device.
 
@@ -270,12 +225,6 @@ def load_model(folder: Path) -> GPT:
     return gpt.to(torch.device(device_type(Machine.load().device)))
 
 
-async def _serve_forever(playground: Playground, port: int) -> None:
-    async with serve(playground, port) as address:
-        print(f"play: {playground.name} at {address}; Ctrl-C to stop", flush=True)
-        await asyncio.Event().wait()
-
-
 def main(argv: list[str] | None = None) -> None:
     """Serve the page until Ctrl-C."""
     parser = command.Parser(
@@ -286,15 +235,12 @@ def main(argv: list[str] | None = None) -> None:
         "--checkpoint", type=Path, default=Path("artifacts/checkpoint"), metavar="DIR",
         help="a checkpoint, or a folder in the Hugging Face layout (default artifacts/checkpoint)",
     )  # fmt: skip
-    parser.add_argument("--port", type=int, default=8000, help="default 8000; 0: any free port")
+    parser.add_argument("--port", type=int, help=serve.PORT_HELP)
     args = parser.parse_args(argv)
     playground = Playground(
         load_model(args.checkpoint), str(args.checkpoint), lambda line: print(line, flush=True)
     )
-    try:
-        asyncio.run(_serve_forever(playground, args.port))
-    except KeyboardInterrupt:
-        print("play: stopped")
+    serve.run(playground.app(), args.port, "play", playground.name)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from train.data.split import Split, share_batch
 from train.distributed import compiler
 from train.evals import reference_curve
 from train.monitor.history import History
+from train.monitor.loggers import Loggers
 from train.numerics import Dtype, native_dtype
 from train.optim.schedule import BatchSchedule
 from train.params import ModelParams, TrainParams
@@ -188,7 +189,8 @@ class Run:
     @cached_property
     def history(self) -> History:
         """The run's log, read once, and the curves that DVC shows of it."""
-        return History(self.folder / "log.jsonl", CURVES, self.params.log_every)
+        loggers = Loggers(self.machine.loggers, self.folder)
+        return History(self.folder / "log.jsonl", CURVES, self.params.log_every, loggers)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -119,6 +119,7 @@ def summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
         "loss": sum(losses) / len(losses) if losses else None,  # None: all steps were skipped
         "val_loss": val_loss,  # not that of the log, of which a line may be lost
         "best_val_loss": min([val_loss, *history.validations(run.params.val_tokens)]),
+        "validations": [[r["step"], r["val/loss"]] for r in history.records if "val/loss" in r],
         **({"hellaswag_acc_completion": hellaswag[-1]} if hellaswag else {}),
         **({"skipped_steps": skipped[-1]} if skipped else {}),
         "parameters": parameter_count(trainer.gpt.config),

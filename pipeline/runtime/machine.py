@@ -25,6 +25,7 @@ from pipeline.runtime.params_file import first_error, nearest, read_yaml
 
 PREFIX = "GPT2_"
 
+LoggerName = Literal["tensorboard", "wandb"]
 AttentionKernel = Literal["cudnn", "flash", "efficient", "math"]
 
 
@@ -130,6 +131,9 @@ class Machine(BaseSettings):
     attention: AttentionKernel | None = None
     """Attention kernel that a GPU tries first; null: cudnn on Hopper and Blackwell of data centres,
     else flash. One that cannot compute the model is passed over."""
+
+    loggers: list[LoggerName] = Field(default=[])
+    """Programs, in addition to DVC, that draw the log of a training run (docs/machine.md)."""
 
     restarts: int = Field(default=0, ge=0)
     """Times that training restarts from its last checkpoint after a process died."""

@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,13 +121,28 @@ class Store:
                 atomic.check_regular(path)
             file = open(path, "a")
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise Busy(
-                    f"another process is working on {kind}/{key[:12]}; wait until it ends"
-                ) from None
+            for tries_left in reversed(range(5)):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                    break
+                except BlockingIOError:
+                    if not tries_left:
+                        raise Busy(
+                            f"another process is working on {kind}/{key[:12]}; wait until it ends"
+                        ) from None
+                time.sleep(0.02)  # `is_locked` of another process may hold it for an instant
             yield
+
+    def is_locked(self, kind: str, key: str) -> bool:
+        """Return whether a process holds the key's lock; a shared lock for an instant shows it."""
+        try:
+            with open(self.root / "locks" / f"{kind}-{key}") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # no such file
+            return False
+        return False
 
     def find(self, kind: str, key: str) -> Path | None:
         """Return the folder of a complete piece, or None if it is missing or damaged."""
@@ -214,6 +230,8 @@ class Store:
         """Remove incomplete pieces of dead processes: those whose lock is free."""
         for path in (self.root / "tmp").glob("*-*"):
             kind, key = path.name.split("-", 1)
+            if self.is_locked(kind, key):
+                continue
             with contextlib.suppress(UserError, OSError), self.lock(kind, key, wait=False):
                 atomic.remove(path)
 

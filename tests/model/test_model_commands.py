@@ -13,7 +13,7 @@ from model import GPT, GPTConfig, checkpoint, export, generate, import_hf
 from model.config import EOT
 from model.generate import decode_stream
 from pipeline.format.tokenizer import encode
-from tests.support.hub import Hub
+from tests.support.hub import TOKEN, Hub
 from tests.support.repo import REPO
 
 CONFIG = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16)
@@ -84,6 +84,7 @@ def test_export_then_import_gives_the_same_model(saved, call, tmp_path):
     names = {path.name for path in (tmp_path / "hf").iterdir()}
     assert {"config.json", "model.safetensors", "generation_config.json"} <= names
     assert {"tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"} <= names
+    assert "README.md" in names
     assert call(import_hf, tmp_path / "hf", "--out", tmp_path / "back")[0] == 0
     again = GPT.from_checkpoint(tmp_path / "back")
     for p, q in zip(again.parameters(), GPT(CONFIG).parameters(), strict=True):
@@ -122,6 +123,32 @@ def test_export_and_import_name_wrong_folders(saved, call, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
     assert fails(call(import_hf, tmp_path / "none", "--out", tmp_path / "new"), "none")
     assert not (tmp_path / "new").exists()
+
+
+def test_export_is_uploaded_only_with_the_flag_and_only_with_a_token(call, tmp_path, monkeypatch):
+    small = GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=300)
+    checkpoint.write(tmp_path / "small", small, GPT(small).state_dict(), {})
+    out = tmp_path / "out"
+    flags = ["--checkpoint", tmp_path / "small", "--out", out]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_ofSomebodyElse")
+    with Hub() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        assert call(export, *flags)[0] == 0
+        assert hub.requests == []
+        assert fails(call(export, *flags, "--push", "me/model"), "--push me/model", "HF_TOKEN")
+        assert hub.repos == {}
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        status, printed, _ = call(export, *flags, "--push", "me/model")
+        repo = hub.repos["me/model"]
+        uploaded = repo.commits[repo.refs["main"]]
+    assert status == 0
+    assert repo.refs["main"] in printed
+    assert repo.private
+    assert uploaded == {path.name: path.read_bytes() for path in out.iterdir()}
+    assert b'from_pretrained("me/model")' in uploaded["README.md"]
+    for wrong in ("--push", "--project"):
+        assert fails(call(export, *flags, wrong, "x", "--format", "llmc"), wrong)
 
 
 def test_import_downloads_a_name_on_the_hub(tmp_path):

@@ -94,9 +94,9 @@ def test_zero_init_changes_the_residual_maps_only():
 @pytest.mark.parametrize(
     ("option", "refused"),
     [
-        ({"positions": "rotary"}, ("hf", "llmc")),
-        ({"qk_norm": True}, ("hf", "llmc")),
-        ({"activation": "relu_squared"}, ("llmc",)),
+        ({"positions": "rotary"}, ("hf", "llmc", "gguf")),
+        ({"qk_norm": True}, ("hf", "llmc", "gguf")),
+        ({"activation": "relu_squared"}, ("llmc", "gguf")),
         ({"zero_init": True}, ()),
     ],
     ids=str,
@@ -104,7 +104,7 @@ def test_zero_init_changes_the_residual_maps_only():
 def test_layouts_of_gpt2_refuse_what_they_cannot_hold(call, tmp_path, option, refused):
     config = dataclasses.replace(CONFIG, **option)
     checkpoint.write(tmp_path / "saved", config, GPT(config).state_dict(), {})
-    for layout in ("hf", "llmc"):
+    for layout in {"hf", "llmc", *refused}:
         out = tmp_path / layout
         flags = ["--checkpoint", tmp_path / "saved", "--out", out, "--format", layout]
         status, _, err = call(export, *flags)

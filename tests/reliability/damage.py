@@ -46,7 +46,10 @@ _WRITERS = {
 # would write the same.
 _INPUTS = {
     "evaluate": ("artifacts/checkpoint/", "data/tokens/", "metrics/live/"),
-    "export": ("artifacts/checkpoint/",),
+    "export": (
+        *("artifacts/checkpoint/", "artifacts/evaluation.json", "artifacts/training.json"),
+        "data/tokens/manifest.json",
+    ),
     "report": ("artifacts/", "data/", "metrics/"),
 }
 _PIPELINE = tuple(stage for stage in CHAIN if stage != "publish")

@@ -6,6 +6,7 @@ hub  http://127.0.0.1:PORT   /api/datasets/{repo}[/revision/{rev}]      descript
                              /api/datasets/{repo}/paths-info/{rev}      the same for named paths
                              /datasets/{repo}/resolve/{rev}/{path}      a file, or 302 to the CDN
                              /api/models/{repo}..., /{repo}/resolve/... the same for models
+                             /api/repos/create, .../preupload, .../commit, .git/info/lfs: uploads
 cdn  http://127.0.0.2:PORT   /{sha256}?Signature=...                    the bytes of an LFS file
 ```
 
@@ -17,6 +18,7 @@ tests/pipeline/download/test_hub_server.py checks this server with that client.
 
 from __future__ import annotations
 
+import base64
 import fnmatch
 import hashlib
 import http.server
@@ -185,6 +187,8 @@ class Hub:
         self.bandwidth = bandwidth
         self.page_size = page_size
         self.repos: dict[str, Repo] = {}
+        self.uploaded: dict[str, bytes] = {}
+        """LFS files by sha256, not yet part of a commit."""
         self.requests: list[Request] = []
         self.gate = threading.Event()
         """While cleared, the CDN sends headers but no body."""
@@ -321,8 +325,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             authorization=self.headers.get("Authorization"),
             at=time.monotonic(),
         )
-        length = int(self.headers.get("Content-Length") or 0)
-        self.form = parse_qs(self.rfile.read(length).decode()) if length else {}
+        self.body = self._read_body()
         self.hub.requests.append(self.recorded)
         try:
             if self.server.host == "cdn":
@@ -332,12 +335,29 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         finally:
             self.recorded.ended = time.monotonic()
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def _read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
     # Routes
 
     def _route(self, parts: list[str]) -> None:
         match parts:
+            case (
+                ["api", "repos", "create"]
+                | ["api", "validate-yaml"]
+                | ["api", "models", _, _, "preupload" | "commit", _]
+                | [_, _, "info", "lfs", "objects", "batch"]
+            ):
+                return self._upload(parts)
             case ["api", "datasets" | "models", owner, name, *rest]:
                 repo, rest = f"{owner}/{name}", rest or ["revision", "main"]
             case ["datasets", owner, name, "resolve", *rest] | [owner, name, "resolve", *rest]:
@@ -395,7 +415,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._json(entries[start:stop], headers)
 
     def _paths(self, repo: Repo, commit: str, _path: str, _fault: Fault) -> None:
-        wanted = {path.strip("/") for path in self.form.get("paths", [])}
+        form = parse_qs(self.body.decode())
+        wanted = {path.strip("/") for path in form.get("paths", [])}
         self._json([e for e in _entries(repo, commit, "", True) if e["path"] in wanted])
 
     def _resolve(self, repo: Repo, commit: str, path: str, fault: Fault) -> None:
@@ -420,10 +441,53 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         }
         return self._answer(302, headers, b"Found. Redirecting")
 
+    def _upload(self, parts: list[str]) -> None:
+        """Answer a request that writes: a new repository, or a step of an upload to a model."""
+        self.recorded.route, self.recorded.path = "upload", "/".join(parts)
+        if self.recorded.authorization != f"Bearer {TOKEN}":
+            return self._refuse(401, None, "Invalid username or password.")
+        lines = [json.loads(line) for line in self.body.splitlines()]  # JSON, or one per line
+        match parts:
+            case ["api", "repos", "create"]:
+                name = f"{lines[0]['organization']}/{lines[0]['name']}"
+                if name in self.hub.repos:
+                    return self._refuse(409, None, "You already created this model repo")
+                self.hub.repo(name).private = lines[0]["visibility"] == "private"
+                self._json({"url": f"{self.hub.endpoint}/{name}"})
+            case ["api", "models", owner, name, "preupload", _]:
+                paths = [file["path"] for file in lines[0]["files"]]
+                modes = [(path, "lfs" if is_lfs(path) else "regular") for path in paths]
+                found = [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes]
+                self._json({"files": found})
+            case ["api", "models", owner, name, "commit", ref]:
+                repo, files = self.hub.repo(f"{owner}/{name}"), {}
+                for entry in (line["value"] for line in lines if line["key"] != "header"):
+                    content = entry.get("content")  # of a small file
+                    files[entry["path"]] = (
+                        self.hub.uploaded[entry["oid"]]
+                        if content is None
+                        else base64.b64decode(content)
+                    )
+                commit = repo.commit({**repo.commits.get(repo.refs.get(ref, ""), {}), **files}, ref)
+                url = f"{self.hub.endpoint}/{repo.name}/commit/{commit}"
+                self._json({"commitUrl": url, "commitOid": commit})
+            case [*_, "batch"]:
+                self._json({"transfer": "basic", "objects": [
+                    {**o, "actions": {"upload": {"href": f"{self.hub.cdn}/{o['oid']}"}}}
+                    for o in lines[0]["objects"]
+                ]})  # fmt: skip
+            case _:
+                self._json({})
+        return None
+
     # The CDN
 
     def _cdn(self, sha256: str) -> None:
         self.recorded.route = "cdn"
+        if self.command == "PUT":
+            assert hashlib.sha256(self.body).hexdigest() == sha256
+            self.hub.uploaded[sha256] = self.body
+            return self._answer(200, {}, b"")
         blob = self.hub.blob(sha256)
         if blob is None:
             return self._answer(404, {}, b"NoSuchKey")

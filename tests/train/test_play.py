@@ -27,8 +27,8 @@ from train.play import (
     generate,
     load_model,
     main,
-    serve,
 )
+from train.serve import serve
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=64)
 
@@ -52,11 +52,21 @@ def test_text_is_the_one_that_the_model_generates(gpt: GPT) -> None:
     events = list(generate(gpt, GenerateRequest(prompt="Once", tokens=20, **settings)))
     assert "".join(event["text"] for event in events) == text_of(gpt, "Once", 20, **settings)
     for event in events:
-        ps = [p for _, p in event["likeliest"]]
+        ps = [p for _, p, _ in event["likeliest"]]
         assert ps == sorted(ps, reverse=True)
         assert 0 < event["probability"] <= ps[0] < 1
     greedy = next(generate(gpt, GenerateRequest(temperature=0)))
-    assert [greedy["token"], greedy["probability"]] == list(greedy["likeliest"][0])
+    found = greedy["token"], greedy["probability"], greedy["id"]
+    assert found == greedy["likeliest"][0]
+
+    # From any token on, with the same text, also where a character is cut.
+    ids = [event["id"] for event in events]
+    for kept in range(20):
+        request = GenerateRequest(
+            prompt="Once", continuation=ids[: kept + 1], shown=kept, tokens=1, temperature=0
+        )
+        (shown, *_) = generate(gpt, request)
+        assert shown == {"text": events[kept]["text"]}
 
 
 def test_incomplete_characters_wait_for_their_last_token() -> None:
@@ -74,7 +84,7 @@ def play(gpt: GPT, scenario: Callable[[str, list[str]], Awaitable[None]]) -> Non
 
     async def run() -> None:
         log: list[str] = []
-        async with serve(Playground(gpt, "a test", log.append), 0) as address:
+        async with serve(Playground(gpt, "a test", log.append).app(), 0) as address:
             await asyncio.wait_for(scenario(address, log), 90)
 
     asyncio.run(run())
@@ -112,9 +122,34 @@ def test_page_generates_explains_and_stops(gpt: GPT) -> None:
             card = await page.js("document.querySelector('#card').innerText")
             first = next(generate(gpt, GenerateRequest(prompt=prompt, seed=7, top_k=50)))
             assert "probability" in card
-            assert all(piece.replace(" ", "·") in card for piece, _ in first["likeliest"])
+            assert all(piece.replace(" ", "·") in card for piece, *_ in first["likeliest"])
             await page.js("document.querySelector('#text').focus()")
             assert await page.js("document.querySelector('#card').hidden") is False
+
+            first_ids = await page.js("tokens.flat().map(token => token.id)")
+            await page.point("#continue", click=True)
+            await page.until("tokens.flat().length === 60 && !running")
+            row = [tokenizer.EOT, *tokenizer.encode(prompt), *first_ids]
+            (row,) = gpt.generate([row], 30, 0.8, top_k=50, seed=7)
+            ids = row[1 + len(tokenizer.encode(prompt)) :]
+            assert await page.js("tokens.flat().map(token => token.id)") == ids
+
+            await page.point("#text i:nth-of-type(3)", click=True)
+            likelier = await page.js("tokens[2][0].likeliest[4]")
+            kept = await page.js("tokens.slice(0, 2).flat().map(token => token.id)")
+            await page.point("#card dt:nth-of-type(5) button", click=True)
+            await page.until("!running")
+            branched = await page.js("tokens.flat().map(token => token.id)")
+            assert branched[: len(kept) + 1] == [*kept, likelier[2]]
+            assert len(branched) == len(kept) + 1 + 30
+            assert await page.js("document.querySelector('#card').hidden")
+
+            granted = ["clipboardReadWrite", "clipboardSanitizedWrite"]
+            await page.call("Browser.grantPermissions", permissions=granted)
+            await page.point("#copy", click=True)
+            await page.until("document.querySelector('#status').textContent === 'copied'")
+            shown = tokenizer.decode([i for i in branched if i != tokenizer.EOT])
+            assert await page.js("navigator.clipboard.readText()") == prompt + shown
 
             await submit(page, "again", str(MAX_TOKENS))
             await page.until("document.querySelectorAll('#text i').length > 5")
@@ -127,10 +162,10 @@ def test_page_generates_explains_and_stops(gpt: GPT) -> None:
             await submit(page, "and again", str(MAX_TOKENS))
             await page.until("document.querySelectorAll('#text i').length > 5")
             await page.open("about:blank")
-            await eventually(lambda: len(log) == 3)
+            await eventually(lambda: len(log) == 5)
             assert log[0].endswith("done")
-            assert log[2].endswith("stopped by the page")
-            assert int(log[2].split()[0]) < MAX_TOKENS
+            assert log[4].endswith("stopped by the page")
+            assert int(log[4].split()[0]) < MAX_TOKENS
 
             await page.open(address)
             await page.screen(390, 844)
@@ -138,7 +173,7 @@ def test_page_generates_explains_and_stops(gpt: GPT) -> None:
             assert await page.js("document.documentElement.scrollWidth") <= 390
             await page.js("document.querySelector('#tokens').value = 5000")
             assert not await page.js("document.querySelector('#form').checkValidity()")
-            await page.js("generate()")
+            await page.js("start()")
             await page.until("document.querySelector('#status').className === 'error'")
             assert page.complaints == [
                 c for c in page.complaints if "400" in c
@@ -227,7 +262,7 @@ def ask(
     head = b"\r\n".join([line, b"Host: " + host, *headers, b"", b""])
 
     async def exchange() -> bytes:
-        async with serve(Playground(gpt, "", lambda _: None), 0) as address:
+        async with serve(Playground(gpt, "", lambda _: None).app(), 0) as address:
             port = int(address.rstrip("/").rpartition(":")[2])
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(head + body)
@@ -308,7 +343,7 @@ def test_mistake_is_named(tmp_path: Path, gpt: GPT, monkeypatch: pytest.MonkeyPa
     async def taken(address: str, log: list[str]) -> None:
         port = int(address.rstrip("/").rpartition(":")[2])
         with pytest.raises(UserError, match=f"--port {port}: "):
-            async with serve(Playground(gpt, ""), port):
+            async with serve(Playground(gpt, "").app(), port):
                 pass
 
     play(gpt, taken)

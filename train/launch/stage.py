@@ -17,6 +17,7 @@ from train.distributed.torchrun import run_torchrun
 from train.evals import hellaswag
 from train.launch.adopt import adopt, adoptable
 from train.launch.device_slots import claim_devices
+from train.monitor.loggers import check_installed
 from train.run import Run
 
 
@@ -54,6 +55,7 @@ def launch(adopted: str | None = None, *, retry: bool = False) -> None:
     if run.compiles(device):
         check_compiler(device)
     run.split(processes, device)
+    check_installed(run.machine.loggers)
     # Weights and two moments per parameter, in float32, of the kept checkpoints and the next one.
     size = 12 * parameter_count(run.model.config()) * (run.params.kept() + 1)
     held = sum(path.stat().st_size for path in run.folder.glob("step-*/*"))

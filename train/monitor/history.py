@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pipeline.store import atomic
+from train.monitor.loggers import Loggers
 
 CURVES = (
     "train/loss",
@@ -43,10 +44,14 @@ class History:
         path: The log.
         curves: The folder of the curves.
         every: Steps per logged step.
+        loggers: Other programs that draw the log.
     """
 
-    def __init__(self, path: Path, curves: Path, every: int = 1) -> None:
+    def __init__(
+        self, path: Path, curves: Path, every: int = 1, loggers: Loggers | None = None
+    ) -> None:
         self.path, self._every = path, every
+        self._loggers = loggers or Loggers([], path.parent)
         self.records = parse(path.read_bytes(), str(path)) if path.is_file() else []
         self._curves = curves
         self._file: TextIO | None = None
@@ -70,6 +75,7 @@ class History:
             atomic.remove(self.path)
         atomic.write_bytes(self.path, self.content())
         self._open_curves()
+        self._loggers.begin(self.records)
         self._file = open(self.path, "a", encoding="utf-8")
 
     def draw(self, step: int) -> None:
@@ -100,6 +106,7 @@ class History:
         self._file.flush()
         self._draw(record)
         self._live.make_summary()
+        self._loggers.add(record)
 
     def sync(self) -> None:
         """Sync the log to disk, before a checkpoint of the same step is saved."""
@@ -110,6 +117,7 @@ class History:
         """Close log and curves."""
         if self._live is not None:
             self._live.end()
+        self._loggers.end()
         if self._file is not None:
             self._file.close()
         self._file = self._live = None

@@ -15,13 +15,23 @@ def main(argv: list[str] | None = None) -> None:
         help="experiments, branches, tags, commits or `workspace`: compare them in "
         "artifacts/compare.html",
     )
+    parser.add_argument(
+        "--run",
+        metavar="KEY",
+        help="a run of the store, finished or not, by the first letters of its key: write "
+        "artifacts/run-KEY.html",
+    )
     args = parser.parse_args(argv)
+    if args.compare and args.run:
+        parser.error("--compare and --run exclude each other")
     # torch takes seconds to import, in which this process must notice that its parent has died.
     from pipeline.store import atomic
-    from train.report import compare
+    from train.report import compare, live
     from train.report.page import OUT, render
 
-    if args.compare:
+    if args.run is not None:
+        out, page = live.page(args.run)
+    elif args.compare:
         out, page = compare.OUT, compare.render(args.compare)
     else:
         out, page = OUT, render()

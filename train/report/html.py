@@ -73,8 +73,10 @@ def quantity(value: float, unit: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format a time: 42 s, 4 min 14 s, 3 h 52 min."""
+    """Format a time: 42 s, 4 min 14 s, 38 min, 3 h 52 min."""
     minutes, rest = divmod(round(seconds), 60)
+    if 10 <= minutes < 60:
+        return f"{minutes} min"
     if minutes < 60:
         return f"{minutes} min {rest} s" if minutes else f"{rest} s"
     return f"{minutes // 60:,} h {minutes % 60} min"

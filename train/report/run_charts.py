@@ -6,15 +6,16 @@ import csv
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from model import GPT
 from pipeline.store import atomic
-from train.report import model_probe
 from train.report.charts import SERIES, Curve, bar_chart, line_chart, running_mean
 from train.report.run_log import Log
+
+if TYPE_CHECKING:
+    from model import GPT
 
 METRICS = Path("metrics")
 
@@ -23,7 +24,11 @@ Chart = tuple[str, str, str]
 
 
 def loss_chart(log: Log, evaluation: Mapping[str, Any], *, wide: bool) -> str:
-    """Draw training and validation loss, unigram entropy, and the published run if comparable."""
+    """Draw training and validation loss, unigram entropy, and the published run if comparable.
+
+    Args:
+        evaluation: Results of evaluation; empty: of a run that has not been evaluated.
+    """
     train, val = log.curve("train/loss"), log.curve("val/loss")
     mean = running_mean(train[1], memory=max(2, len(train[1]) // 200))
     curves = [
@@ -34,16 +39,16 @@ def loss_chart(log: Log, evaluation: Mapping[str, Any], *, wide: bool) -> str:
     curves = [curve for curve in curves if curve.xs]  # damage may have cost all points of one
     steps = [curve.xs[i] for i in (0, -1) for curve in curves] or [0, 1]
     ends = [min(steps), max(steps)]
-    curves.append(
-        Curve("unigram entropy", ends, [evaluation["unigram_entropy"]] * 2, "soft", dashed=True)
-    )
-    if published := _read_csv(METRICS / "reference.csv"):
+    unigram = [evaluation["unigram_entropy"]] if "unigram_entropy" in evaluation else []
+    if unigram:
+        curves.append(Curve("unigram entropy", ends, unigram * 2, "soft", dashed=True))
+    if evaluation and (published := _read_csv(METRICS / "reference.csv")):
         xs = [int(row["step"]) for row in published]
         ys = [float(row["reference"]) for row in published]
         curves.append(Curve("published run", xs, ys, "c3", dashed=True))
     # The first steps fall from ln V: in full, they would flatten the rest of the curve.
     settled = [y for x, y in zip(*train, strict=True) if x >= ends[1] / 20]
-    values = [*settled, *val[1], evaluation["unigram_entropy"]]
+    values = [*settled, *val[1], *unigram]
     low, high = min(values), max(values)
     margin = 0.06 * (high - low) or 1.0
     return line_chart(
@@ -97,6 +102,8 @@ def data_charts() -> list[Chart]:
 
 def layer_charts(gpt: GPT, tokens: np.ndarray) -> list[Chart]:
     """Draw the RMS of weights, and of activations for tokens (B, T), by layer; on the CPU."""
+    from train.report import model_probe  # here: the live page of a run needs no torch
+
     layers = list(range(1, gpt.config.n_layer + 1))
     charts = []
     for title, sizes in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import fcntl
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -314,11 +316,23 @@ def test_lock_excludes_other_processes_until_its_holder_dies(store: Store) -> No
                 pass
         with store.lock("chunks", "another", wait=False):
             pass
+        assert store.is_locked("chunks", "abc")
     finally:
         holder.kill()
         holder.wait()
+    assert not store.is_locked("chunks", "abc")
     with store.lock("chunks", "abc", wait=False):
         pass
+
+
+def test_looking_at_a_lock_does_not_make_it_busy(store: Store) -> None:
+    with store.lock("chunks", "abc"):
+        pass
+    with open(store.root / "locks/chunks-abc") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.03, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
+        with store.lock("chunks", "abc", wait=False):
+            pass
 
 
 def test_lack_of_space_is_an_error_that_names_work_dir(tmp_path: Path) -> None:

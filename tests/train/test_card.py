@@ -1,0 +1,65 @@
+"""Tests for the model card of `model.export`: the figures of a run of this project."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors import safe_open
+
+from model import card, export
+from model.config import GPTConfig
+from model.errors import FormatError
+from tests.support.training import Project, train_here
+from train import evaluate
+
+CHECKPOINT, OUT = Path("artifacts/checkpoint"), Path("artifacts/hf")
+
+
+def test_card_has_the_figures_of_the_run_and_of_no_other(project: Project) -> None:
+    train_here()
+    evaluate.main()
+    export.main(["--checkpoint", str(CHECKPOINT), "--out", str(OUT), "--project", "."])
+    page = (OUT / card.FILE).read_text(encoding="utf-8")
+    evaluation, training = project.results("evaluation"), project.results()
+
+    data = ModelCard(page).data  # as the hub reads it
+    assert isinstance(data, ModelCardData)
+    results = data.eval_results or []
+    assert {r.metric_name: r.metric_value for r in results} == {
+        label: evaluation[key] for key, (_, label) in card.METRICS.items() if key in evaluation
+    }
+    rows = dict(re.findall(r"^\| (\S[^|]*?) +\| (.*?) +\|$", page, re.MULTILINE))
+    assert rows["12"] == f"{training['val_loss']:.4f}"  # the end of the curve
+    assert rows["`learning_rate`"] == "0.01"
+    assert rows["training tokens"] == "5,000"
+    assert rows["tokens seen"] == f"{12 * 128:,}"
+    assert rows["devices"] == f"1 x {training['device']}"
+
+    state = json.loads((CHECKPOINT / "state.json").read_text())
+    with safe_open(OUT / "model.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "pt"
+    assert (metadata["run_key"], metadata["step"]) == (state["run_key"], "12")
+
+    # Records of another run, and damaged ones, are refused.
+    for path, key in (
+        (card.TRAINING, "val_loss"),
+        (card.EVALUATION, "weights_sha256"),
+        (card.MANIFEST, "dataset_key"),
+    ):
+        kept = path.read_bytes()
+        values = {k: v for k, v in json.loads(kept).items() if k != "json_sha256"}
+        path.write_text(json.dumps(values | {key: "of another run"}))
+        with pytest.raises(FormatError, match=rf"{key}.*{path.name}"):
+            card.read(CHECKPOINT, project.folder)
+        path.write_bytes(kept)
+    card.EVALUATION.write_bytes(card.EVALUATION.read_bytes().replace(b"perplexity", b"Perplexity"))
+    with pytest.raises(FormatError, match=r"evaluation\.json is damaged"):
+        card.read(CHECKPOINT, project.folder)
+    card.EVALUATION.unlink()
+    card.MANIFEST.unlink()
+    assert "## Evaluation" not in card.text(GPTConfig(1, 1, 8), card.read(CHECKPOINT, Path()), "x")
