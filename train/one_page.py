@@ -4,10 +4,10 @@
     python train/one_page.py --processes 8 --micro_batch 1  # one process per GPU of this machine
 
 It needs PyTorch, NumPy, and `data/tokens`, which `dvc repro verify` makes. It leaves out what long
-runs on shared machines need, and nothing that decides a weight: with the same settings its weights
-are those of `python -m train.launch`, bit for bit (tests/train/test_one_page.py). Each part names
-the modules that do the same with more care, and the source of the idea. docs/one-page.md has this
-text with links, and the five commonest edits.
+runs on shared machines need. With the same settings its weights are those of `python -m
+train.launch`, bit for bit, on a CPU and with `compile: false` in machine.yaml
+(tests/train/test_one_page.py). Each part names the modules that do the same with more care, and the
+source of the idea. docs/one-page.md has this text with links, and the five commonest edits.
 
 Shapes: B windows of T tokens, C channels, H heads, V tokens in the vocabulary.
 """

@@ -70,6 +70,7 @@ def test_same_weights_as_the_full_program_also_when_resumed(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     monkeypatch.setenv("GPT2_MICRO_BATCH", "4")
+    monkeypatch.setenv("GPT2_COMPILE", "false")
     write(project)
     run = train_here()
 
@@ -155,7 +156,7 @@ def test_same_weights_after_50_steps_and_a_kill(
 ) -> None:
     changes = {"steps": 50, "checkpoint_every": 20, "dtype": dtype, "batch_tokens": batch}
     write(project, **changes)
-    project.train(processes, GPT2_MICRO_BATCH=micro_batch)
+    project.train(processes, GPT2_MICRO_BATCH=micro_batch, GPT2_COMPILE="false")
 
     flags = settings(micro_batch=micro_batch, processes=processes, **changes)
     command = "train.one_page", *flags
