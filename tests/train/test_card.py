@@ -22,7 +22,9 @@ CHECKPOINT, OUT = Path("artifacts/checkpoint"), Path("artifacts/hf")
 def test_card_has_the_figures_of_the_run_and_of_no_other(project: Project) -> None:
     train_here()
     evaluate.main()
-    export.main(["--checkpoint", str(CHECKPOINT), "--out", str(OUT), "--project", ".", "--licence", "mit"])
+    export.main(
+        ["--checkpoint", str(CHECKPOINT), "--out", str(OUT), "--project", ".", "--licence", "mit"]
+    )
     page = (OUT / card.FILE).read_text(encoding="utf-8")
     evaluation, training = project.results("evaluation"), project.results()
 
