@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
@@ -65,6 +67,21 @@ def test_stopped_run_has_a_page_and_an_unknown_one_a_reason(
                 assert answer.status == 204
 
     served(scenario)
+
+
+def test_first_free_port_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(first: int) -> None:
+        async with serve.serve(web.Application(), None) as address:
+            port = int(address.rstrip("/").rpartition(":")[2])
+            assert first < port < first + serve.PORTS
+        monkeypatch.setattr(serve, "PORTS", 1)
+        with pytest.raises(UserError, match=f"--port {first}"):
+            async with serve.serve(web.Application(), None):
+                pass
+
+    with socket.create_server((serve.HOST, 0)) as taken:
+        monkeypatch.setattr(serve, "PORT", taken.getsockname()[1])
+        asyncio.run(run(serve.PORT))
 
 
 def add_run(key: str, log: str) -> Path:
