@@ -217,11 +217,10 @@ class SummedLoss(torch.autograd.Function):
 
 
 # -- Tokens ----------------------------------------------------------------------------------------
-# A shard is a header of 1,024 bytes, then uint16 tokens. A split is one long stream, whatever its
-# files; the disk is read only where a window lies.
+# A shard is a header of 1,024 bytes, then uint16 tokens. A split is one stream, in several files.
 # Hardened: pipeline/format/shards.py, pipeline/verify/, train/data/loader.py
 class Stream:
-    """The tokens of one split, as one sequence."""
+    """The tokens of one split, as one sequence; the disk is read only where a window lies."""
 
     def __init__(self, folder: str, split: str) -> None:
         files = sorted(Path(folder).glob(f"*{split}*.bin"))
@@ -260,7 +259,8 @@ def mix(x: np.ndarray) -> np.ndarray:
     """Mix 64 bits, wrapping: the end of SplitMix64 (Steele et al. 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = x ^ (x >> np.uint64(31))
+    return x
 
 
 def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
