@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +113,15 @@ def identity(records: Records) -> dict[str, str]:
     return {key: str(records.state[key]) for key in keys if key in records.state}
 
 
-def text(config: GPTConfig, records: Records, name: str) -> str:
+def text(config: GPTConfig, records: Records, name: str, licence: str = "") -> str:
     """Return the card.
 
     Args:
         name: Of the model, for `from_pretrained`: a repository, or "." for the folder of the card.
+        licence: Of the model, as the hub names it, such as "mit"; empty: none.
 
     Raises:
-        FormatError: A record is not one of this version.
+        FormatError: A record is damaged, or of a version that names its keys otherwise.
     """
     try:
         title = f"GPT-2 with {parameter_count(config):,} parameters"
@@ -134,11 +136,10 @@ def text(config: GPTConfig, records: Records, name: str) -> str:
             *_section("Evaluation", _evaluation(records), ("metric", "value")),
             *_section("Environment", _environment(records)),
         ]
-        return "\n".join([*_metadata(records, title), "", "\n\n".join(sections), ""])
+        return "\n".join([*_metadata(records, title, licence), "", "\n\n".join(sections), ""])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise FormatError(
-            f"the records of the run are not of this version ({error!r}): leave out --project"
-        ) from None
+        fix = "leave out --project" if records.training else "copy the checkpoint again"
+        raise FormatError(f"the records of the run cannot be read ({error!r}): {fix}") from None
 
 
 USE = """\
@@ -159,7 +160,7 @@ def _introduction(config: GPTConfig, records: Records) -> str:
     trained = ""
     if records.state.get("tokens"):
         trained = f", trained on {records.state['tokens']:,} tokens"
-        if records.state["train"]["init"] == "scratch":
+        if records.state.get("train", {}).get("init") == "scratch":
             trained += " from random weights"
     return (
         f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context "
@@ -195,10 +196,13 @@ def _training(records: Records) -> Iterable[tuple[str, Any]]:
         epochs = records.state["tokens"] / records.manifest["totals"]["train"]["tokens"]
         yield "epochs", f"{epochs:.3g}"
     for key in RECIPE:
-        applies = key != "decay_ratio" or train["schedule"] == "wsd"
-        if applies and train.get(key) is not None:
-            yield f"`{key}`", train[key]
-    yield "`seed`", str(train["seed"])
+        value = train.get(key)
+        if value is None or (key == "decay_ratio" and train.get("schedule") != "wsd"):
+            continue
+        # A path in `init` is of the machine that trained, and a card is public.
+        yield f"`{key}`", value.partition(" ")[0] if key == "init" else value
+    if "seed" in train:
+        yield "`seed`", str(train["seed"])
 
 
 def _curve_rows(records: Records) -> Iterable[tuple[int, str]]:
@@ -243,16 +247,18 @@ def _cell(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.6g}"
-    return " ".join(str(value).replace("|", "\\|").split())
+    return " ".join(escape(str(value), quote=False).replace("|", "\\|").split())
 
 
-def _metadata(records: Records, title: str) -> list[str]:
+def _metadata(records: Records, title: str, licence: str) -> list[str]:
     """Return the lines of YAML; values are written as JSON, which is YAML."""
     values: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["gpt2"],
     }
+    if licence:
+        values["license"] = licence
     source = records.manifest["source"]["source"] if records.manifest else {}
     if source.get("kind") == "hub":
         values["datasets"] = [source["repo"]]

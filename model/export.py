@@ -42,16 +42,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="hf: the project that trained the model; its figures go into the model card",
     )  # fmt: skip
     parser.add_argument(
+        "--licence", default="", metavar="ID",
+        help="hf: the licence of the model, for its card, as the hub names it: mit, apache-2.0",
+    )  # fmt: skip
+    parser.add_argument(
         "--push", metavar="OWNER/NAME",
         help="hf: upload the files to this model repository of the Hugging Face hub",
     )  # fmt: skip
     args = parser.parse_args(argv)
 
     if args.format == "hf":
-        _export_hf(args.checkpoint, args.out, args.project, args.push)
+        _export_hf(args.checkpoint, args.out, args.project, args.licence, args.push)
         return
-    if args.project or args.push:
-        parser.error("--project and --push: only for --format hf, leave them out")
+    if args.project or args.licence or args.push:
+        parser.error("--project, --licence and --push: only for --format hf, leave them out")
     names = tuple(llmc.FILES) if args.format == "llmc" else (gguf.FILE,)
     output.check(args.out, args.checkpoint, names, lambda _: True)
     gpt = GPT.from_checkpoint(args.checkpoint)
@@ -64,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"wrote {args.out}: load {' or '.join(names)} with {program}")
 
 
-def _export_hf(source: Path, out: Path, project: Path | None, repo: str | None) -> None:
+def _export_hf(
+    source: Path, out: Path, project: Path | None, licence: str, repo: str | None
+) -> None:
     from model import card, hf, hub, output, tokenizer_files
     from model.files import write_text
     from model.gpt import GPT
@@ -74,7 +80,7 @@ def _export_hf(source: Path, out: Path, project: Path | None, repo: str | None) 
     output.check(out, source, names, hf.wrote)
     records = card.read(source, project)
     gpt = GPT.from_checkpoint(source)
-    text = card.text(gpt.config, records, repo or ".")
+    text = card.text(gpt.config, records, repo or ".", licence)
     with output.new_files(out, names) as part:
         if gpt.config.vocab_size == EOT + 1:
             tokenizer_files.write_tokenizer(part, tokenizer.ranks(), gpt.config.block_size)

@@ -4,10 +4,9 @@
     python train/one_page.py --processes 8 --micro_batch 1  # one process per GPU of this machine
 
 It needs PyTorch, NumPy, and `data/tokens`, which `dvc repro verify` makes. It leaves out what long
-runs on shared machines need, and nothing that decides a weight: with the same settings its weights
-are those of `python -m train.launch`, bit for bit (tests/train/test_one_page.py). Each part names
-the modules that do the same with more care, and the source of the idea. docs/one-page.md has this
-text with links, and the five commonest edits.
+runs on shared machines need. On a CPU, with the same settings and `compile: false` in machine.yaml,
+its weights are those of `python -m train.launch`, bit for bit. Each part names the modules that do
+the same with more care, and the source of the idea; docs/one-page.md has links, and common edits.
 
 Shapes: B windows of T tokens, C channels, H heads, V tokens in the vocabulary.
 """
@@ -149,9 +148,8 @@ class GPT(nn.Module):
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         for block in self.h:
             x = block(x)
-        x = self.ln_f(x)
-        y, table = targets.flatten(), self.wte.weight
-        loss: Tensor = SummedLoss.apply(x.flatten(0, 1), table, y)  # type: ignore[no-untyped-call]
+        x, y = self.ln_f(x).flatten(0, 1), targets.flatten()
+        loss: Tensor = SummedLoss.apply(x, self.wte.weight, y)  # type: ignore[no-untyped-call]
         return loss
 
 
@@ -219,11 +217,10 @@ class SummedLoss(torch.autograd.Function):
 
 
 # -- Tokens ----------------------------------------------------------------------------------------
-# A shard is a header of 1,024 bytes, then uint16 tokens. A split is one long stream, whatever its
-# files; the disk is read only where a window lies.
+# A shard is a header of 1,024 bytes, then uint16 tokens. A split is one stream, in several files.
 # Hardened: pipeline/format/shards.py, pipeline/verify/, train/data/loader.py
 class Stream:
-    """The tokens of one split, as one sequence."""
+    """The tokens of one split, as one sequence; the disk is read only where a window lies."""
 
     def __init__(self, folder: str, split: str) -> None:
         files = sorted(Path(folder).glob(f"*{split}*.bin"))
@@ -350,8 +347,7 @@ def validate(gpt: GPT, stream: Stream, s: Settings, device: torch.device) -> flo
 
 def loss_of(forward: nn.Module, batch: tuple[Tensor, Tensor], s: Settings) -> Tensor:
     """Run a model with matrix products in `dtype`, and all else in float32."""
-    device = batch[0].device.type
-    with torch.autocast(device, torch.bfloat16, enabled=s.dtype == "bfloat16"):
+    with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
         loss: Tensor = forward(*batch)
     return loss
 
@@ -378,8 +374,9 @@ def restore(gpt: GPT, optimizer: torch.optim.AdamW, s: Settings, device: torch.d
     if not Path(s.out).exists():
         return 0
     saved = torch.load(s.out, map_location=device, weights_only=True)  # runs no code
-    free = {"micro_batch": s.micro_batch, "processes": s.processes}  # they change only the rounding
-    if saved["settings"] | free != dataclasses.asdict(s):
+    free = {"out", "val_every", "val_tokens", "checkpoint_every", "log_every"}  # change no weight,
+    free |= {"micro_batch", "processes"}  # or only by rounding
+    if any(saved["settings"][k] != v for k, v in dataclasses.asdict(s).items() if k not in free):
         sys.exit(f"{s.out}: trained with other settings; set --out, or delete it to start again")
     gpt.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
@@ -450,9 +447,8 @@ def train(s: Settings, device: torch.device) -> None:
         mine = samples.reshape(-1, s.processes, s.micro_batch)[:, rank] * T
         total = torch.zeros((), device=device)
         for number, starts in enumerate(mine.tolist(), start=1):
-            batch = data.batch(starts, T, device)
             with nullcontext() if number == len(mine) else ddp.no_sync():
-                loss = loss_of(ddp, batch, s) * scale
+                loss = loss_of(ddp, data.batch(starts, T, device), s) * scale
                 loss.backward()
             total += loss.detach()
         norm = clip(list(gpt.parameters()), s.grad_clip)
@@ -483,17 +479,21 @@ def main(argv: list[str] | None = None) -> None:
     for field in dataclasses.fields(Settings):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     s = Settings(**vars(parser.parse_args(argv)))
-    unit = s.processes * s.micro_batch * s.block_size
-    if unit < 1 or s.batch_tokens % unit:
+    T, unit = s.block_size, s.processes * s.micro_batch * s.block_size
+    if not 1 <= unit <= s.batch_tokens or s.batch_tokens % unit:
         sys.exit(f"batch_tokens: no multiple of processes * micro_batch * block_size, {unit}")
+    if s.dtype not in ("float32", "bfloat16"):
+        sys.exit(f"dtype: float32 or bfloat16, not {s.dtype}")
+    if not T <= s.val_tokens < len(Stream(s.tokens, "val")) or len(Stream(s.tokens, "train")) <= T:
+        sys.exit(f"val_tokens, block_size: too many for {s.tokens}, or val_tokens below block_size")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: end the others, clean up
     with tempfile.TemporaryDirectory() as folder:
-        if s.processes == 1:
-            return work(0, s, folder)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: end the others
         try:
+            if s.processes == 1:
+                return work(0, s, folder)
             spawn(work, (s, folder), s.processes, daemon=True)
-        except ProcessExitedException as error:
-            sys.exit(str(error))
+        except (KeyboardInterrupt, ProcessExitedException) as error:
+            sys.exit(str(error) or "stopped; the same command resumes")
 
 
 if __name__ == "__main__":

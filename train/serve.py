@@ -29,13 +29,15 @@ PORT_HELP = f"default: the first free port from {PORT} on; 0: any"
 async def _only_this_machine(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Refuse other host names and other origins."""
+    """Refuse other host names, other origins, and all but a link to the page from other sites."""
     hosts = request.headers.getall("Host", [])
     if len(hosts) != 1 or not HOST_HEADER.fullmatch(hosts[0]):
         raise web.HTTPForbidden(text=f"host {printable(', '.join(hosts))} is refused; use {HOST}")
     origin = request.headers.get("Origin")
     if origin is not None and origin != f"http://{hosts[0]}":
         raise web.HTTPForbidden(text=f"origin {printable(origin)} is refused")
+    if request.headers.get("Sec-Fetch-Site") == "cross-site" and request.path != "/":
+        raise web.HTTPForbidden(text="Sec-Fetch-Site: a request of another site is refused")
     return await handler(request)
 
 

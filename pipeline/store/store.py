@@ -135,12 +135,14 @@ class Store:
 
     def is_locked(self, kind: str, key: str) -> bool:
         """Return whether a process holds the key's lock; a shared lock for an instant shows it."""
+        path = self.root / "locks" / f"{kind}-{key}"
         try:
-            with open(self.root / "locks" / f"{kind}-{key}") as file:
+            atomic.check_regular(path)
+            with open(path) as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
-        except OSError:  # no such file
+        except OSError:  # none, or no regular file
             return False
         return False
 

@@ -147,7 +147,7 @@ def test_export_is_uploaded_only_with_the_flag_and_only_with_a_token(call, tmp_p
     assert repo.private
     assert uploaded == {path.name: path.read_bytes() for path in out.iterdir()}
     assert b'from_pretrained("me/model")' in uploaded["README.md"]
-    for wrong in ("--push", "--project"):
+    for wrong in ("--push", "--project", "--licence"):
         assert fails(call(export, *flags, wrong, "x", "--format", "llmc"), wrong)
 
 

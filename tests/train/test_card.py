@@ -22,12 +22,15 @@ CHECKPOINT, OUT = Path("artifacts/checkpoint"), Path("artifacts/hf")
 def test_card_has_the_figures_of_the_run_and_of_no_other(project: Project) -> None:
     train_here()
     evaluate.main()
-    export.main(["--checkpoint", str(CHECKPOINT), "--out", str(OUT), "--project", "."])
+    export.main(
+        ["--checkpoint", str(CHECKPOINT), "--out", str(OUT), "--project", ".", "--licence", "mit"]
+    )
     page = (OUT / card.FILE).read_text(encoding="utf-8")
     evaluation, training = project.results("evaluation"), project.results()
 
     data = ModelCard(page).data  # as the hub reads it
     assert isinstance(data, ModelCardData)
+    assert data.license == "mit"
     results = data.eval_results or []
     assert {r.metric_name: r.metric_value for r in results} == {
         label: evaluation[key] for key, (_, label) in card.METRICS.items() if key in evaluation
@@ -63,3 +66,20 @@ def test_card_has_the_figures_of_the_run_and_of_no_other(project: Project) -> No
     card.EVALUATION.unlink()
     card.MANIFEST.unlink()
     assert "## Evaluation" not in card.text(GPTConfig(1, 1, 8), card.read(CHECKPOINT, Path()), "x")
+
+
+@pytest.mark.parametrize("missing", ["init", "seed", "schedule", "train"])
+def test_card_of_a_checkpoint_of_earlier_code(missing: str) -> None:
+    train = {"init": "hf /home/me/<model>", "seed": 1, "schedule": "wsd", "dtype": "a | b & <b>"}
+    train.pop(missing, None)
+    state = {"step": 1, "tokens": 128, "train": train}
+    state.pop(missing, None)
+    page = card.text(GPTConfig(1, 1, 8), card.Records(state), "x")
+    assert "/home/me" not in page  # a path of the machine that trained
+    if missing == "train":
+        return
+    assert r"| `dtype` | a \| b &amp; &lt;b&gt; |" in page
+    assert missing == "init" or "| `init` | hf |" in page
+    with pytest.raises(FormatError) as refused:
+        card.text(GPTConfig(1, 1, 8), card.Records({**state, "tokens": "many"}), "x")
+    assert "--project" not in str(refused.value)

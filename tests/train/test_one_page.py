@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,9 @@ SHARED = {
 
 @pytest.fixture(autouse=True)
 def group_is_left() -> Iterator[None]:
+    handler = signal.getsignal(signal.SIGTERM)
     yield
+    signal.signal(signal.SIGTERM, handler)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -71,31 +74,50 @@ def test_same_weights_as_the_full_program_also_when_resumed(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     monkeypatch.setenv("GPT2_MICRO_BATCH", "4")
+    monkeypatch.setenv("GPT2_COMPILE", "false")
     write(project)
     run = train_here()
 
-    class Killed(Exception):
-        pass
-
     def rate(step: int, s: one_page.Settings) -> float:
         if step == 4:
-            raise Killed
+            raise KeyboardInterrupt
         return original(step, s)
 
     original = one_page.rate
     with monkeypatch.context() as patch:
         patch.setattr(one_page, "rate", rate)
-        with pytest.raises(Killed):
+        with pytest.raises(SystemExit):
             one_page.main(settings())
     dist.destroy_process_group()
+    capsys.readouterr()  # the full program has printed the same loss
     one_page.main(settings())
     assert_same(project)
     loss = records(run, "val/loss")[6]
     assert f"{loss:.4f}" in capsys.readouterr().out
 
-    one_page.main(settings(micro_batch=2))  # may change, as the number of processes may
-    with pytest.raises(SystemExit, match=r"one_page\.pt"):
-        one_page.main(settings(seed=2))
+    CHECKPOINT.rename("moved.pt")
+    free = settings(out="moved.pt", micro_batch=2, val_every=5, checkpoint_every=1, log_every=9)
+    one_page.main(free)  # it is complete
+    assert "step" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"moved\.pt"):
+        one_page.main([*free, "--seed", "2"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        ({"val_tokens": 15}, "val_tokens"),
+        ({"val_tokens": 2000}, "val_tokens"),
+        ({"block_size": 1024, "batch_tokens": 4096, "val_tokens": 1024}, "block_size"),
+        ({"batch_tokens": 0}, "batch_tokens"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"tokens": "nothing"}, "nothing"),
+    ],
+)
+def test_wrong_setting_is_one_line(project: Project, wrong: dict[str, object], name: str) -> None:
+    project.write_data(n_train=1000)
+    with pytest.raises(SystemExit, match=rf"^[^\n]*{name}[^\n]*$"):
+        one_page.main(settings(**wrong))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -183,15 +205,16 @@ def test_same_weights_after_50_steps_and_a_kill(
 ) -> None:
     changes = {"steps": 50, "checkpoint_every": 10, "dtype": dtype}  # two micro-batches per step
     write(project, **changes)
-    project.train(processes, GPT2_MICRO_BATCH=micro_batch)
+    project.train(processes, GPT2_MICRO_BATCH=micro_batch, GPT2_COMPILE="false")
 
     flags = settings(micro_batch=micro_batch, processes=processes, **changes)
     command = "train.one_page", *flags
     first = project.start(*command)
     wait_for(lambda: (project.folder / CHECKPOINT).exists() or first.poll() is not None, 120)
     assert first.poll() is None, first.communicate()
-    first.terminate()
-    first.communicate(timeout=60)  # until no process is left that could print
+    first.send_signal(signal.SIGINT if processes == 1 else signal.SIGTERM)
+    _, errors = first.communicate(timeout=60)  # until no process is left that could print
+    assert "Traceback" not in errors
     assert torch.load(project.folder / CHECKPOINT, weights_only=True)["step"] < 50
     done = project.run(*command)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -192,6 +192,7 @@ REFUSED: list[tuple[dict[str, Any], str, int, str]] = [
     ({"Host": "attacker.example:80"}, "{}", 403, "attacker.example"),
     ({"Origin": "http://attacker.example"}, "{}", 403, "attacker.example"),
     ({"Origin": "null"}, "{}", 403, "null"),
+    ({"Sec-Fetch-Site": "cross-site"}, "{}", 403, "Sec-Fetch-Site"),
     ({"Content-Type": "text/plain"}, "{}", 415, "application/json"),
     ({}, "nonsense", 400, "JSON"),
     ({}, "[]", 400, "JSON object"),

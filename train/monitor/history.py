@@ -151,18 +151,19 @@ class History:
                 self._live.log_metric(name, record[name])
 
 
-def parse(data: bytes, name: str) -> list[Record]:
+def parse(data: bytes, name: str = "") -> list[Record]:
     """Read the records of a log, oldest first.
 
-    Damaged lines are reported on stderr and skipped. A crash may have cut the last one. Logs of
+    Damaged lines are skipped, and reported on stderr. A crash may have cut the last one. Logs of
     earlier versions have no checksums.
 
     Args:
         data: The content of the log.
-        name: Its name, for the warning.
+        name: Its name, for the warning; empty: none, for a log that is still written.
     """
     lines = {number: _record(line) for number, line in enumerate(data.splitlines(), 1)}
-    if damaged := [number for number, record in lines.items() if record is None]:
+    damaged = [number for number, record in lines.items() if record is None]
+    if damaged and name:
         shown = ", ".join(map(str, damaged[:10])) + ", ..." * (len(damaged) > 10)
         _warn(f"{name}: damaged and skipped: line {shown}; the curves lack their points")
     return [record for record in lines.values() if record is not None]
@@ -181,14 +182,15 @@ def _record(line: bytes) -> Record | None:
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         return None
     found = record.pop(CHECKSUM, None)
-    is_intact = found in (None, _checksum(record)) and all(map(_is_value, record.values()))
-    return record if is_intact else None
+    is_intact = found in (None, _checksum(record))
+    return record if is_intact and all(_is_value(*entry) for entry in record.items()) else None
 
 
-def _is_value(value: object) -> bool:
-    """Return whether a log has such values: a number, or the tokens of a sample."""
-    values = value if isinstance(value, list) else [value]
-    return all(type(number) in (int, float) for number in values)
+def _is_value(name: str, value: object) -> bool:
+    """Return whether a log has such a value: a number, or the tokens of a sample."""
+    if name == "sample":
+        return isinstance(value, list) and all(type(token) is int for token in value)
+    return type(value) in (int, float)
 
 
 def _checksum(record: Record) -> str:

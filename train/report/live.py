@@ -6,7 +6,7 @@ nothing else, so it neither disturbs a run nor needs its data or its model.
 
 from __future__ import annotations
 
-import json
+import stat
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,7 +32,7 @@ class Found:
 
     Attributes:
         state: "running", "finished", "failed" or "stopped".
-        changed: Seconds since the epoch of the last line of the log; 0 without a log.
+        changed: When the last line of the log was written, seconds since the epoch.
         size: Bytes of the log.
     """
 
@@ -52,10 +52,13 @@ def find_runs(store: Store) -> list[Found]:
     """List the runs that have a log, the running ones first, then by age."""
     found = []
     for path in (store.root / "runs").glob("*/log.jsonl"):
-        folder, status = path.parent, path.stat()
-        found.append(
-            Found(folder.name, folder, _state(store, folder), status.st_mtime, status.st_size)
-        )
+        try:
+            folder, status = path.parent, path.stat()
+        except OSError:  # removed by now
+            continue
+        if stat.S_ISREG(status.st_mode):
+            state = _state(store, folder)
+            found.append(Found(folder.name, folder, state, status.st_mtime, status.st_size))
     return sorted(found, key=lambda run: (run.state == "running", run.changed), reverse=True)
 
 
@@ -85,12 +88,18 @@ def choose(runs: list[Found], key: str | None) -> Found:
 
 
 def render_body(run: Found, runs: list[Found]) -> str:
-    """Render a run, and links to the others, as the content of a page."""
-    data = (run.folder / "log.jsonl").read_bytes()
-    # The last line may be half written.
-    log = Log.parse(data[: data.rfind(b"\n") + 1], str(run.folder / "log.jsonl"))
+    """Render a run, and links to the others, as the content of a page.
+
+    Raises:
+        UserError: The log cannot be read.
+    """
+    path = run.folder / "log.jsonl"
+    try:
+        log = Log.parse(atomic.read_bytes(path))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; choose another run") from None
     record, start = _read(run.folder / "run.json"), _last_start(run.folder)
-    steps = record.get("train", {}).get("steps")
+    steps = _steps(record)
     has_curves = len(log.curve("train/loss")[0]) > 0
     return html.render(
         "run.html",
@@ -110,7 +119,7 @@ def render_body(run: Found, runs: list[Found]) -> str:
         samples=[
             (step, sample_text(tokens[:SAMPLE_PROMPT]), sample_text(tokens[SAMPLE_PROMPT:]))
             for step, tokens in log.samples()[:-6:-1]
-            if max(tokens, default=0) < tokenizer.N_VOCAB
+            if all(0 <= token < tokenizer.N_VOCAB for token in tokens)
         ],
     )
 
@@ -140,7 +149,7 @@ def tiles(run: Found, log: Log, record: dict[str, Any]) -> list[tuple[str, str]]
         values = log.curve(name)[1]
         return values[-1] if values else None
 
-    steps, speed = record.get("train", {}).get("steps"), last("tokens_per_second")
+    steps, speed = _steps(record), last("tokens_per_second")
     done = log.records[-1]["step"] if log.records else 0
     found = [(f"{done:,}", f"of {steps:,} steps" if steps else "steps")]
     for name, label in (
@@ -160,17 +169,22 @@ def tiles(run: Found, log: Log, record: dict[str, Any]) -> list[tuple[str, str]]
 
 def seconds_left(log: Log, record: dict[str, Any]) -> float | None:
     """Seconds of training left at the speed of the newest log line; None: not known."""
-    lines = [line for line in log.records if line.get("tokens_per_second")]
+    done, speeds = log.curve("tokens")[1], log.curve("tokens_per_second")[1]
     try:
         model = ModelParams.model_validate(record["model"])
         params = TrainParams.model_validate({**record["train"], "val_tokens": 1})
-        batches = params.batches(model.block_size)
-    except (KeyError, ValueError, TypeError, UserError):  # of another version
+        total = params.batches(model.block_size)(params.steps)[0] * model.block_size
+        return max(0.0, (total - done[-1]) / speeds[-1])
+    except (LookupError, ArithmeticError, ValueError, TypeError, UserError):  # of another version
         return None
-    if not lines:
-        return None
-    total = batches(params.steps)[0] * model.block_size
-    return float((total - lines[-1]["tokens"]) / lines[-1]["tokens_per_second"])
+
+
+def _steps(record: dict[str, Any]) -> int | None:
+    """Steps of a run; None: not known."""
+    match record:
+        case {"train": {"steps": int(steps)}}:
+            return steps
+    return None
 
 
 def _share(log: Log, steps: int | None) -> float:
@@ -204,10 +218,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _last_start(folder: Path) -> dict[str, Any]:
-    """The newest line of `starts.jsonl`; empty if there is none."""
+    """When, where and after which step the run was started last; empty: not known."""
     try:
-        lines = (folder / "starts.jsonl").read_text(encoding="utf-8").splitlines()
-        start = json.loads(lines[-1])
-        return {**start, "time": _minute(datetime.fromisoformat(start["time"]))}
-    except (OSError, ValueError, IndexError, KeyError, TypeError):
+        start = atomic.parse_json(atomic.read_bytes(folder / "starts.jsonl").splitlines()[-1])
+        return {
+            "time": _minute(datetime.fromisoformat(start["time"])),
+            "host": start["host"],
+            "device": start["device_name"],
+            "processes": int(start["arithmetic"]["world_size"]),
+            "step": int(start["step"]),
+        }
+    except (OSError, LookupError, ArithmeticError, ValueError, TypeError):
         return {}

@@ -16,13 +16,17 @@ class Log:
     records: list[dict[str, Any]]
 
     @classmethod
-    def parse(cls, data: bytes, name: str) -> Log:
+    def parse(cls, data: bytes, name: str = "") -> Log:
         """Parse a log file; for the arguments and damaged lines see `history.parse`."""
         return cls(history.parse(data, name))
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
-        """Return steps and values of a curve, such as "train/loss"; empty if it was not logged."""
-        found = [(record["step"], record[name]) for record in self.records if name in record]
+        """Return steps and finite values of a curve, such as "train/loss"; empty: not logged."""
+        found = [
+            (record["step"], record[name])
+            for record in self.records
+            if name in record and abs(record[name]) < 1e300  # room for margins; False for NaN
+        ]
         return [step for step, _ in found], [value for _, value in found]
 
     def incidents(self) -> list[str]:

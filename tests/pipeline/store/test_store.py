@@ -224,11 +224,13 @@ def test_make_removes_files_left_by_a_dead_process(store: Store) -> None:
 
 
 def test_sweep_removes_only_pieces_whose_lock_is_free(store: Store) -> None:
-    for name in ("chunks-dead", "chunks-alive"):
+    for name in ("chunks-dead", "chunks-alive", "chunks-pipe"):
         (store.root / "tmp" / name).mkdir(parents=True)
     with store.lock("chunks", "alive"):
+        os.mkfifo(store.root / "locks/chunks-pipe")  # opening it would block
         store.sweep()
-        assert [path.name for path in (store.root / "tmp").iterdir()] == ["chunks-alive"]
+        kept = {path.name for path in (store.root / "tmp").iterdir()}
+        assert kept == {"chunks-alive", "chunks-pipe"}
 
 
 def test_make_replaces_a_partly_discarded_piece(store: Store) -> None:

@@ -92,6 +92,6 @@ LINE = b'{"crc32": "5a3c5e0f", "lr": 0.5, "step": 1}\n{"sample": [1, 2], "step":
 def test_any_bytes_are_records_that_can_be_drawn(content: bytes, values: dict[str, object]) -> None:
     for record in parse(json.dumps(values).encode() + b"\n" + content, "log"):
         assert type(record["step"]) is int
-        for value in record.values():
-            numbers = value if isinstance(value, list) else [value]
+        for name, value in record.items():
+            numbers = value if name == "sample" else [value]
             assert {type(number) for number in numbers} <= {int, float}
