@@ -186,8 +186,8 @@ def differing_lines(folder: Path, other: Path, found: list[str]) -> list[str]:
     """Return the lines in which the small text files among `differences` differ."""
     lines = []
     for name in (line.removeprefix("other ") for line in found if line.startswith("other ")):
-        both = [read(root / name).decode(errors="replace").splitlines() for root in (other, folder)]
-        if max(map(len, both)) <= 1000:
-            changes = difflib.ndiff(*both)
+        a, b = (read(root / name).decode(errors="replace").splitlines() for root in (other, folder))
+        if max(len(a), len(b)) <= 1000:
+            changes = difflib.ndiff(a, b)
             lines += [f"{name}: {line}" for line in changes if line.startswith(("- ", "+ "))]
     return lines
