@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -108,7 +109,7 @@ class Loggers:
     def begin(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Start the loggers, and write the log so far."""
         for name in self._names:
-            self._try(name, lambda name=name: self._open.update({name: LOGGERS[name](self._run)}))
+            self._try(name, partial(self._start, name))
         for record in records:
             self.add(record)
 
@@ -116,13 +117,16 @@ class Loggers:
         """Write the numbers of a record of the log."""
         values = {n: v for n, v in record.items() if n != "step" and not isinstance(v, list)}
         for name, logger in [*self._open.items()]:
-            self._try(name, lambda logger=logger: logger.log(record["step"], values))
+            self._try(name, partial(logger.log, record["step"], values))
 
     def end(self) -> None:
         """End the loggers."""
         for name, logger in [*self._open.items()]:
             self._try(name, logger.end)
         self._open = {}
+
+    def _start(self, name: LoggerName) -> None:
+        self._open[name] = LOGGERS[name](self._run)
 
     def _try(self, name: str, call: Callable[[], object]) -> None:
         try:
