@@ -12,6 +12,8 @@ from model.config import EOT
 from model.gguf import FILE
 from pipeline.format import tokenizer
 
+pytestmark = pytest.mark.slow  # the package reads 150,000 strings one by one
+
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=64)
 NAMES = {  # of llama.cpp, by ours
     "wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm",
