@@ -376,7 +376,7 @@ def restore(gpt: GPT, optimizer: torch.optim.AdamW, s: Settings, device: torch.d
     saved = torch.load(s.out, map_location=device, weights_only=True)  # runs no code
     free = {"out", "val_every", "val_tokens", "checkpoint_every", "log_every"}  # change no weight,
     free |= {"micro_batch", "processes"}  # or only by rounding
-    if any(saved["settings"][k] != v for k, v in dataclasses.asdict(s).items() if k not in free):
+    if saved["settings"] | {name: getattr(s, name) for name in free} != dataclasses.asdict(s):
         sys.exit(f"{s.out}: trained with other settings; set --out, or delete it to start again")
     gpt.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])

@@ -2,7 +2,8 @@
 
 The server is reachable from this machine only. Other web sites could still send requests to it
 through the user's browser, or rebind a DNS name of their own to 127.0.0.1, so requests with another
-host name or origin are refused. A malformed request gets a status of 4xx, and no line in the log.
+host name or origin, and those that another site causes, are refused. A malformed request gets a
+status of 4xx, and no line in the log.
 """
 
 from __future__ import annotations

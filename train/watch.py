@@ -1,8 +1,8 @@
 """`python -m train.watch`: the page of a running run, live, in a browser on this machine.
 
-The browser asks every few seconds; the page is drawn again if the log has changed, and at most for
-a fifth of the time, at a low priority: that is all that a watched run loses, of one core. On
-another machine, forward the port: `ssh -L 8000:127.0.0.1:8000 HOST`.
+The browser asks every few seconds. The page of a run is drawn again if its log has changed, at a
+low priority, and for at most a fifth of the time of one core, however long the log is. On another
+machine, forward the port: `ssh -L 8000:127.0.0.1:8000 HOST`.
 """
 
 from __future__ import annotations

@@ -176,6 +176,7 @@ def test_page_follows_a_run_from_start_to_end(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watch, "INTERVAL", 200)
+    monkeypatch.setattr(watch, "REST", 0)
     project.write(train={"steps": 120, "val_every": 40, "log_every": 1})
 
     async def scenario(address: str) -> None:
