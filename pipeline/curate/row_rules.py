@@ -107,12 +107,22 @@ def column_keeps(column: pa.Array, rule: ColumnRule) -> np.ndarray:
             pass
     elif is_number(column.type):
         values = as_floats(column)
-        low = -np.inf if rule.min is None else rule.min
-        return (values >= low) & (values <= (np.inf if rule.max is None else rule.max))
+        low, high = (_rounded(limit, column.type) for limit in (rule.min, rule.max))
+        return (values >= (-np.inf if low is None else low)) & (
+            values <= (np.inf if high is None else high)
+        )
     raise UserError(
         f"params.yaml: curate.columns: column {rule.column!r} holds {column.type}; use in with "
         "values of that type for strings, or min and max for numbers"
     )
+
+
+def _rounded(limit: float | None, kind: pa.DataType) -> float | None:
+    """Round a limit as the values of a column are: 0.65 in float32 is below 0.65."""
+    if limit is None or not pa.types.is_floating(kind):
+        return limit
+    with np.errstate(over="ignore"):
+        return float(kind.to_pandas_dtype()(limit))
 
 
 def drop_by_heuristics(pieces: Pieces, rules: list[Threshold], decisions: Decisions) -> None:

@@ -28,12 +28,13 @@ from pipeline.curate import stage as curate_stage
 from pipeline.curate.__main__ import main
 from pipeline.curate.decisions import Decisions, split_ledger
 from pipeline.curate.heuristics import SETS
+from pipeline.curate.row_rules import column_keeps
 from pipeline.curate.signatures import shingles
 from pipeline.curate.words import as_texts
 from pipeline.format.manifest import NAME, Manifest, RawManifest, SelectionManifest
 from pipeline.format.selection import LEDGER_SCHEMA, SELECTION, read_ledger
 from pipeline.format.shards import read_docs
-from pipeline.params import CurateParams, TokenizeParams, VerifyParams
+from pipeline.params import ColumnRule, CurateParams, TokenizeParams, VerifyParams
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.params_file import validate
@@ -257,6 +258,14 @@ def test_text_that_is_not_utf8_changes_no_other_row(here: Path) -> None:
     assert found[0].keys() == {1, 4, 6}  # too few stop words, too few words
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_limits_are_inclusive_in_the_type_of_the_column(dtype: type) -> None:
+    values = pa.array(np.array([0.6, 0.65, 0.7, 0.9, 1.0], dtype))
+    rule = ColumnRule(column="a", min=0.65, max=0.9)
+    assert column_keeps(values, rule).tolist() == [False, True, True, True, False]
+    assert column_keeps(values, ColumnRule(column="a", max=1e300)).all()
+
+
 def test_values_of_columns_that_are_not_utf8_count_as_missing(here: Path) -> None:
     """Parquet may hold any bytes in a column of strings."""
     values = [b"en", b"\xff", None, b"de", "é".encode()]
@@ -383,6 +392,23 @@ def test_verify_finds_what_is_wrong_with_the_selection(here: Path) -> None:
     curate(params(near_duplicates=False))  # another selection than that of the tokens
     with pytest.raises(DataFault, match=str(TOKENS / NAME)):
         verify(RAW, TOKENS, VerifyParams(), Machine(), SELECTION)
+
+
+def test_ledgers_that_lack_values_or_are_no_parquet_are_refused(here: Path) -> None:
+    write_source(RAW, some_rows(), [])
+    (file,) = curate(params(filters={}, near_duplicates=False)).files
+    path = SELECTION / str(file.ledger)
+    first, *rest = pq.read_table(path).to_pylist()
+    for missing in ({"row": None}, {"rule": None}, {"twin_file": 0}, None):
+        path.unlink()
+        if missing is None:
+            path.write_bytes(b"no parquet")
+        else:
+            entries = [{**first, **missing}, *rest]
+            pq.write_table(pa.Table.from_pylist(entries, schema=LEDGER_SCHEMA), path)
+        forged = file.model_copy(update={"ledger_sha256": atomic.sha256_file(path)})
+        with pytest.raises(UserError, match=str(path)):
+            read_ledger(SELECTION, forged)
 
 
 def test_a_document_index_with_a_row_of_a_chunk_that_is_not_kept_is_named(here: Path) -> None:
