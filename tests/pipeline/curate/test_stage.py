@@ -153,6 +153,34 @@ def test_a_selection_of_the_same_rows_is_the_same_after_a_change_of_code(
     assert len({curate(params(**off, bands=bands)).model_dump_json() for bands in (1, 2)}) == 1
 
 
+def test_fresh_rebuilds_every_piece(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is no `posix_fallocate`, as on macOS."""
+    write_source(RAW, some_rows(), [25])
+    Path("tasks.jsonl").write_text('{"text": "a b c d e f g h i j"}\n')
+    rules = {"val_copies": "drop", "decontaminate": ["tasks.jsonl"]}
+    monkeypatch.delattr("os.posix_fallocate", raising=False)
+    curate(params(**rules, compare="text"))
+    found, before = dropped(), pieces_by_kind()
+    assert before.keys() == {*measure_chunk.MODULES, "measured", "selections"}
+    curate_stage.curate(RAW, SELECTION, params(**rules, compare="text"), SPLIT, Machine(fresh=True))
+    assert dropped() == found
+    after = pieces_by_kind()
+    assert after.keys() == before.keys()
+    for kind, times in before.items():
+        assert all(after[kind][key] != time for key, time in times.items()), kind
+    curate(params(**rules))
+    assert pieces_by_kind()["signatures"] == after["signatures"]
+
+
+def pieces_by_kind() -> dict[str, dict[str, int]]:
+    """Return when each piece of the store was made."""
+    found: dict[str, dict[str, int]] = {}
+    for path in Path(".work").glob("*/*/*"):
+        if path.name != "piece.json":  # whose time is that of its last use
+            found.setdefault(path.parts[1], {})[path.parts[2]] = path.stat().st_mtime_ns
+    return found
+
+
 @pytest.mark.parametrize(
     "changes",
     [
