@@ -40,6 +40,7 @@ from pipeline.runtime.machine import Machine
 from pipeline.runtime.params_file import validate
 from pipeline.store import atomic
 from pipeline.store.__main__ import main as prune
+from pipeline.tokenize.__main__ import main as tokenize_main
 from pipeline.tokenize.stage import tokenize
 from pipeline.verify.stage import DataFault, verify
 from tests.pipeline.curate.corpus import document, some_rows, write_source
@@ -352,6 +353,21 @@ def test_a_changed_threshold_reads_no_text_and_encodes_only_chunks_whose_rows_ch
     again = {25 * int(n) + row for n, a, b in spans for row in range(int(a), int(b))}
     assert changed <= again < set(range(60))
     assert all(changed & {25 * int(n) + row for row in range(int(a), int(b))} for n, a, b in spans)
+
+
+def test_tokenize_warns_of_a_selection_by_other_parameters(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.tokenize.__main__.code_key", lambda _: CODE)
+    write_source(RAW, some_rows(9), [])
+    columns = [{"column": "language", "in": ["en"]}]
+    for rules, is_warned in (({"columns": columns}, False), ({}, True), ({"bands": 2}, True)):
+        sections = {"curate": rules, "tokenize": {"val_per_10k": 5000}}
+        Path("params.yaml").write_text(json.dumps(sections))
+        if not SELECTION.exists():
+            main()
+        tokenize_main()
+        assert ("data/selection" in capsys.readouterr().err) == is_warned
 
 
 def test_one_more_file_costs_only_that_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
