@@ -1,6 +1,6 @@
 """Sections `source`, `curate`, `tokenize` and `verify` of `params.yaml`."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -155,6 +155,11 @@ class CurateParams(Section):
     def has_rules(self) -> bool:
         """Whether any text is looked at."""
         return bool(self.columns or self.filters or self.decontaminate or self.has_hashes)
+
+    @property
+    def applied(self) -> dict[str, Any]:
+        """The parameters as the manifest of the selection has them; empty without rules."""
+        return self.model_dump() if self.has_rules else {}
 
     @property
     def has_hashes(self) -> bool:

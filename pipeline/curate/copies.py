@@ -22,6 +22,7 @@ from pipeline.curate.decisions import Decisions
 from pipeline.curate.pieces import Pieces
 from pipeline.curate.signatures import HASHES
 from pipeline.params import CurateParams
+from pipeline.store.store import require_space
 
 EXACT, NEAR, VAL_COPIES = "exact_duplicates", "near_duplicates", "validation_copies"
 
@@ -152,9 +153,14 @@ def _signatures(pieces: Pieces, rows: np.ndarray) -> np.ndarray:
     shape = (len(rows), HASHES)
     if not len(rows):
         return np.zeros(shape, np.uint16)
+    size = 2 * HASHES * len(rows)
+    require_space(pieces.store.root, size, "the signatures of rows to compare")
     with tempfile.TemporaryFile(dir=pieces.store.root) as file:
         # A full disk is an error here; while mapped memory is written, it is SIGBUS.
-        os.posix_fallocate(file.fileno(), 0, 2 * HASHES * len(rows))
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:  # macOS
+            file.truncate(size)
         out: np.ndarray = np.memmap(file, np.uint16, "r+", shape=shape)
     pieces.gather("signatures", "signatures.npy", rows, out)
     return out

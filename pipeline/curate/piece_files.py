@@ -36,7 +36,7 @@ class RowsFile:
 
 
 class TableFile:
-    """A parquet file of integer columns."""
+    """A parquet file, whose columns are those of its first rows."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

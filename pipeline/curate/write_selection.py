@@ -77,7 +77,7 @@ def write_selection(
         files.append(file)
     manifest = SelectionManifest(
         selection_key=selection_key(zip(sizes, masks, strict=True)),
-        params=params.model_dump(),
+        params=params.applied,
         files=files,
         dropped=decisions.counts,
         found=found,

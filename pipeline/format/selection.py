@@ -9,6 +9,7 @@ data/selection/00000.ledger.parquet    of file 0: a row per dropped row, see `LE
 A file of which all rows are kept has neither bits nor a ledger.
 """
 
+import contextlib
 import hashlib
 import io
 from collections.abc import Iterable
@@ -151,6 +152,10 @@ def read_ledger(folder: Path, file: SelectedFile) -> pa.Table:
         data = atomic.read_bytes(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {_REBUILD}") from None
-    if hashlib.sha256(data).hexdigest() != file.ledger_sha256:
-        raise UserError(f"{path}: damaged; {_REBUILD}")
-    return pq.read_table(pa.BufferReader(data), schema=LEDGER_SCHEMA)
+    if hashlib.sha256(data).hexdigest() == file.ledger_sha256:
+        with contextlib.suppress(pa.ArrowException, OSError):
+            ledger = pq.read_table(pa.BufferReader(data), schema=LEDGER_SCHEMA)
+            twins = [ledger[name].is_valid() for name in ("twin_file", "twin_row")]
+            if not ledger["row"].null_count + ledger["rule"].null_count and twins[0] == twins[1]:
+                return ledger
+    raise UserError(f"{path}: damaged; {_REBUILD}")

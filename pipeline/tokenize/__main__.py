@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from pipeline.download.restore import restore
+from pipeline.format.manifest import SelectionManifest
 from pipeline.format.selection import SELECTION
 from pipeline.params import CurateParams, TokenizeParams
 from pipeline.runtime import command
@@ -20,17 +21,19 @@ def main(argv: Sequence[str] = ()) -> None:
     machine = Machine.load()
     restore(RAW, machine)
     # Without rules `curate` need not have run; with rules a missing selection is an error.
-    selection = SELECTION if SELECTION.exists() or _has_rules() else None
+    rules = load_section("curate", CurateParams)
+    selection = SELECTION if SELECTION.exists() or rules.has_rules else None
+    if selection and SelectionManifest.load(selection).params != rules.applied:
+        print(
+            f"warning: {selection} was made with other parameters; run `dvc repro curate`",
+            file=sys.stderr,
+        )
     manifest = tokenize(RAW, OUT, params, machine, code_key("tokenize"), selection)
     splits = ", ".join(
         f"{name} {t.tokens:,} tokens of {t.docs:,} documents in {t.shards} shards"
         for name, t in manifest.totals.items()
     )
     print(f"tokenize: {splits} in {OUT}; dataset_key {manifest.dataset_key[:12]}")
-
-
-def _has_rules() -> bool:
-    return load_section("curate", CurateParams).has_rules
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from pipeline.runtime.machine import Machine
 from pipeline.runtime.params_file import validate
 from pipeline.store import atomic
 from pipeline.store.__main__ import main as prune
+from pipeline.tokenize.__main__ import main as tokenize_main
 from pipeline.tokenize.stage import tokenize
 from pipeline.verify.stage import DataFault, verify
 from tests.pipeline.curate.corpus import document, some_rows, write_source
@@ -151,6 +152,34 @@ def test_a_selection_of_the_same_rows_is_the_same_after_a_change_of_code(
     off: dict[str, Any] = {"columns": [], "filters": {}}
     off |= {"exact_duplicates": False, "near_duplicates": False}
     assert len({curate(params(**off, bands=bands)).model_dump_json() for bands in (1, 2)}) == 1
+
+
+def test_fresh_rebuilds_every_piece(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is no `posix_fallocate`, as on macOS."""
+    write_source(RAW, some_rows(), [25])
+    Path("tasks.jsonl").write_text('{"text": "a b c d e f g h i j"}\n')
+    rules = {"val_copies": "drop", "decontaminate": ["tasks.jsonl"]}
+    monkeypatch.delattr("os.posix_fallocate", raising=False)
+    curate(params(**rules, compare="text"))
+    found, before = dropped(), pieces_by_kind()
+    assert before.keys() == {*measure_chunk.MODULES, "measured", "selections"}
+    curate_stage.curate(RAW, SELECTION, params(**rules, compare="text"), SPLIT, Machine(fresh=True))
+    assert dropped() == found
+    after = pieces_by_kind()
+    assert after.keys() == before.keys()
+    for kind, times in before.items():
+        assert all(after[kind][key] != time for key, time in times.items()), kind
+    curate(params(**rules))
+    assert pieces_by_kind()["signatures"] == after["signatures"]
+
+
+def pieces_by_kind() -> dict[str, dict[str, int]]:
+    """Return when each piece of the store was made."""
+    found: dict[str, dict[str, int]] = {}
+    for path in Path(".work").glob("*/*/*"):
+        if path.name != "piece.json":  # whose time is that of its last use
+            found.setdefault(path.parts[1], {})[path.parts[2]] = path.stat().st_mtime_ns
+    return found
 
 
 @pytest.mark.parametrize(
@@ -326,6 +355,21 @@ def test_a_changed_threshold_reads_no_text_and_encodes_only_chunks_whose_rows_ch
     assert all(changed & {25 * int(n) + row for row in range(int(a), int(b))} for n, a, b in spans)
 
 
+def test_tokenize_warns_of_a_selection_by_other_parameters(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.tokenize.__main__.code_key", lambda _: CODE)
+    write_source(RAW, some_rows(9), [])
+    columns = [{"column": "language", "in": ["en"]}]
+    for rules, is_warned in (({"columns": columns}, False), ({}, True), ({"bands": 2}, True)):
+        sections = {"curate": rules, "tokenize": {"val_per_10k": 5000}}
+        Path("params.yaml").write_text(json.dumps(sections))
+        if not SELECTION.exists():
+            main()
+        tokenize_main()
+        assert ("data/selection" in capsys.readouterr().err) == is_warned
+
+
 def test_one_more_file_costs_only_that_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = some_rows(90)
     write_source(RAW, rows[:60], [25])
@@ -399,6 +443,23 @@ def test_verify_finds_what_is_wrong_with_the_selection(here: Path) -> None:
     curate(params(near_duplicates=False))  # another selection than that of the tokens
     with pytest.raises(DataFault, match=str(TOKENS / NAME)):
         verify(RAW, TOKENS, VerifyParams(), Machine(), SELECTION)
+
+
+def test_ledgers_that_lack_values_or_are_no_parquet_are_refused(here: Path) -> None:
+    write_source(RAW, some_rows(), [])
+    (file,) = curate(params(filters={}, near_duplicates=False)).files
+    path = SELECTION / str(file.ledger)
+    first, *rest = pq.read_table(path).to_pylist()
+    for missing in ({"row": None}, {"rule": None}, {"twin_file": 0}, None):
+        path.unlink()
+        if missing is None:
+            path.write_bytes(b"no parquet")
+        else:
+            entries = [{**first, **missing}, *rest]
+            pq.write_table(pa.Table.from_pylist(entries, schema=LEDGER_SCHEMA), path)
+        forged = file.model_copy(update={"ledger_sha256": atomic.sha256_file(path)})
+        with pytest.raises(UserError, match=str(path)):
+            read_ledger(SELECTION, forged)
 
 
 def test_a_document_index_with_a_row_of_a_chunk_that_is_not_kept_is_named(here: Path) -> None:
