@@ -128,9 +128,6 @@ class Loggers:
             self._try(name, logger.end)
         self._open = {}
 
-    def _start(self, name: LoggerName) -> None:
-        self._open[name] = LOGGERS[name](self._run)
-
     def _try(self, name: str, call: Callable[[], object]) -> None:
         try:
             call()
