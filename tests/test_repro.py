@@ -225,7 +225,7 @@ def test_fresh_clone_pulls_and_runs_only_what_changed(copy: Clone, tmp_path: Pat
     copy.git("push", "-q", "origin", "HEAD")
     copy.run("dvc", "push")
     output = copy.run("dvc", "exp", "run", "-n", "warm", "-S", "evaluate.temperature=0.3")
-    assert stages_run(output) == {"evaluate", "report"}
+    assert stages_run(output) == {"evaluate", "export", "report"}
     show = ("show", "--only-changed", "--no-pager", "--drop", ".*/")
     for command in (("metrics", "show"), ("exp", *show)):
         table = copy.run("dvc", *command, COLUMNS="400").splitlines()
@@ -247,7 +247,7 @@ def test_fresh_clone_pulls_and_runs_only_what_changed(copy: Clone, tmp_path: Pat
     box.run("dvc", "exp", "apply", "warm")
     assert stages_run(box.run("dvc", "repro")) == set()
     output = box.run("dvc", "exp", "run", "-S", "evaluate.temperature=0.5")
-    assert stages_run(output) == {"evaluate", "report"}
+    assert stages_run(output) == {"evaluate", "export", "report"}
     assert not (box.folder / ".work/files").exists()  # nothing was fetched from the source
     assert [path.name for path in (box.folder / "data/raw").iterdir()] == ["manifest.json"]
 

@@ -99,7 +99,7 @@ def test_the_norm_of_a_non_finite_gradient_is_non_finite(bad: float) -> None:
     assert not gradient_norm([torch.ones(2, 2), torch.tensor([1.0, bad])]).isfinite()
 
 
-@pytest.mark.slow  # compiles
+@pytest.mark.soak  # compiles
 def test_gradients_of_a_compiled_model_repeat() -> None:
     """Threads add to the same rows of the table; their speed must not decide the order."""
     threads = torch.get_num_threads()

@@ -198,7 +198,8 @@ def test_page_is_up_to_date_and_short() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processes", "micro_batch", "dtype"), [(1, 4, "float32"), (2, 2, "bfloat16")]
+    ("processes", "micro_batch", "dtype"),
+    [pytest.param(1, 4, "float32", marks=pytest.mark.soak), (2, 2, "bfloat16")],
 )
 def test_same_weights_after_50_steps_and_a_kill(
     project: Project, processes: int, micro_batch: int, dtype: str
