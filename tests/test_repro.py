@@ -214,6 +214,7 @@ def test_comments_rebuild_nothing_and_damage_only_the_damaged_chunks(copy: Clone
     assert copy.hashes("data/tokens") == before
 
 
+@pytest.mark.soak
 def test_fresh_clone_pulls_and_runs_only_what_changed(copy: Clone, tmp_path: Path) -> None:
     """The commands of docs/experiments.md and run-10b.md, with folders as remotes."""
     params = (copy.folder / "params.yaml").read_text()
