@@ -130,6 +130,12 @@ def test_compiling_without_a_c_compiler_is_refused(
         devices.check_gpu("bfloat16", compiled=True)
 
 
+def test_a_cpu_with_avx2_trains_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert "AVX2" in str(compiler.why_eager(None, "cpu", 1e18))
+    assert compiler.why_eager(True, "cpu", 1e18) is None
+
+
 @pytest.mark.parametrize(
     ("variable", "value"),
     [("CXX", "/dev/null/g++"), ("CXX", "false"), ("TORCHINDUCTOR_CACHE_DIR", "/dev/null")],
