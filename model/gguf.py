@@ -25,7 +25,7 @@ def write(
 ) -> None:
     """Write a `state_dict()` as float32, with GPT-2's tokenizer.
 
-    llama.cpp is told to put `<|endoftext|>` before each prompt, as `model.generate` does.
+    The file has llama.cpp put `<|endoftext|>` before each prompt, as `model.generate` does.
 
     Raises:
         ConfigError: The package `gguf` is not installed, the model is no GPT-2, or its vocabulary

@@ -44,7 +44,7 @@ from train.distributed.rendezvous import process_group
 from train.distributed.torchrun import run_torchrun
 from train.distributed.world import World
 from train.evals import hellaswag, lambada, reference_curve
-from train.evals.likelihood import BATCH_TOKENS, Request
+from train.evals.likelihood import BATCH_TOKENS, Request, score_requests
 from train.evals.task_files import are_clean, with_clean
 from train.params import EvaluateParams
 from train.run import CHECKPOINT, CURVES, TOKENS, compared
@@ -225,7 +225,8 @@ def measure(
         predictions = hellaswag.predict(gpt, tasks.hellaswag, world, batch_size)
         metrics |= with_clean(hellaswag.metrics, predictions, tasks.hellaswag_clean)
     if tasks.lambada is not None:
-        metrics |= lambada.evaluate(gpt, tasks.lambada, world, batch_size, tasks.lambada_clean)
+        scores = score_requests(gpt, tasks.lambada, world, batch_size)
+        metrics |= with_clean(lambada.metrics, scores, tasks.lambada_clean)
     return metrics
 
 

@@ -43,8 +43,8 @@ class Decisions:
 
         Args:
             rows: (k,) int64.
-            values: (k,) float64, what decided; NaN or Inf: no number.
-            reasons: (k,) strings: a value that is no number, the name of a task.
+            values: (k,) float64, what decided; non-finite values are stored as null.
+            reasons: (k,) strings that decided: a value of a column, the name of a task.
             twins: (k,) int64, the kept row of which each one is a copy.
         """
         self.counts[rule] = self.counts.get(rule, 0) + len(rows)

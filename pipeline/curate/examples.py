@@ -11,7 +11,8 @@ from pipeline.format.manifest import DroppedExample, RawManifest
 from pipeline.format.parquet import read_batches
 
 PER_RULE = 3
-_CHARACTERS = 600
+CHARACTERS = 600
+"""Shown of a text."""
 
 
 def examples(
@@ -40,9 +41,9 @@ def _example(entry: dict[str, Any], source: RawManifest, raw: Path) -> DroppedEx
     twin: dict[str, Any] = {}
     if entry["twin"] is not None:
         twin_path, twin_row = locate(source, entry["twin"])
-        text = read_text(raw, source, twin_path, twin_row)[:_CHARACTERS]
+        text = read_text(raw, source, twin_path, twin_row)[:CHARACTERS]
         twin = {"twin_path": twin_path, "twin_row": twin_row, "twin_text": text}
-    text = read_text(raw, source, path, row)[:_CHARACTERS]
+    text = read_text(raw, source, path, row)[:CHARACTERS]
     facts = {"value": entry["value"], "reason": entry["reason"]}
     return DroppedExample(path=path, row=row, text=text, **facts, **twin)
 

@@ -141,8 +141,7 @@ def drop_contaminated(
     """Find, and drop if asked, the rows that share words with a task; return what was found."""
     rows_found, items = 0, Counter[int]()
     for number, span in pieces.spans():
-        found = pieces.array(number, "contamination", "found.npy")
-        found = found[decisions.kept[span][found[:, 0]]]
+        found = _found(pieces, number, span, decisions)
         items.update(found[:, 1].tolist())
         # Of several tasks in a row, the one with most n-grams: the ledger has a line per row.
         order = np.lexsort((found[:, 1], -found[:, 2], found[:, 0]))
@@ -166,11 +165,17 @@ def unclean_tasks(pieces: Pieces, tasks: Index, decisions: Decisions) -> dict[st
     """Return the tasks that share words with rows kept by all rules; see `SelectionManifest`."""
     rows = Counter[int]()
     for number, span in pieces.spans():
-        found = pieces.array(number, "contamination", "found.npy")
-        rows.update(found[decisions.kept[span][found[:, 0]], 1].tolist())
+        rows.update(_found(pieces, number, span, decisions)[:, 1].tolist())
     return dict.fromkeys(tasks.short) | {
         tasks.items[item]: count for item, count in sorted(rows.items())
     }
+
+
+def _found(pieces: Pieces, number: int, span: slice, decisions: Decisions) -> np.ndarray:
+    """Return the words shared with tasks in the rows of a chunk that are kept so far: (f, 3)."""
+    found = pieces.array(number, "contamination", "found.npy")
+    kept: np.ndarray = found[decisions.kept[span][found[:, 0]]]
+    return kept
 
 
 def dumps(pieces: Pieces) -> tuple[np.ndarray, list[str]]:

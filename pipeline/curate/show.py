@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from pipeline.curate import heuristics, row_rules, words
 from pipeline.curate.copies import NEAR
-from pipeline.curate.examples import read_text
+from pipeline.curate.examples import CHARACTERS, read_text
 from pipeline.curate.pieces import Pieces
 from pipeline.format.manifest import NAME, RawManifest
 from pipeline.format.selection import Selection, read_ledger
@@ -20,7 +20,6 @@ from pipeline.params import CurateParams
 from pipeline.runtime.errors import UserError, printable
 from pipeline.runtime.params_file import nearest
 
-_CHARACTERS = 600
 _AGAIN = "run `dvc repro --force curate`"
 
 
@@ -202,6 +201,6 @@ def _decision(entry: dict[str, Any]) -> str:
 def _excerpt(raw: Path, source: RawManifest, path: str, row: int) -> str:
     """Return the beginning of a row's text, without control characters."""
     text = read_text(raw, source, path, row)
-    lines = [f"    {printable(line)}" for line in text[:_CHARACTERS].splitlines()]
-    rest = len(text) - _CHARACTERS
+    lines = [f"    {printable(line)}" for line in text[:CHARACTERS].splitlines()]
+    rest = len(text) - CHARACTERS
     return "\n".join([*lines, f"    [{rest:,} more characters]"] if rest > 0 else lines)

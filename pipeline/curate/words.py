@@ -76,7 +76,7 @@ class Piece(NamedTuple):
     """Row of the batch that is row 0 of `texts`."""
     texts: Texts
     continued: bool
-    """Whether row 0 goes on from the last row of the piece before."""
+    """Whether row 0 continues the last row of the piece before."""
 
 
 def as_texts(column: pa.Array | pa.ChunkedArray) -> Texts:

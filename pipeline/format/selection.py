@@ -32,7 +32,7 @@ LEDGER_SCHEMA = pa.schema(
         ("row", pa.int64()),  # in the source file, ascending
         ("rule", pa.string()),  # the first rule that dropped the row
         ("value", pa.float64()),  # what decided: a column's value, a measure, a similarity
-        ("reason", pa.string()),  # what decided where it is no number: a string, a task
+        ("reason", pa.string()),  # the string that decided: of a column, the name of a task
         ("twin_file", pa.int32()),  # of a duplicate: the number of the kept row's file
         ("twin_row", pa.int64()),
     ]

@@ -68,7 +68,7 @@ def private_folder() -> Path:
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise UserError(
-            f"{folder}: only you may write to it; remove it, or set TMPDIR to another folder"
+            f"{folder}: is no folder that only you can write to; remove it, or set TMPDIR"
         )
     return folder
 

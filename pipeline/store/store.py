@@ -114,7 +114,7 @@ class Store:
             Busy: ``wait`` is false and another process holds the lock.
             UserError: The store cannot be written.
         """
-        path = self.root / "locks" / f"{kind}-{self.path(kind, key).name}"
+        path = self._lock_file(kind, self.path(kind, key).name)
         with self._writing():
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
@@ -135,7 +135,7 @@ class Store:
 
     def is_locked(self, kind: str, key: str) -> bool:
         """Return whether a process holds the key's lock; a shared lock for an instant shows it."""
-        path = self.root / "locks" / f"{kind}-{key}"
+        path = self._lock_file(kind, key)
         try:
             atomic.check_regular(path)
             with open(path) as file:
@@ -145,6 +145,9 @@ class Store:
         except OSError:  # none, or no regular file
             return False
         return False
+
+    def _lock_file(self, kind: str, key: str) -> Path:
+        return self.root / "locks" / f"{kind}-{key}"
 
     def find(self, kind: str, key: str) -> Path | None:
         """Return the folder of a complete piece, or None if it is missing or damaged."""

@@ -14,7 +14,7 @@ from typing import Any
 from model import GPT
 from train.distributed.world import World
 from train.evals.likelihood import Request, Score, score_requests
-from train.evals.task_files import read_tasks, text, with_clean
+from train.evals.task_files import read_tasks, text
 
 HUB = ("EleutherAI/lambada_openai", "default", "test")
 
@@ -41,10 +41,9 @@ def evaluate(
     tasks: list[Request],
     world: World | None = None,
     batch_size: int | None = None,
-    clean: list[bool] | None = None,
 ) -> dict[str, float]:
-    """Score the tasks; for the arguments see ``score_requests`` and ``task_files.with_clean``."""
-    return with_clean(metrics, score_requests(gpt, tasks, world, batch_size), clean)
+    """Score the tasks and return their `metrics`; for the arguments see ``score_requests``."""
+    return metrics(score_requests(gpt, tasks, world, batch_size))
 
 
 def metrics(scores: list[Score]) -> dict[str, float]:

@@ -62,7 +62,7 @@ def text(row: Row, key: str) -> str:
 
 
 def are_clean(source: str | None, n: int) -> list[bool] | None:
-    """Tell which tasks of a file share no words with a document that `curate` keeps.
+    """Return which tasks of a file share no words with a document that `curate` keeps.
 
     Args:
         source: As of `read_tasks`; None: no benchmark.
