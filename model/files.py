@@ -104,6 +104,10 @@ def check_shapes(
 def load_tensors(found: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
     """Yield tensors as float32, one at a time, to never hold a second copy of the model.
 
+    Each is a copy in memory of its own: what safetensors returns is the mapped file, at any
+    address. Vectorised kernels would be slower there and round differently, and a file that is cut
+    short while it is mapped would end the process.
+
     Raises:
         FormatError: A file is unreadable, or a tensor has non-finite values or is not of `FLOATS`.
     """
@@ -120,7 +124,7 @@ def _as_float32(stored: Stored, tensor: Tensor) -> Tensor:
             f"{stored.path}: tensor {stored.name!r} is {tensor.dtype}: "
             "weights must be float64, float32, float16 or bfloat16"
         )
-    tensor = tensor.float()
+    tensor = tensor.to(torch.float32, copy=True)
     finite = torch.isfinite(tensor)
     if not finite.all():
         raise FormatError(

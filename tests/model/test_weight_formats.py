@@ -49,6 +49,16 @@ def test_checkpoint_round_trip(saved):
     gpt(tokens, tokens).backward()  # can be trained further
 
 
+def test_a_loaded_model_does_not_depend_on_its_file(saved):
+    """Its parameters are no views of the mapped file, which could change or be cut short."""
+    gpt = GPT.from_checkpoint(saved)
+    path = saved / "model.safetensors"
+    with path.open("r+b") as file:  # in place, as no command here does
+        file.write(bytes(path.stat().st_size))
+    for p, q in zip(gpt.parameters(), GPT(CONFIG, seed=1).parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_checkpoint_layout(saved):
     """The names of `state_dict`, the tied table once, and the config."""
     tensors = load_file(saved / "model.safetensors")
