@@ -22,6 +22,7 @@ from tests.train.test_play import REFUSED
 from train import serve, watch
 from train.report import live
 from train.report.__main__ import main as report_main
+from train.report.run_log import LogReader
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 
@@ -135,7 +136,7 @@ def test_pages_are_drawn_one_at_a_time_with_rests(
     log = add_run("aa", "") / "log.jsonl"
     drawn: list[float] = []
 
-    def draw(run: live.Found, runs: list[live.Found]) -> str:
+    def draw(run: live.Found, runs: list[live.Found], reader: LogReader) -> str:
         drawn.append(time.monotonic())
         if len(drawn) == 3:
             raise PermissionError(13, "Permission denied", "log.jsonl")
