@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 
@@ -102,9 +101,8 @@ def test_card_of_odd_names_has_no_other_cells_links_or_yaml() -> None:
         },
     )
     page = card.text(GPTConfig(1, 1, 8), records, "me/x", licence=odd)
-    _, metadata, body = re.split("^---$", page, maxsplit=2, flags=re.MULTILINE)
-    assert yaml.safe_load(metadata)["datasets"] == [odd]
-    assert yaml.safe_load(metadata)["license"] == odd
+    data, body = ModelCard(page).data.to_dict(), page.partition("\n---\n")[2]
+    assert (data["datasets"], data["license"]) == ([odd], odd)
     assert len(re.findall("^# ", body, re.MULTILINE)) == 1
     rows = [re.sub(r"\\.", "", line) for line in body.splitlines() if line.startswith("|")]
     assert len(rows) > 10

@@ -14,7 +14,7 @@ from train.monitor.history import History
 from train.report.run_log import Log, LogReader
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(
         st.one_of(
