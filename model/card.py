@@ -7,6 +7,7 @@ without a record is left out. The same records give the same bytes.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -247,7 +248,8 @@ def _cell(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.6g}"
-    return " ".join(escape(str(value), quote=False).replace("|", "\\|").split())
+    text = escape(str(value), quote=False)
+    return " ".join(re.sub(r"([\\|\[\]])", r"\\\1", text).split())  # no column, no link, no image
 
 
 def _metadata(records: Records, title: str, licence: str) -> list[str]:

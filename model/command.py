@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,17 @@ def folder_path(text: str) -> Path:
     if not text or "\0" in text:  # the path "" would be the working directory
         raise argparse.ArgumentTypeError("must be the path of a folder, without NUL characters")
     return Path(text)
+
+
+def repository(text: str) -> str:
+    """Parse a flag: the name of a repository, as the Hugging Face hub allows it."""
+    name = r"\w(?:[\w.-]{0,94}\w)?"
+    if not re.fullmatch(f"{name}/{name}(?<![.]git)", text, re.ASCII) or re.search(r"--|\.\.", text):
+        # Without the text: it may be an address with a token in it.
+        raise argparse.ArgumentTypeError(
+            "must be OWNER/NAME, each of letters, digits, '_', '-' and '.', as me/my-model"
+        )
+    return text
 
 
 def run(main: Callable[[], None]) -> NoReturn:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from model.command import Parser, folder_path, run
+from model.command import Parser, folder_path, repository, run
 from model.config import EOT
 
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="hf: the licence of the model, for its card, as the hub names it: mit, apache-2.0",
     )  # fmt: skip
     parser.add_argument(
-        "--push", metavar="OWNER/NAME",
+        "--push", type=repository, metavar="OWNER/NAME",
         help="hf: upload the files to this model repository of the Hugging Face hub",
     )  # fmt: skip
     args = parser.parse_args(argv)

@@ -1,8 +1,8 @@
 """`python -m train.watch`: the page of a running run, live, in a browser on this machine.
 
 The browser asks every few seconds. The page of a run is drawn again if its log has changed, at a
-low priority, and for at most a fifth of the time of one core, however long the log is. On another
-machine, forward the port: `ssh -L 8000:127.0.0.1:8000 HOST`.
+low priority, and for at most a fifth of the time of one core, however long the log is; of the log
+only what is new is read. On another machine, forward the port: `ssh -L 8000:127.0.0.1:8000 HOST`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pipeline.runtime.machine import Machine
 from pipeline.store.store import Store
 from train import serve
 from train.report import html, live
+from train.report.run_log import LogReader
 
 INTERVAL = 3000  # milliseconds between two questions of the page
 REST = 4  # a page is served for so many times as long as it took to draw
@@ -31,11 +32,16 @@ REST = 4  # a page is served for so many times as long as it took to draw
 
 @dataclass(frozen=True)
 class Drawn:
-    """A page: what it shows as a hash, its content, and the time until which it is served."""
+    """A page: what it shows as a hash, its content, and the time until which it is served.
+
+    Attributes:
+        reader: Reads the log for the next drawing.
+    """
 
     shows: str
     body: str
     until: float
+    reader: LogReader
 
 
 class Watch:
@@ -80,11 +86,15 @@ class Watch:
         run = live.choose(runs, key)
         states = [(other.key, other.state) for other in runs]
         shows = f"{zlib.crc32(repr((run, states)).encode()):08x}"
+        for removed in self._pages.keys() - {other.key for other in runs}:
+            del self._pages[removed]
         page, now = self._pages.get(run.key), time.monotonic()
         if page is None or (page.shows != shows and now >= page.until):
-            body = live.render_body(run, runs)
+            reader = page.reader if page else LogReader(run.folder / "log.jsonl")
+            body = live.render_body(run, runs, reader)
             ended = time.monotonic()
-            page = self._pages[run.key] = Drawn(shows, body, ended + REST * (ended - now))
+            page = Drawn(shows, body, ended + REST * (ended - now), reader)
+            self._pages[run.key] = page
         return page
 
 

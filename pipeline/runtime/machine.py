@@ -25,7 +25,7 @@ from pipeline.runtime.params_file import first_error, nearest, read_yaml
 
 PREFIX = "GPT2_"
 
-LoggerName = Literal["tensorboard", "wandb"]
+LoggerName = Literal["tensorboard", "wandb", "trackio"]
 AttentionKernel = Literal["cudnn", "flash", "efficient", "math"]
 
 

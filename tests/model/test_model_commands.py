@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -135,6 +136,14 @@ def test_export_is_uploaded_only_with_the_flag_and_only_with_a_token(call, tmp_p
     with Hub() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
         assert call(export, *flags)[0] == 0
+        shutil.rmtree(out)
+        for wrong in ("", "model", "a/b/c", "me/mo del", "me/x.git", 'me/x")', "me/x\n", "../x"):
+            assert fails(call(export, *flags, "--push", wrong), "--push", "OWNER/NAME")
+        address = f"https://me:{TOKEN}@huggingface.co/me/x"
+        result = call(export, *flags, "--push", address)
+        assert fails(result, "--push")
+        assert TOKEN not in "".join(map(str, result))
+        assert not out.exists()
         assert hub.requests == []
         assert fails(call(export, *flags, "--push", "me/model"), "--push me/model", "HF_TOKEN")
         assert hub.repos == {}
@@ -148,7 +157,7 @@ def test_export_is_uploaded_only_with_the_flag_and_only_with_a_token(call, tmp_p
     assert uploaded == {path.name: path.read_bytes() for path in out.iterdir()}
     assert b'from_pretrained("me/model")' in uploaded["README.md"]
     for wrong in ("--push", "--project", "--licence"):
-        assert fails(call(export, *flags, wrong, "x", "--format", "llmc"), wrong)
+        assert fails(call(export, *flags, wrong, "me/x", "--format", "llmc"), wrong)
 
 
 def test_import_downloads_a_name_on_the_hub(tmp_path):

@@ -86,3 +86,25 @@ def test_card_of_a_checkpoint_of_earlier_code(missing: str) -> None:
     with pytest.raises(FormatError) as refused:
         card.text(GPTConfig(1, 1, 8), card.Records({**state, "tokens": "many"}), "x")
     assert "--project" not in str(refused.value)
+
+
+def test_card_of_odd_names_has_no_other_cells_links_or_yaml() -> None:
+    odd = 'a | b \\| <img src="//x"> ![c](//x) [d](//x)\n\n---\n# Title'
+    records = card.Records(
+        {"step": 1, "tokens": 128, "versions": {odd: odd}},
+        {"world_size": 1, "device": odd, "seconds": 1.0},
+        manifest={
+            "source": {"source": {"kind": "hub", "repo": odd, "revision": odd, "config": odd}},
+            "totals": {"train": {"tokens": 1, "docs": 1}},
+            "tokenizer": {"name": odd},
+            "dataset_key": "k",
+        },
+    )
+    page = card.text(GPTConfig(1, 1, 8), records, "me/x", licence=odd)
+    data, body = ModelCard(page).data.to_dict(), page.partition("\n---\n")[2]
+    assert (data["datasets"], data["license"]) == ([odd], odd)
+    assert len(re.findall("^# ", body, re.MULTILINE)) == 1
+    rows = [re.sub(r"\\.", "", line) for line in body.splitlines() if line.startswith("|")]
+    assert len(rows) > 10
+    assert {row.count("|") for row in rows} == {3}
+    assert not any(set("[]<") & set(row) for row in rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -22,6 +23,7 @@ from tests.train.test_play import REFUSED
 from train import serve, watch
 from train.report import live
 from train.report.__main__ import main as report_main
+from train.report.run_log import LogReader
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 
@@ -101,6 +103,9 @@ def test_damage_costs_its_part_of_a_page(
         '{"step": 3, "sample": 5}',
         '{"step": 3, "sample": [-1, 99999]}',
         '{"step": 3, "sample": [464, 661]}',
+        f'{{"step": {10**400}, "train/loss": 1.0}}',
+        '{"step": -4, "train/loss": 1.0}',
+        f'{{"step": 3, "spike": {10**400}}}',
         '{"step": 4, "train/lo',
     ]
     folder = add_run("aa", "\n".join(lines))
@@ -135,7 +140,7 @@ def test_pages_are_drawn_one_at_a_time_with_rests(
     log = add_run("aa", "") / "log.jsonl"
     drawn: list[float] = []
 
-    def draw(run: live.Found, runs: list[live.Found]) -> str:
+    def draw(run: live.Found, runs: list[live.Found], reader: LogReader) -> str:
         drawn.append(time.monotonic())
         if len(drawn) == 3:
             raise PermissionError(13, "Permission denied", "log.jsonl")
@@ -166,6 +171,39 @@ def test_pages_are_drawn_one_at_a_time_with_rests(
         while (await ask(""))[0] == 200:
             pass
         assert len(drawn) == 3
+
+    served(scenario)
+
+
+def test_run_that_is_removed_while_it_is_watched(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "REST", 0)
+    line = '{"step": 1, "train/loss": 3.5}\n'
+
+    async def scenario(address: str) -> None:
+        async with aiohttp.ClientSession() as session:
+
+            async def ask(**query: str) -> tuple[int, str]:
+                async with session.get(f"{address}run", params=query) as answer:
+                    return answer.status, await answer.text()
+
+            folder = add_run("aa", line)
+            add_run("bb", line)
+            assert "<b>3.5000</b>" in (await ask(run="aa"))[1]
+            with open(folder / "log.jsonl", "a") as log:
+                log.write(line.replace("3.5", "2.5"))
+            assert "<b>2.5000</b>" in (await ask(run="aa"))[1]
+            shutil.rmtree(folder)
+            status, reason = await ask(run="aa")
+            assert (status, reason.count("\n")) == (404, 0)
+            assert "--run aa" in reason
+            status, page = await ask()
+            assert (status, "?run=aa" in page) == (200, False)
+            add_run("aa", line.replace("3.5", "1.5"))
+            assert "<b>1.5000</b>" in (await ask(run="aa"))[1]
+            shutil.rmtree(".work/runs")
+            assert (await ask())[0] == 404
 
     served(scenario)
 

@@ -179,7 +179,7 @@ def _record(line: bytes) -> Record | None:
         record = atomic.parse_json(line)
     except ValueError:
         return None
-    if not isinstance(record, dict) or type(record.get("step")) is not int:
+    if not isinstance(record, dict) or type(record.get("step")) is not int or record["step"] < 0:
         return None
     found = record.pop(CHECKSUM, None)
     is_intact = found in (None, _checksum(record))
@@ -187,10 +187,10 @@ def _record(line: bytes) -> Record | None:
 
 
 def _is_value(name: str, value: object) -> bool:
-    """Return whether a log has such a value: a number, or the tokens of a sample."""
+    """Return whether a log has such a value: a number of 64 bits, or the tokens of a sample."""
     if name == "sample":
         return isinstance(value, list) and all(type(token) is int for token in value)
-    return type(value) in (int, float)
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def _checksum(record: Record) -> str:

@@ -1,4 +1,4 @@
-"""Other programs that draw the log of a run: TensorBoard, and Weights & Biases.
+"""Other programs that draw the log of a run: TensorBoard, Weights & Biases, and trackio.
 
 `loggers` in machine.yaml names them. Each start writes the whole log again, as for DVC's curves
 (history.py), so a resumed run has neither gaps nor doubles. A logger that fails ends with a warning
@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,8 @@ from typing import Any, Protocol
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import LoggerName
 
-PROJECT = "gpt2-pretraining"  # on the pages of Weights & Biases
+PROJECT = "gpt2-pretraining"  # on the pages of Weights & Biases, and of trackio
+FLUSH_SECONDS = 10
 
 
 class Logger(Protocol):
@@ -40,7 +42,7 @@ class TensorBoard:
 
         folder = run / "tensorboard"
         shutil.rmtree(folder, ignore_errors=True)
-        self._writer: Any = SummaryWriter(folder, flush_secs=10)
+        self._writer: Any = SummaryWriter(folder, flush_secs=FLUSH_SECONDS)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Add the values of a step."""
@@ -77,7 +79,42 @@ class WandB:
         self._run.finish()
 
 
-LOGGERS: dict[LoggerName, Callable[[Path], Logger]] = {"tensorboard": TensorBoard, "wandb": WandB}
+class Trackio:
+    """A run in trackio's database on this machine, which `trackio show` draws.
+
+    Written by `trackio.sqlite_storage`, as trackio's own imports are: `trackio.init` would send the
+    token of the Hugging Face hub that is stored on the machine to the hub, to ask for its owner.
+    """
+
+    def __init__(self, run: Path) -> None:
+        from trackio.sqlite_storage import SQLiteStorage
+
+        self._storage: Any = SQLiteStorage
+        self._run = run.name[:12]
+        self._storage.delete_run(PROJECT, self._run, run_id=self._run)
+        if self._storage.get_log_count(PROJECT, self._run, run_id=self._run):
+            raise OSError("the points of the last start cannot be deleted")
+        self._points: list[tuple[int, Mapping[str, float]]] = []
+        self._written = time.monotonic()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Add the values of a step; written with others, as each write locks the database."""
+        self._points.append((step, values))
+        if time.monotonic() >= self._written + FLUSH_SECONDS:
+            self.end()
+
+    def end(self) -> None:
+        """Write the points that are not written yet."""
+        steps, values = [step for step, _ in self._points], [values for _, values in self._points]
+        self._storage.bulk_log(PROJECT, self._run, values, steps, run_id=self._run)
+        self._points, self._written = [], time.monotonic()
+
+
+LOGGERS: dict[LoggerName, Callable[[Path], Logger]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "trackio": Trackio,
+}
 
 
 def check_installed(names: Sequence[LoggerName]) -> None:

@@ -20,7 +20,7 @@ from pipeline.store import atomic
 from pipeline.store.store import Store
 from train.params import ModelParams, TrainParams
 from train.report import html, run_charts
-from train.report.run_log import Log, sample_text
+from train.report.run_log import Log, LogReader, sample_text
 
 MOST_RUNS = 50
 SAMPLE_PROMPT = 16  # tokens of the prompt of a logged sample (train/trainer.py)
@@ -87,17 +87,20 @@ def choose(runs: list[Found], key: str | None) -> Found:
     return matching[0]
 
 
-def render_body(run: Found, runs: list[Found]) -> str:
+def render_body(run: Found, runs: list[Found], reader: LogReader | None = None) -> str:
     """Render a run, and links to the others, as the content of a page.
+
+    Args:
+        reader: Of the run's log, for a page that is drawn many times.
 
     Raises:
         UserError: The log cannot be read.
     """
-    path = run.folder / "log.jsonl"
+    reader = reader or LogReader(run.folder / "log.jsonl")
     try:
-        log = Log.parse(atomic.read_bytes(path))
+        log = reader.read()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; choose another run") from None
+        raise UserError(f"{reader.path}: {error.strerror}; choose another run") from None
     record, start = _read(run.folder / "run.json"), _last_start(run.folder)
     steps = _steps(record)
     has_curves = len(log.curve("train/loss")[0]) > 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.format import tokenizer
+from pipeline.store import atomic
 from train.monitor import history
 
 
@@ -41,6 +43,41 @@ class Log:
     def samples(self) -> list[tuple[int, list[int]]]:
         """Return (step, tokens) of each sample: a fixed prompt with the continuation."""
         return [(record["step"], record["sample"]) for record in self.records if "sample" in record]
+
+
+TAIL = 500  # bytes, of about two lines
+
+
+class LogReader:
+    """Reader of the log of a running run: a reading parses what was added since the one before.
+
+    A resumed run replaces its log by a shorter one. So each reading starts with the last bytes of
+    the one before; if they are no longer there, the log is read again from its start.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._records: list[dict[str, Any]] = []
+        self._end, self._tail = 0, b""  # of the complete lines that were read
+
+    def read(self) -> Log:
+        """Return the log as it is now; a last line without an end is parsed again the next time.
+
+        Raises:
+            OSError: It cannot be read, or is no file.
+        """
+        atomic.check_regular(self.path)
+        with open(self.path, "rb") as file:
+            file.seek(self._end - len(self._tail))
+            data = file.read()
+            if not data.startswith(self._tail):
+                self._records, self._end, self._tail = [], 0, b""
+                file.seek(0)
+                data = file.read()
+        old, end = len(self._tail), data.rfind(b"\n") + 1
+        self._records += history.parse(data[old:end])
+        self._end, self._tail = self._end + end - old, data[max(0, end - TAIL) : end]
+        return Log(self._records + history.parse(data[end:]))
 
 
 def sample_text(tokens: list[int]) -> str:

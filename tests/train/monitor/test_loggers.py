@@ -1,4 +1,4 @@
-"""Tests for the loggers of a run: TensorBoard and Weights & Biases, where they are installed."""
+"""Tests for the loggers of a run, with their programs where these are installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.machine import Machine
+from pipeline.runtime.machine import LoggerName, Machine
 from tests.support.training import Project, records, stop_in, train_here
 from train.monitor import loggers
 
@@ -58,17 +58,25 @@ def test_a_logger_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch
         loggers.check_installed(["wandb"])
 
 
+LOG = [{"step": step, "train/loss": 1 / step, "sample": [1]} for step in (1, 2, 3)]
+
+
+def write_twice(name: LoggerName, run: Path) -> None:
+    """Write a log to a logger in two starts; the second one resumes after step 1."""
+    for done in (LOG[:2], LOG[:1]):
+        logger = loggers.Loggers([name], run)
+        logger.begin(done)
+        for record in LOG[len(done) :]:
+            logger.add(record)
+        assert logger._open
+        logger.end()
+
+
 def test_tensorboard_has_each_point_once(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = [{"step": step, "train/loss": 1 / step, "sample": [1]} for step in (1, 2, 3)]
-    for done in (log[:2], log[:1]):  # the second start resumes after step 1
-        logger = loggers.Loggers(["tensorboard"], tmp_path)
-        logger.begin(done)
-        for record in log[len(done) :]:
-            logger.add(record)
-        logger.end()
+    write_twice("tensorboard", tmp_path)
     found = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
     assert [(e.step, e.value) for e in found] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
 
@@ -82,3 +90,19 @@ def test_wandb_writes_offline(tmp_path: Path) -> None:
     logger.end()
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert b"train/loss" in file.read_bytes()
+
+
+@pytest.mark.parametrize("flush_seconds", [0, 10])
+def test_trackio_has_each_point_once_and_asks_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flush_seconds: float
+) -> None:
+    storage = pytest.importorskip("trackio.sqlite_storage")
+    monkeypatch.setattr(storage, "TRACKIO_DIR", tmp_path / "trackio")
+    monkeypatch.setattr(loggers, "FLUSH_SECONDS", flush_seconds)
+    monkeypatch.setattr("socket.getaddrinfo", None)
+    write_twice("trackio", tmp_path / "other")
+    for _ in range(2):
+        write_twice("trackio", tmp_path / "run")
+    for run in ("run", "other"):
+        found = storage.SQLiteStorage.get_logs(loggers.PROJECT, run)
+        assert [(f["step"], f["train/loss"]) for f in found] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
