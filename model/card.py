@@ -174,12 +174,14 @@ def _introduction(config: GPTConfig, records: Records) -> str:
 def _data(records: Records) -> Iterable[tuple[str, Any]]:
     if not records.manifest:
         return
-    source = records.manifest["source"]["source"]
+    sources = records.manifest["source"]["sources"]
     totals = records.manifest["totals"]
-    yield "source", f"{source['repo'] or source['kind']} at {source['revision']}"
-    if source.get("config"):
-        yield "configuration", source["config"]
-    yield "licence", LICENCES.get(source["repo"], "not recorded: see the source")
+    for name, source in sources.items():
+        of = f" of {name}" if len(sources) > 1 else ""
+        yield f"source{of}", f"{source['repo'] or source['kind']} at {source['revision']}"
+        if source.get("config"):
+            yield f"configuration{of}", source["config"]
+        yield f"licence{of}", LICENCES.get(source["repo"], "not recorded: see the source")
     for split, label in (("train", "training"), ("val", "validation")):
         if split in totals:
             yield f"{label} tokens", totals[split]["tokens"]
@@ -193,7 +195,11 @@ def _training(records: Records) -> Iterable[tuple[str, Any]]:
     if train is None:
         return
     yield "tokens seen", records.state["tokens"]
-    if records.manifest:
+    if train.get("mixture") is not None:
+        yield "`mixture`: weights of the sources", json.dumps(train["mixture"], sort_keys=True)
+        for name, facts in records.training.get("sources", {}).items():
+            yield f"epochs of {name}", f"{facts['epochs']:.3g}"
+    elif records.manifest:
         epochs = records.state["tokens"] / records.manifest["totals"]["train"]["tokens"]
         yield "epochs", f"{epochs:.3g}"
     for key in RECIPE:
@@ -261,10 +267,10 @@ def _metadata(records: Records, title: str, licence: str) -> list[str]:
     }
     if licence:
         values["license"] = licence
-    source = records.manifest["source"]["source"] if records.manifest else {}
-    if source.get("kind") == "hub":
-        values["datasets"] = [source["repo"]]
-    if source.get("repo") in LICENCES:
+    sources = records.manifest["source"]["sources"].values() if records.manifest else []
+    if on_hub := [source["repo"] for source in sources if source.get("kind") == "hub"]:
+        values["datasets"] = on_hub
+    if sources and all(source.get("repo") in LICENCES for source in sources):
         values["language"] = "en"
     if records.evaluation:
         task = {"type": "text-generation"}

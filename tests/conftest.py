@@ -45,7 +45,7 @@ def _clean_environment() -> Iterator[None]:
 def sample_raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`data/raw` with the complete sample, as downloaded. Do not change it."""
     folder = tmp_path_factory.mktemp("sample")
-    download(SourceParams(), Store(folder / "work"), folder / "raw", Machine())
+    download({"main": SourceParams()}, Store(folder / "work"), folder / "raw", Machine())
     return folder / "raw"
 
 

@@ -85,7 +85,7 @@ SIZES: dict[str, Overlay] = {
     },
     "compiled": {"train": {"steps": 4}},
     ONE_GPU: {
-        "source": {"files": 2},
+        "sources": {"main": {"files": 2}},
         "model": {"size": None, "n_layer": 2, "n_head": 12, "n_embd": 768},
         "train": {"steps": 4},
     },
@@ -106,7 +106,7 @@ QUICK_SIZES: dict[str, Overlay] = {
     },
     "shallow": {"model": {"n_layer": 1}},
     "compiled": {"train": {"steps": 4}},
-    ONE_GPU: {"source": {"files": 2}},
+    ONE_GPU: {"sources": {"main": {"files": 2}}},
 }  # fmt: skip
 QUICK = Scale(QUICK_SIZES, {"full": 2, "shallow": 4, **RANKS}, 3, 5_000, coarse=False)
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline.params import SourceParams
 from pipeline.runtime.params_file import SECTIONS, validate
 from pipeline.store.code_key import PACKAGES
 from tests.support.repo import REPO
@@ -234,7 +235,9 @@ def test_committed_parameters_have_every_section_key_and_comment() -> None:
     lines = [line for line in text.splitlines() if re.match(r"\s*\w+:", line)]
     assert [line for line in lines if not re.search(r"#.*\w", line)] == []
     params = YAML(typ="safe", pure=True).load(text)
-    assert tuple(params) == tuple(preset.SECTIONS) == SECTIONS
+    assert tuple(params) == ("sources", *preset.SECTIONS) == SECTIONS
+    (source,) = params["sources"].values()
+    assert set(source) == set(SourceParams.model_fields)
     for name, section in preset.SECTIONS.items():
         validate(section, params[name], name)
         assert set(params[name]) == set(section.model_fields), name  # no default of the code

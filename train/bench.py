@@ -263,7 +263,7 @@ def main(argv: Sequence[str] = ()) -> None:
     run = replace(  # compiled as in training, but without an end: `measure` stops earlier
         run,
         machine=run.machine.model_copy(update={"compile": run.compiles(kind)}),
-        params=run.params.model_copy(update={"steps": sys.maxsize}),
+        params=run.params.model_copy(update={"steps": sys.maxsize, "mixture": None}),
     )
     run.split(processes, kind)
     if kind == "cuda":

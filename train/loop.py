@@ -19,6 +19,7 @@ from train.monitor.meter import Meter
 from train.run import Run
 from train.run_summary import banner, start_record, summary
 from train.trainer import Trainer
+from train.validation import source_parts
 
 STOP_SECONDS = 10.0  # for hashing the last shards after a signal, of torchrun's 30 s
 
@@ -111,6 +112,7 @@ def train_steps(
 ) -> None:
     """Train the steps after ``done`` complete ones, with validations and checkpoints."""
     params, saved = trainer.params, done
+    parts = source_parts(trainer.run.val_data, params.val_tokens)
 
     def due(every: int) -> bool:
         return done % every == 0 or done == params.steps
@@ -121,7 +123,8 @@ def train_steps(
         scores = params.hellaswag_every is not None and due(params.hellaswag_every)
         accuracy = trainer.score_hellaswag(interrupt) if scores else None
         loss = trainer.validate(interrupt)
-        meter.log_validation(done, loss, accuracy)
+        of_sources = {name: trainer.loss_on(*part, interrupt) for name, part in parts.items()}
+        meter.log_validation(done, loss, accuracy, of_sources)
         if beside := trainer.run.beside_reference(done, loss):
             meter.print_line(done, str(beside))
         meter.log_sample(done, trainer.sample())

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from model.config import Activation, GPTConfig, Positions, check_temperature
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.params_file import Section
+from train.data import phases
 from train.optim.schedule import BatchSchedule, Schedule
 
 if TYPE_CHECKING:
@@ -246,6 +247,10 @@ class TrainParams(ObservingParams):
 
     order: Literal["shuffled", "sequential"] = "shuffled"
     """Sampling order: a new permutation of the windows per epoch, or their order on disk."""
+
+    mixture: Annotated[Any, BeforeValidator(phases.parse)] = None
+    """Weights of the sources, such as {web: 7, code: 3}, or phases with weights; null: all tokens
+    of all sources as one stream (docs/mixtures.md)."""
 
     document_masking: bool = False
     """Whether attention and positions stay within a document: a window's documents are independent

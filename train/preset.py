@@ -15,15 +15,28 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pipeline.params import CurateParams, SourceParams, TokenizeParams, VerifyParams
+from pipeline.params import (
+    CurateParams,
+    Sources,
+    TokenizeParams,
+    VerifyParams,
+    validate_sources,
+)
 from pipeline.runtime import command
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.params_file import PARAMS, Section, nearest, read_yaml, validate
+from pipeline.runtime.params_file import (
+    PARAMS,
+    Section,
+    check_sections,
+    nearest,
+    read_yaml,
+    validate,
+)
 from pipeline.store import atomic
+from train.data.phases import check_names
 from train.params import EvaluateParams, ModelParams, TrainParams
 
 SECTIONS: dict[str, type[Section]] = {
-    "source": SourceParams,
     "curate": CurateParams,
     "tokenize": TokenizeParams,
     "verify": VerifyParams,
@@ -37,7 +50,7 @@ SECTIONS: dict[str, type[Section]] = {
 class Parameters:
     """Validated sections of `params.yaml`."""
 
-    source: SourceParams
+    sources: Sources
     curate: CurateParams
     tokenize: TokenizeParams
     verify: VerifyParams
@@ -79,16 +92,8 @@ def merge(text: str, overlay: dict[str, dict[str, Any]]) -> str:
         type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null")
     )
     params = yaml.load(text)
-    _check_sections(params)
-    for section, values in overlay.items():
-        if section not in SECTIONS:
-            raise UserError(f"{section}: unknown section; {nearest(section, list(SECTIONS))}")
-        for key, value in values.items():
-            # Keep the spelling of an equal value: merging a preset twice changes nothing.
-            if key not in params[section] or params[section][key] != value:
-                params[section][key] = value
-    for section, cls in SECTIONS.items():
-        validate(cls, dict(params[section]), f"{PARAMS}: {section}")
+    _apply(params, overlay)
+    _validated(params, str(PARAMS))
     buffer = io.StringIO()
     yaml.dump(params, buffer)
     return buffer.getvalue()
@@ -100,21 +105,50 @@ def load(name: str | None = None) -> Parameters:
     Raises:
         UserError: The preset is unknown, or a section is missing or invalid.
     """
-    overlay = read_preset(name) if name else {}
     params = read_yaml(PARAMS)
+    _apply(params, read_preset(name) if name else {})
+    return _validated(params, f"{PARAMS} with preset {name}" if name else str(PARAMS))
+
+
+def _apply(params: dict[str, Any], overlay: dict[str, dict[str, Any]]) -> None:
+    """Set the values of an overlay. Sources are merged by name; all other values are replaced."""
     _check_sections(params)
-    where = f"{PARAMS} with preset {name}" if name else str(PARAMS)
+    check_sections(overlay, "the preset")
+    for section, values in overlay.items():
+        if section != "sources":
+            _update(params[section], values)
+            continue
+        for name, keys in values.items():
+            if name not in params[section]:
+                if "kind" not in keys:
+                    raise UserError(
+                        f"the preset changes {', '.join(keys)} of sources.{name}, which {PARAMS} "
+                        f"does not have; name one of its sources {name}"
+                    )
+                params[section][name] = {}
+            _update(params[section][name], keys)
+
+
+def _update(values: dict[str, Any], changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        # Keep the spelling of an equal value: merging a preset twice changes nothing.
+        if key not in values or values[key] != value:
+            values[key] = value
+
+
+def _validated(params: dict[str, Any], where: str) -> Parameters:
+    sources = validate_sources(params["sources"], f"{where}: sources")
     found: dict[str, Any] = {
-        section: validate(
-            cls, {**params[section], **overlay.get(section, {})}, f"{where}: {section}"
-        )
+        section: validate(cls, dict(params[section]), f"{where}: {section}")
         for section, cls in SECTIONS.items()
     }
-    return Parameters(**found)
+    check_names(found["train"].mixture, list(sources))
+    return Parameters(sources=sources, **found)
 
 
 def _check_sections(params: dict[str, Any]) -> None:
-    for section in SECTIONS:
+    check_sections(params, str(PARAMS))
+    for section in ("sources", *SECTIONS):
         if not isinstance(params.get(section), dict):
             state = "holds no `key: value` lines" if section in params else "is missing"
             raise UserError(f"{PARAMS}: section {section} {state}; run `git checkout {PARAMS}`")
@@ -122,15 +156,25 @@ def _check_sections(params: dict[str, Any]) -> None:
 
 def flags(overlay: dict[str, dict[str, Any]]) -> str:
     """Format an overlay as flags for `dvc exp run`."""
+    sources = overlay.get("sources", {})
+    paths = {f"sources.{n}.{key}": v for n, keys in sources.items() for key, v in keys.items()}
+    for section in SECTIONS:
+        paths |= {f"{section}.{key}": v for key, v in overlay.get(section, {}).items()}
+    found = []
+    for path, value in paths.items():
+        if path == "train.mixture" and value:
+            found.append(f"{path}=null")  # or DVC would merge the new value into the old one
+        found.append(f"{path}={value if isinstance(value, str) else _as_flag(value)}")
+    return " ".join(f"-S {shlex.quote(flag)}" for flag in found)
 
-    def as_text(value: Any) -> str:
-        return value if isinstance(value, str) else json.dumps(value)
 
-    return " ".join(
-        f"-S {shlex.quote(f'{section}.{key}={as_text(value)}')}"
-        for section, values in overlay.items()
-        for key, value in values.items()
-    )
+def _as_flag(value: Any) -> str:
+    """Format a value as `-S` takes it: as JSON, but with bare keys."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_as_flag(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_as_flag, value)) + "]"
+    return json.dumps(value)
 
 
 def main(argv: list[str] | None = None) -> None:

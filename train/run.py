@@ -36,6 +36,7 @@ from pipeline.store import atomic
 from pipeline.store.code_key import code_key
 from pipeline.store.store import Busy, Store, publish
 from train.checkpoint import directory, init_from
+from train.data.mixed_order import MixedOrder, sampling_order
 from train.data.order import DataOrder
 from train.data.shard_check import check_verified
 from train.data.split import Split, share_batch
@@ -99,7 +100,7 @@ class Run:
                 f"{len(train_data)} tokens; set a smaller one, or take more source files"
             )
         check_val_tokens("train.val_tokens", val_data, params.val_tokens)
-        return cls(
+        run = cls(
             model=model,
             params=params,
             machine=machine,
@@ -107,6 +108,8 @@ class Run:
             val_data=val_data,
             code_key=code_key("train"),
         )
+        _ = run.order  # raises a UserError where train.mixture does not fit the data
+        return run
 
     @property
     def dataset_key(self) -> str:
@@ -154,14 +157,9 @@ class Run:
         return self.samples(step) * self.model.block_size
 
     @cached_property
-    def order(self) -> DataOrder:
+    def order(self) -> DataOrder | MixedOrder:
         """The sampling order of the training data."""
-        return DataOrder(
-            n_tokens=len(self.train_data),
-            block_size=self.model.block_size,
-            seed=self.params.seed,
-            order=self.params.order,
-        )
+        return sampling_order(self.params, self.train_data, self.model.block_size)
 
     def split(self, world_size: int, device: str) -> Split:
         """Split the batch among processes.

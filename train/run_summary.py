@@ -11,6 +11,8 @@ from typing import Any
 
 from model.size import parameter_count
 from train.checkpoint.init_from import first_step
+from train.data.mixed_order import MixedOrder
+from train.monitor.history import SOURCE_LOSS
 from train.numerics import device_name, peak_memory, versions
 from train.optim.param_groups import groups_table
 from train.plan.fit import nominal_memory
@@ -39,10 +41,24 @@ def banner(trainer: Trainer, done: int) -> str:
             f"{f'attention {trainer.attention}, ' if trainer.attention else ''}"
             f"commit {commit() or 'unknown (no git here)'}",
             *([f"not compiled: {eager}"] if eager else []),
+            *_sources(trainer),
             f"run {run.folder}: " + (f"resumes after step {done}" if done else "starts"),
             groups_table(trainer.groups, params.weight_decay, params.optimizer),
         ]
     )
+
+
+def _sources(trainer: Trainer) -> list[str]:
+    """Describe what the run will see of each source; nothing without `train.mixture`."""
+    order = trainer.run.order
+    if not isinstance(order, MixedOrder):
+        return []
+    shares = order.shares(trainer.run.samples(trainer.params.steps))
+    shown = (
+        f"{name} {share.share:.1%}, {share.tokens:,} tokens, {share.epochs:.3g} epochs"
+        for name, share in shares.items()
+    )
+    return [f"sources of the samples: {'; '.join(shown)}"]
 
 
 def _for_memory(trainer: Trainer) -> str:
@@ -122,6 +138,7 @@ def summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
         "validations": [[r["step"], r["val/loss"]] for r in history.records if "val/loss" in r],
         **({"hellaswag_acc_completion": hellaswag[-1]} if hellaswag else {}),
         **({"skipped_steps": skipped[-1]} if skipped else {}),
+        **_sources_summary(trainer),
         "parameters": parameter_count(trainer.gpt.config),
         "seconds": round(seconds, 1),
         "tokens_per_second": round((tokens - inherited) / seconds, 1),
@@ -134,3 +151,15 @@ def summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
         "dtype": run.params.dtype,
         "commit": commit(),
     }
+
+
+def _sources_summary(trainer: Trainer) -> dict[str, Any]:
+    """Facts of each source: share of the samples, tokens, epochs, loss; empty for one source."""
+    run, found = trainer.run, {}
+    for name in run.train_data.manifest.source.sources:
+        if losses := run.history.last(f"{SOURCE_LOSS}{name}"):
+            found[name] = {"val_loss": losses[-1]}
+    if isinstance(run.order, MixedOrder):
+        for name, share in run.order.shares(run.samples(run.params.steps)).items():
+            found[name] = {**found.get(name, {}), **share._asdict()}
+    return {"sources": found} if found else {}

@@ -25,6 +25,7 @@ from pipeline.provenance import FIELDS, Documents, DocumentSpan, RawRows, decode
 from pipeline.runtime import command
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.params_file import load_section, validate
+from train.data.mixed_order import MixedOrder, sampling_order
 from train.data.order import DataOrder
 from train.data.split import Split
 from train.params import ModelParams, TrainParams
@@ -45,10 +46,18 @@ class Share:
 
 @dataclass(frozen=True)
 class Window:
-    """Sample of a step: tokens [first, end) of the train split, and the documents in them."""
+    """Sample of a step: tokens [first, end) of the train split, and the documents in them.
+
+    Attributes:
+        number: Of the window, in the split; with `train.mixture` in its source.
+        epoch: Of the split, or of the source.
+        source: Name of the source of the first token.
+    """
 
     sample: int
     number: int
+    epoch: int
+    source: str
     first: int
     end: int
     spans: list[DocumentSpan]
@@ -59,7 +68,7 @@ class Trace:
     """Train split of a run and its sampling order."""
 
     stream: TokenStream
-    order: DataOrder
+    order: DataOrder | MixedOrder
     params: TrainParams
 
     @classmethod
@@ -71,9 +80,7 @@ class Trace:
         """
         stream = TokenStream(tokens, "train")
         try:
-            order = DataOrder(
-                n_tokens=len(stream), block_size=block_size, seed=params.seed, order=params.order
-            )
+            order = sampling_order(params, stream, block_size)
         except ValueError as error:
             raise UserError(f"{tokens}: {error}") from None
         return cls(stream, order, params)
@@ -104,11 +111,23 @@ class Trace:
                     "samples of this step; use the values of the run"
                 )
             samples = share.split.share(samples, share.rank).ravel()
-        numbers = self.order.samples(start, count)[samples - start]
-        documents, size = Documents(self.stream), self.order.block_size
-        for sample, number in zip(samples.tolist(), numbers.tolist(), strict=True):
-            first, end = number * size, number * size + size + 1
-            yield Window(sample, number, first, end, documents.between(first, end))
+        chosen, size, documents = samples - start, self.order.block_size, Documents(self.stream)
+        starts = self.order.starts(start, count)
+        numbers, epochs = self._numbers(start, count)
+        for sample, first, number, epoch in zip(
+            samples.tolist(), *(a[chosen].tolist() for a in (starts, numbers, epochs)), strict=True
+        ):
+            shard = int(np.searchsorted(self.stream.starts, first, side="right")) - 1
+            source, end = self.stream.shards[shard].source, first + size + 1
+            spans = documents.between(first, end)
+            yield Window(sample, number, epoch, source, first, end, spans)
+
+    def _numbers(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return number and epoch of the windows of some samples."""
+        if isinstance(self.order, MixedOrder):
+            return self.order.locate(start, count)[1:]
+        epochs = np.arange(start, start + count) // self.order.n_windows
+        return self.order.samples(start, count), epochs
 
 
 def split_text(
@@ -161,16 +180,19 @@ def main(argv: Sequence[str]) -> None:
     documents, rows = Documents(trace.stream), RawRows(RAW, trace.stream.manifest.source)
     if not args.json:
         print(_summary(trace, args.step, share, len(windows)))
+    has_names = len(trace.stream.manifest.source.sources) > 1
     for window in windows[:limit]:
+        named = f"source {window.source}, epoch {window.epoch}, " if has_names else ""
         if not args.json:
             print(
-                f"\nsample {window.sample:,}: window {window.number:,}, tokens {window.first:,} to "
-                f"{window.end - 1:,}, {len(window.spans)} documents"
+                f"\nsample {window.sample:,}: {named}window {window.number:,}, tokens "
+                f"{window.first:,} to {window.end - 1:,}, {len(window.spans)} documents"
             )
         for span in window.spans:
             found = describe(span, documents, rows)
             if args.json:
-                print(json.dumps({"step": args.step, "sample": window.sample, **found}))
+                of = {"step": args.step, "sample": window.sample, "source": window.source}
+                print(json.dumps({**of, **found}))
             else:
                 print(_as_text(span, found))
     if not args.json and limit < len(windows):
@@ -200,11 +222,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _summary(trace: Trace, step: int, share: Share | None, windows: int) -> str:
     start, count = trace.samples(step)
-    epochs = sorted({sample // trace.order.n_windows for sample in (start, start + count - 1)})
+    epochs = ""
+    if isinstance(trace.order, DataOrder):
+        ends = sorted({sample // trace.order.n_windows for sample in (start, start + count - 1)})
+        epochs = f", epoch {' to '.join(map(str, ends))}"
     of_rank = "" if share is None else f"; rank {share.rank} of {share.split.world}: {windows}"
     return (
         f"step {step}: samples {start:,} to {start + count - 1:,}, {count:,} windows of "
-        f"{trace.order.block_size:,} tokens, epoch {' to '.join(map(str, epochs))}{of_rank}"
+        f"{trace.order.block_size:,} tokens{epochs}{of_rank}"
     )
 
 

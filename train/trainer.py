@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT
+from pipeline import TokenStream
 from pipeline.runtime.errors import UserError
 from train import attention_kernels, numerics
 from train.checkpoint import directory, init_from
@@ -305,10 +306,15 @@ class Trainer:
         Raises:
             Interrupted: On all ranks; nothing is measured.
         """
-        self.measured = mean_loss(
+        self.measured = self.loss_on(self.run.val_data, self.params.val_tokens, interrupt)
+        return self.measured
+
+    def loss_on(self, stream: TokenStream, n_targets: int, interrupt: Interrupt) -> float:
+        """Mean loss over tokens spread over a stream, as `validate`."""
+        return mean_loss(
             self.forward,
-            self.run.val_data,
-            self.params.val_tokens,
+            stream,
+            n_targets,
             block_size=self.run.model.block_size,
             rows=self.split.micro_batch,
             dtype=self.run.dtype,
@@ -316,7 +322,6 @@ class Trainer:
             world=self.world,
             check=interrupt.check,
         )
-        return self.measured
 
     def score_hellaswag(self, interrupt: Interrupt) -> float | None:
         """Fraction of HellaSwag tasks answered correctly; the same on each rank; None: no tasks.

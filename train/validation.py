@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from model.loss import IGNORE_INDEX
+from pipeline import TokenStream
 from pipeline.runtime.errors import UserError
 from train.data.loader import Tokens
 from train.distributed.world import World
@@ -49,6 +50,20 @@ def check_val_tokens(name: str, stream: Tokens, n_targets: int) -> None:
             f"{lower}raise tokenize.val_per_10k; token files without a validation file: set "
             "tokenize.val_split: position"
         )
+
+
+def source_parts(stream: TokenStream, n_targets: int) -> dict[str, tuple[TokenStream, int]]:
+    """Return the tokens of each source in the validation split, and the targets to measure.
+
+    The sources have equal parts of ``n_targets``, where they are large enough. A single source has
+    no parts: its loss is that of the split.
+    """
+    names = list(stream.manifest.source.sources)
+    if len(names) < 2:
+        return {}
+    parts = {name: TokenStream(stream.folder, "val", name) for name in names}
+    share = max(1, n_targets // len(names))
+    return {name: (p, min(share, len(p) - 1)) for name, p in parts.items() if len(p) > 1}
 
 
 def windows(n_tokens: int, n_targets: int, block_size: int) -> list[tuple[int, int]]:

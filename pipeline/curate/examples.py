@@ -49,7 +49,7 @@ def _example(entry: dict[str, Any], source: RawManifest, raw: Path) -> DroppedEx
 
 
 def locate(source: RawManifest, row: int) -> tuple[str, int]:
-    """Return the file, and the row in it, of a row of the source."""
+    """Return the file, and the row in it, of a row of all sources."""
     for file in source.files:
         if row < file.rows:
             return file.path, row
@@ -63,6 +63,7 @@ def read_text(raw: Path, source: RawManifest, path: str, row: int) -> str:
     Raises:
         UserError: The file is missing or damaged.
     """
-    for _, texts in read_batches(raw / path, source.text_column, row, row + 1):
+    column = next(source.column(file) for file in source.files if file.path == path)
+    for _, texts in read_batches(raw / path, column, row, row + 1):
         return (texts[0].as_py() or b"").decode(errors="replace")
     return ""

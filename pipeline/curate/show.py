@@ -167,8 +167,9 @@ def _narrowly_kept(
 ) -> list[tuple[float, tuple[str, int]]]:
     """Return the kept rows whose values are nearest to a limit, with the values."""
     found: list[tuple[float, float, tuple[str, int]]] = []
+    indices = {file.path: index for index, file in enumerate(selection.manifest.files)}
     for number, chunk in enumerate(pieces.chunks):
-        of_chunk, kept = values(number), selection.kept(chunk.file_index)
+        of_chunk, kept = values(number), selection.kept(indices[chunk.file.path])
         if kept is not None:
             of_chunk = np.where(kept[chunk.start : chunk.stop], of_chunk, np.nan)
         distances = _distances(of_chunk, limits)

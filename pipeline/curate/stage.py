@@ -1,4 +1,4 @@
-"""Stage `curate`: decide which rows of the source are kept, and publish `data/selection`.
+"""Stage `curate`: decide which rows of the sources are kept, and publish `data/selection`.
 
 ```
 data/raw ─ chunks ─► measure_chunk: Ray tasks ─► pieces of the store: counts, hashes, signatures
@@ -65,8 +65,10 @@ def curate(
     source = RawManifest.load(raw)
     if not params.has_rules:
         return write_all_kept(out, source)
-    if source.source.kind == "tokens":
-        raise UserError("params.yaml: curate: source.kind tokens has no text; turn all rules off")
+    if not any(origin.has_text for origin in source.sources.values()):
+        raise UserError(
+            "params.yaml: curate: sources of kind tokens have no text; turn all rules off"
+        )
     if params.val_copies == "drop" and split.val_split != "documents":
         raise UserError("params.yaml: curate.val_copies: drop needs tokenize.val_split: documents")
     stage = _Stage(raw.absolute(), source, params, split, machine, Store.open(machine))
@@ -142,10 +144,10 @@ class _Stage:
                     store.discard(kind, key)
         rows = sum(chunks[i].stop - chunks[i].start for i in missing)
         require_space(store.root, _PIECE_BYTES * rows, "what curate measures")
-        column = self.source.text_column
+        column = self.source.column
         self._run(
             measure_chunk.measure_chunk,
-            [(chunks[i], self.raw, column, keys[i], store) for i in missing],
+            [(chunks[i], self.raw, column(chunks[i].file), keys[i], store) for i in missing],
             self.facts,
         )
 
@@ -222,11 +224,12 @@ class _Stage:
         Args:
             rows: (k,) int64, numbered in the source.
         """
-        pieces, column = self.pieces, self.source.text_column
+        pieces = self.pieces
         code = measure_chunk.code_keys()
         borders = np.searchsorted(rows, pieces.starts)
         tasks, made = [], []
         for number, chunk in enumerate(pieces.chunks):
+            column = self.source.column(chunk.file)
             chosen = rows[borders[number] : borders[number + 1]] - pieces.starts[number]
             key = measure_chunk.shingles_key(chunk, column, self.params.ngram, chosen, code)
             made.append(self.store.path("shingles", key))
@@ -261,10 +264,9 @@ def _check_rows(rows: int, where: str, advice: str) -> None:
 
 def plan_pieces(raw: Path, source: RawManifest, facts: Facts, store: Store) -> Pieces:
     """Cut the source into chunks; return the pieces to measure, which the store may lack."""
-    column = source.text_column
-    chunks = plan_chunks(raw, source.files, column, measure_chunk.CHUNK_TOKENS)
+    chunks = plan_chunks(raw, source, measure_chunk.CHUNK_TOKENS)
     code = measure_chunk.code_keys()
-    keys = [measure_chunk.piece_keys(chunk, column, facts, code) for chunk in chunks]
+    keys = [measure_chunk.piece_keys(c, source.column(c.file), facts, code) for c in chunks]
     return Pieces(store, chunks, keys)
 
 

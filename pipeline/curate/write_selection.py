@@ -94,7 +94,9 @@ def write_selection(
 
 def _all_kept(source: RawManifest, index: int) -> SelectedFile:
     file = source.files[index]
-    return SelectedFile(path=file.path, sha256=file.sha256, rows=file.rows, kept=file.rows)
+    return SelectedFile(
+        source=file.source, path=file.path, sha256=file.sha256, rows=file.rows, kept=file.rows
+    )
 
 
 def _store(

@@ -4,7 +4,7 @@
 - `hub`: source kind `hub`: the commit and files of a Hugging Face dataset repository.
 - `hub_configs`: the files of a repository's configuration, from its card and its file listing.
 - `source_paths`: source kinds `files` and `tokens`: fsspec URLs, and local paths by `local_paths`.
-- `left_out`: `source.exclude`, and what a source holds that is not read.
+- `left_out`: `exclude`, and what a source holds that is not read.
 - `raw_names`: check of the names in `data/raw`.
 - `sample`: source kind `sample`: text shipped by a package.
 - `ingest`: one file from the source into the store: fetched, checked, converted if necessary.

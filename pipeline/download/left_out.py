@@ -1,4 +1,4 @@
-"""The files of a source that are not read: by `source.exclude`, or because they hold no text."""
+"""The files of a source that are not read: by `exclude`, or because they hold no text."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -11,13 +11,13 @@ from pipeline.runtime.errors import UserError, printable
 AUXILIARY = "hidden or auxiliary (the name begins with . or _)"
 UNKNOWN = "unknown format"
 OTHER_NAME = "read under another name"
-_EXCLUDED = "source.exclude"
+_EXCLUDED = "exclude"
 
 _NAMES = 20
 
 
 class LeftOut:
-    """Applies `source.exclude`, and collects by reason what a source does not use."""
+    """Applies `exclude`, and collects by reason what a source does not use."""
 
     def __init__(self, exclude: Sequence[str] = ()) -> None:
         self._unmatched = dict.fromkeys(exclude)
@@ -47,12 +47,12 @@ class LeftOut:
         self._names.setdefault(reason, {})[path] = None
 
     def report(self) -> None:
-        """Print one line per reason, and one per pattern of `source.exclude` without a match."""
+        """Print one line per reason, and one per pattern of `exclude` without a match."""
         for reason, names in self._names.items():
             print(f"download: left out, {reason}: {_shown(names)}", flush=True)
         for pattern in self._unmatched:
             print(
-                f"warning: source.exclude: {printable(pattern)!r} matches no file of the source",
+                f"warning: exclude: {printable(pattern)!r} matches no file of the source",
                 flush=True,
             )
 

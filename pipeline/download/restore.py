@@ -8,12 +8,11 @@ byte: a file is taken only if it has the sha256 of the manifest.
 from pathlib import Path
 
 from pipeline.download.ingest import add_to_store, stored_name, stored_path
-from pipeline.download.stage import fetch
+from pipeline.download.stage import fetch_source
 from pipeline.format.manifest import NAME, RawManifest, SourceFile
-from pipeline.params import SourceParams
+from pipeline.params import load_sources
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
-from pipeline.runtime.params_file import load_section
 from pipeline.store import atomic
 from pipeline.store.store import Store, publish
 
@@ -72,15 +71,23 @@ def _fetch_again(
     missing: list[SourceFile], manifest: RawManifest, raw: Path, store: Store, machine: Machine
 ) -> None:
     """Fetch files that the store lacks, as they were when the manifest was written."""
-    params, source = load_section("source", SourceParams), manifest.source
-    if params.kind != source.kind or (params.kind == "hub" and params.repo != source.repo):
-        raise UserError(
-            f"params.yaml: source: is not the source of {raw / NAME}, whose files are missing; "
-            "run `dvc repro download`"
-        )
-    if params.kind == "hub":
-        params = params.model_copy(update={"revision": source.revision})
-    fetched = {file.path: file.sha256 for file in fetch(params, store, raw, machine).files}
+    sources, fetched = load_sources(), {}
+    folder = "{}/" if len(manifest.sources) > 1 else ""
+    for name in sorted({file.source for file in missing}):
+        params, origin = sources.get(name), manifest.sources[name]
+        if (
+            params is None
+            or params.kind != origin.kind
+            or (params.kind == "hub" and params.repo != origin.repo)
+        ):
+            raise UserError(
+                f"params.yaml: sources.{name}: is not that of {raw / NAME}, whose files are "
+                "missing; run `dvc repro download`"
+            )
+        if params.kind == "hub":
+            params = params.model_copy(update={"revision": origin.revision})
+        for file in fetch_source(name, params, store, raw, machine)[1]:
+            fetched[folder.format(name) + file.path] = file.sha256
     for file in missing:
         if fetched.get(file.path) != file.sha256:
             raise UserError(

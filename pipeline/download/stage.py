@@ -1,5 +1,9 @@
-"""Stage `download`: fetch the source's files and publish them in `data/raw`."""
+"""Stage `download`: fetch the files of all sources and publish them in `data/raw`.
 
+The files of a single source are in `data/raw` itself, those of several in a folder per source.
+"""
+
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -28,7 +32,7 @@ from pipeline.download.to_parquet import ReadOptions
 from pipeline.format.foreign_tokens import SUFFIXES, is_token_file, open_token_file, split_of_file
 from pipeline.format.manifest import NAME, RawManifest, Source, SourceFile
 from pipeline.format.parquet import check_text_column
-from pipeline.params import SourceParams
+from pipeline.params import SourceParams, Sources
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.progress import Progress
@@ -43,15 +47,16 @@ _TOKEN_BYTES = 2
 # Of a task where any file is on a server: it mostly waits for the network. A local file's computes.
 _REMOTE_CPUS = 0.25
 _LINES = 20  # of a list in a message
+_KEY = re.compile(rf"\bsource\.(?=(?:{'|'.join(SourceParams.model_fields)})\b)")
 
 
-def download(params: SourceParams, store: Store, out: Path, machine: Machine) -> RawManifest:
-    """Fetch the source's files into the store, and publish them and their manifest in ``out``.
+def download(sources: Sources, store: Store, out: Path, machine: Machine) -> RawManifest:
+    """Fetch the sources' files into the store, and publish them and their manifest in ``out``.
 
     Raises:
-        UserError: The source is unavailable, or the parameters do not match it.
+        UserError: A source is unavailable, or its parameters do not match it.
     """
-    manifest = fetch(params, store, out, machine)
+    manifest = fetch(sources, store, out, machine)
     links: dict[str, Path | bytes] = {
         file.path: stored_path(store, file.path, file.sha256) for file in manifest.files
     }
@@ -59,8 +64,8 @@ def download(params: SourceParams, store: Store, out: Path, machine: Machine) ->
     return manifest
 
 
-def fetch(params: SourceParams, store: Store, out: Path, machine: Machine) -> RawManifest:
-    """Fetch the source's files into the store, keyed by sha256; return their manifest.
+def fetch(sources: Sources, store: Store, out: Path, machine: Machine) -> RawManifest:
+    """Fetch the sources' files into the store, keyed by sha256; return their manifest.
 
     Files already in the store are not fetched again, and unfinished downloads are resumed.
 
@@ -68,16 +73,34 @@ def fetch(params: SourceParams, store: Store, out: Path, machine: Machine) -> Ra
         out: The folder that will hold the files, for a check of the space on its disk.
 
     Raises:
-        UserError: The source is unavailable, or the parameters do not match it.
+        UserError: A source is unavailable, or its parameters do not match it.
     """
-    if params.kind == "sample":
-        source, files = sample_source(), _store_sample(params, store)
-    else:
-        source, files = _fetch_source(params, store, out, machine)
-    return RawManifest(source=source, text_column=params.text_column, files=files)
+    origins, files = {}, []
+    for name, params in sorted(sources.items()):
+        origin, found = fetch_source(name, params, store, out, machine)
+        origins[name] = origin.model_copy(update={"text_column": params.text_column})
+        folder = f"{name}/" if len(sources) > 1 else ""
+        files += [file.model_copy(update={"path": folder + file.path}) for file in found]
+    return RawManifest(sources=origins, files=files)
 
 
-def _store_sample(params: SourceParams, store: Store) -> list[SourceFile]:
+def fetch_source(
+    name: str, params: SourceParams, store: Store, out: Path, machine: Machine
+) -> tuple[Source, list[SourceFile]]:
+    """Fetch the files of one source; their paths are those within the source.
+
+    Raises:
+        UserError: The source is unavailable, or its parameters do not match it.
+    """
+    try:
+        if params.kind == "sample":
+            return sample_source(), _store_sample(name, params, store)
+        return _fetch_remote(name, params, store, out, machine)
+    except UserError as error:  # names its keys as `source.KEY`, for any source
+        raise UserError(_KEY.sub(f"sources.{name}.", str(error))) from None
+
+
+def _store_sample(name: str, params: SourceParams, store: Store) -> list[SourceFile]:
     scratch = store.root / "tmp" / "source-sample"
     files = []
     with store.lock("source", "sample"):
@@ -88,13 +111,14 @@ def _store_sample(params: SourceParams, store: Store) -> list[SourceFile]:
             add_to_store(store, path, sha256)
             stored = stored_path(store, path.name, sha256)
             rows, size = pq.read_metadata(stored).num_rows, stored.stat().st_size
-            files.append(SourceFile(path=path.name, bytes=size, rows=rows, sha256=sha256))
+            entry = {"path": path.name, "bytes": size, "rows": rows, "sha256": sha256}
+            files.append(SourceFile(source=name, **entry))
         shutil.rmtree(scratch)
     return files
 
 
-def _fetch_source(
-    params: SourceParams, store: Store, out: Path, machine: Machine
+def _fetch_remote(
+    name: str, params: SourceParams, store: Store, out: Path, machine: Machine
 ) -> tuple[Source, list[SourceFile]]:
     """Fetch all files that are not in the store; return the source and its files."""
     source, items = _resolve(params, machine)
@@ -119,7 +143,8 @@ def _fetch_source(
         _require_space(wanted, params, options, store, out)
         fetched = _fetch_items(wanted, options, store, machine)
         stored |= {missing[nth]: file for nth, file in fetched.items()}
-    files = _describe([(item, stored[i]) for i, item in enumerate(items)], options.column, store)
+    described = [(item, stored[i]) for i, item in enumerate(items)]
+    files = _describe(name, described, options.column, store)
     if not source.revision:  # kinds files and tokens have no revision of their own
         hashes = [file.origin or file.sha256 for file in files]
         source = source.model_copy(update={"revision": atomic.sha256_json(hashes)})
@@ -127,7 +152,10 @@ def _fetch_source(
 
 
 def _describe(
-    stored: Sequence[tuple[SourceItem, StoredFile | FaultyFile]], column: str, store: Store
+    source: str,
+    stored: Sequence[tuple[SourceItem, StoredFile | FaultyFile]],
+    column: str,
+    store: Store,
 ) -> list[SourceFile]:
     """Return the manifest's entries of files in the store, and print what was skipped.
 
@@ -155,6 +183,7 @@ def _describe(
             skipping.append(f"download: {item.path}: lines or rows skipped: {counts}")
         files.append(
             SourceFile(
+                source=source,
                 path=name,
                 bytes=path.stat().st_size,
                 rows=rows,
@@ -169,7 +198,10 @@ def _describe(
     _raise_faults(faults)
     if not any(file.rows or file.tokens for file in files):
         more = f" and in {len(files) - 1} other files" if len(files) > 1 else ""
-        raise UserError(f"source: no rows in {stored[0][0].path}{more}; choose a source with text")
+        raise UserError(
+            f"params.yaml: sources.{source}: no rows in {stored[0][0].path}{more}; choose a source "
+            "with text"
+        )
     return files
 
 
@@ -197,7 +229,7 @@ def _resolve(params: SourceParams, machine: Machine) -> tuple[Source, Sequence[S
         formats = SUFFIXES if params.kind == "tokens" else source_paths.TEXT_FORMATS
         items = source_paths.resolve(params.paths, formats, params.exclude)
         return Source(kind=params.kind, repo=params.kind, revision=""), items
-    raise AssertionError(f"source.kind {params.kind}: no module in pipeline/download resolves it")
+    raise AssertionError(f"kind {params.kind}: no module in pipeline/download resolves it")
 
 
 def select_items(items: Sequence[SourceItem], params: SourceParams) -> list[SourceItem]:

@@ -5,17 +5,25 @@ name or absolute path: the same inputs give the same bytes anywhere. Readers ign
 refuse an unknown major ``schema_version``. Each holds its own hash.
 """
 
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from pipeline.runtime.errors import UserError, printable
 from pipeline.store import atomic
 from pipeline.store.store import mark_damaged
 
 NAME = "manifest.json"
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "2.0"  # 2: sources have names
 _MAX_REASON = 200  # characters
 
 Split = Literal["train", "val"]
@@ -92,6 +100,8 @@ class _Manifest(_Record):
 class SourceFile(_Record):
     """A file of `data/raw`: parquet, or a token file of source kind `tokens`."""
 
+    source: str
+    """The name of its source in `params.yaml`."""
     path: RelativePath
     bytes: Count
     rows: Count
@@ -106,7 +116,7 @@ class SourceFile(_Record):
 
 
 class Source(_Record):
-    """The origin of the files."""
+    """The origin of the files of a source."""
 
     kind: str
     repo: str
@@ -114,19 +124,48 @@ class Source(_Record):
     """Pins the bytes: a commit, a package version, or a hash over the files' hashes."""
     config: str | None = None
     """The configuration of a Hugging Face dataset repository."""
+    text_column: str = "text"
+
+    @property
+    def has_text(self) -> bool:
+        """Whether its files are parquet rather than token files."""
+        return self.kind != "tokens"
 
 
 class RawManifest(_Manifest):
     """`data/raw/manifest.json`."""
 
-    source: Source
-    text_column: str = "text"
+    sources: dict[str, Source]
+    """By name, sorted."""
     files: list[SourceFile]
+    """Source by source, in the order of the names."""
+
+    @model_validator(mode="after")
+    def _files_are_grouped(self) -> "RawManifest":
+        found = [name for name, _ in groupby(file.source for file in self.files)]
+        names = sorted(self.sources)
+        if [*self.sources] != names or found != [name for name in names if name in found]:
+            raise ValueError("its files are not in the order of its sources")
+        return self
+
+    def column(self, file: SourceFile) -> str:
+        """Return the column with the text of a file."""
+        return self.sources[file.source].text_column
+
+    def numbers(self) -> dict[str, int]:
+        """Return the number of each file, by path, among the files of its source."""
+        counts = dict.fromkeys(self.sources, 0)
+        found = {}
+        for file in self.files:
+            found[file.path] = counts[file.source]
+            counts[file.source] += 1
+        return found
 
 
 class SelectedFile(_Record):
     """A source file in `data/selection`."""
 
+    source: str
     path: RelativePath
     sha256: str
     rows: Count
@@ -155,7 +194,7 @@ class SelectionManifest(_Manifest):
     """`data/selection/manifest.json`."""
 
     selection_key: str
-    """A hash of the dropped rows, numbered over the whole source."""
+    """A hash of the dropped rows, numbered over all sources."""
     params: dict[str, Any]
     """Section `curate`; empty if no rule applies."""
     files: list[SelectedFile]
@@ -189,15 +228,17 @@ class Part(_Record):
 class ChunkRecord(_Record):
     """The commit record of a chunk; records are listed in source order."""
 
+    source: str
     name: RelativePath
     chunk_key: str
     sha256: str
 
 
 class Shard(_Record):
-    """A token file and its document index."""
+    """A token file and its document index; its documents are of one source."""
 
     name: RelativePath
+    source: str
     split: Split
     tokens: Count
     docs: Count
@@ -247,3 +288,15 @@ class Manifest(_Manifest):
     totals: dict[Split, Totals]
     skipped: dict[str, Count]
     """Number of skipped documents by reason."""
+
+    @model_validator(mode="after")
+    def _shards_are_of_sources(self) -> "Manifest":
+        order = [*self.source.sources]
+        entries: list[ChunkRecord | Shard] = [*self.chunks, *self.shards]
+        if any(entry.source not in order for entry in entries):
+            raise ValueError("a chunk or shard of a source that is not among its sources")
+        for split in SPLITS:
+            places = [order.index(shard.source) for shard in self.shards if shard.split == split]
+            if places != sorted(places):
+                raise ValueError("its shards are not in the order of its sources")
+        return self

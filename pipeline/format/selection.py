@@ -56,8 +56,11 @@ class Selection:
             UserError: It is missing or damaged, or was made for other files.
         """
         manifest = SelectionManifest.load(folder)
-        selected = [(file.path, file.sha256, file.rows) for file in manifest.files]
-        if selected != [(file.path, file.sha256, file.rows) for file in source.files]:
+        keys = ("source", "path", "sha256", "rows")
+        made_for, found = (
+            [[getattr(file, key) for key in keys] for file in of.files] for of in (manifest, source)
+        )
+        if made_for != found:
             raise UserError(
                 f"{folder / NAME}: made for other files than data/raw has; run `dvc repro curate`"
             )

@@ -173,8 +173,11 @@ class TokenStream:
     _MAX_MAPS = 512
     _PREFETCH_BYTES = 2**20  # with readahead disabled, spans from this size are prefetched
 
-    def __init__(self, folder: Path | str, split: Split) -> None:
+    def __init__(self, folder: Path | str, split: Split, source: str | None = None) -> None:
         """Open the stream, checking each shard's size and header against the manifest.
+
+        Args:
+            source: Name of the source whose tokens are taken; None: all of the split.
 
         Raises:
             UserError: The folder or a shard is missing or damaged.
@@ -185,7 +188,11 @@ class TokenStream:
         self.folder = Path(folder)
         self.split = split
         self.manifest = Manifest.load(self.folder)
-        self.shards: list[Shard] = [s for s in self.manifest.shards if s.split == split]
+        self.shards: list[Shard] = [
+            shard
+            for shard in self.manifest.shards
+            if shard.split == split and source in (None, shard.source)
+        ]
         for shard in self.shards:
             found = len(open_shard(self.folder / shard.name))
             if found != shard.tokens:

@@ -1,6 +1,7 @@
 """Reading `params.yaml`: one frozen, validated section per stage."""
 
 import difflib
+import json
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,9 +13,10 @@ from pipeline.runtime.yaml_size import check_size
 from pipeline.store import atomic
 
 PARAMS = Path("params.yaml")
-SECTIONS = ("source", "curate", "tokenize", "verify", "model", "train", "evaluate")
+SECTIONS = ("sources", "curate", "tokenize", "verify", "model", "train", "evaluate")
 _MAX_VALUE_CHARS = 80  # of a value in a message
 _MAX_CHARS = 200  # of a key or a parser's message
+_MAX_ENTRY = 4000  # of a section to write
 _MAX_FILE_BYTES = 1 << 20  # paths of such a size take some seconds to parse
 
 S = TypeVar("S", bound="Section")
@@ -113,23 +115,47 @@ def first_error(error: ValidationError, where: str, cls: type[BaseModel]) -> str
     return f"{key}: {message[0].lower()}{message[1:]} (got {given})"
 
 
+def check_sections(sections: dict[str, Any], where: str) -> None:
+    """Refuse a section that is unknown, or named as in an earlier version.
+
+    Raises:
+        UserError: Names the section; of an earlier version also what to write instead.
+    """
+    if "source" in sections:
+        entry = json.dumps(sections["source"], default=str)
+        raise UserError(
+            f"{where}: source: sources have names now; write this line instead of the section: "
+            f"sources: {{main: {printable(entry)[:_MAX_ENTRY]}}}"
+        )
+    for section in sections:
+        if section not in SECTIONS:
+            shown = printable(section)[:_MAX_CHARS]
+            raise UserError(f"{where}: {shown}: unknown section; {nearest(section, SECTIONS)}")
+
+
+def load_values(name: str, path: Path = PARAMS) -> dict[str, Any]:
+    """Read section ``name`` of the parameters file, not validated.
+
+    Raises:
+        UserError: A missing file or section, or an unknown section.
+    """
+    params = read_yaml(path)
+    _loaded.setdefault(path.absolute(), {})[name] = params.get(name)
+    check_sections(params, str(path))
+    values = params.get(name)
+    if not isinstance(values, dict):
+        state = "is not a mapping" if name in params else "is missing"
+        raise UserError(f"{path}: section {name} {state}; `git checkout {path}` restores it")
+    return values
+
+
 def load_section(name: str, cls: type[S], path: Path = PARAMS) -> S:
     """Read section ``name`` of the parameters file.
 
     Raises:
         UserError: A missing file or section, an unknown key, or an invalid value.
     """
-    params = read_yaml(path)
-    _loaded.setdefault(path.absolute(), {})[name] = params.get(name)
-    for section in params:
-        if section not in SECTIONS:
-            shown = printable(section)[:_MAX_CHARS]
-            raise UserError(f"{path}: {shown}: unknown section; {nearest(section, SECTIONS)}")
-    values = params.get(name)
-    if not isinstance(values, dict):
-        state = "is not a mapping" if name in params else "is missing"
-        raise UserError(f"{path}: section {name} {state}; `git checkout {path}` restores it")
-    return validate(cls, values, f"{path}: {name}")
+    return validate(cls, load_values(name, path), f"{path}: {name}")
 
 
 def check_unchanged() -> None:

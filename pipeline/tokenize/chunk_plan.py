@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.format.manifest import SourceFile
+from pipeline.format.manifest import RawManifest, SourceFile
 from pipeline.format.parquet import row_groups
 from pipeline.format.selection import Selection, unpack
 
@@ -24,6 +24,7 @@ class Chunk:
     """Rows [start, stop) of one source file; tokens [start, stop) of a token file."""
 
     file_index: int
+    """Number of the file among those of its source."""
     file: SourceFile
     start: int
     stop: int
@@ -65,12 +66,11 @@ def cut_rows(groups: Sequence[tuple[int, int]], target_bytes: int) -> list[tuple
 
 def plan_chunks(
     folder: Path,
-    files: Sequence[SourceFile],
-    column: str,
+    source: RawManifest,
     shard_tokens: int,
     selection: Selection | None = None,
 ) -> list[Chunk]:
-    """Cut every file into chunks of about ``shard_tokens`` tokens, in file order.
+    """Cut every file of text into chunks of about ``shard_tokens`` tokens, in file order.
 
     Where chunks begin and end does not depend on the rows that are kept: so a row more or less
     changes one chunk.
@@ -81,12 +81,14 @@ def plan_chunks(
     Raises:
         UserError: A file is missing or unreadable, or has no text column.
     """
-    chunks = []
-    for file_index, file in enumerate(files):
-        groups = row_groups(folder / file.path, column)
+    chunks, numbers = [], source.numbers()
+    for index, file in enumerate(source.files):
+        if not source.sources[file.source].has_text:
+            continue
+        groups = row_groups(folder / file.path, source.column(file))
         rows, size = sum(rows for rows, _ in groups), sum(size for _, size in groups)
         for start, stop in cut_rows(groups, shard_tokens * _BYTES_PER_100_TOKENS // 100):
             tokens = size * (stop - start) // max(1, rows) * 100 // _BYTES_PER_100_TOKENS
-            bits = selection.bits_between(file_index, start, stop) if selection else None
-            chunks.append(Chunk(file_index, file, start, stop, tokens, bits))
+            bits = selection.bits_between(index, start, stop) if selection else None
+            chunks.append(Chunk(numbers[file.path], file, start, stop, tokens, bits))
     return chunks

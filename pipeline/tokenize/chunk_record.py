@@ -6,7 +6,7 @@ and document lengths. A piece encoded from text also holds `engine.json`, the en
 it, which is never published because the data do not depend on it.
 
 The **content sum** of a split is the sum mod 2^128 of xxh3_128 over the tokens of each document,
-seeded with the document's position in the source. A sum does not depend on order or grouping, so
+seeded with the document's position in its source. A sum does not depend on order or grouping, so
 the sums of the chunks add up to the sum of the dataset, however it is cut into shards.
 """
 
@@ -123,6 +123,7 @@ def content_sum(
     """Return the content sum of consecutive documents, not yet reduced mod 2^128.
 
     Args:
+        file_index: Number of the file among those of its source.
         rows: (d,), the documents' rows in the source file; in a token file, their first tokens.
         tokens: (n,) uint16.
         borders: (d + 1,): document i is ``tokens[borders[i] : borders[i + 1]]``.
@@ -141,7 +142,17 @@ def dataset_key(records: Sequence[Record]) -> str:
     """Return a hash of the dataset's content: documents, tokens and content sum of each split.
 
     It does not change with the cutting into shards, the code, or the layout of the parquet files.
+    That of several sources is a hash of their names and keys; that of one has not its name.
     """
+    of_source: dict[str, list[Record]] = {}
+    for record in records:
+        of_source.setdefault(record["source"]["source"], []).append(record)
+    keys = {name: _content_key(found) for name, found in sorted(of_source.items())}
+    return keys.popitem()[1] if len(keys) == 1 else atomic.sha256_json(keys)
+
+
+def _content_key(records: Sequence[Record]) -> str:
+    """Return the `dataset_key` of one source."""
     content = {}
     for split in SPLITS:
         facts = [record["splits"][split] for record in records if split in record["splits"]]

@@ -46,7 +46,8 @@ def chunk_key(chunk: Chunk, column: str, params: TokenizeParams, code_key: str) 
     return atomic.sha256_json(
         {
             "file": chunk.file.sha256,
-            "path": chunk.file.path,  # the record names it
+            "source": chunk.file.source,  # the record names it, and the path
+            "path": chunk.file.path,
             "file_index": chunk.file_index,
             "rows": [chunk.start, chunk.stop],
             "column": column,

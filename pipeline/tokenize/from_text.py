@@ -35,11 +35,12 @@ class TextChunks:
 
     def plan(self) -> list[tuple[Chunk, str]]:
         """Cut the parquet files into chunks of rows; return each with its key."""
-        column = self.source.text_column
-        chunks = plan_chunks(
-            self.raw, self.source.files, column, self.params.shard_tokens, self.selection
-        )
-        return [(chunk, chunk_key(chunk, column, self.params, self.code)) for chunk in chunks]
+        chunks = plan_chunks(self.raw, self.source, self.params.shard_tokens, self.selection)
+        columns = [self.source.column(chunk.file) for chunk in chunks]
+        return [
+            (chunk, chunk_key(chunk, column, self.params, self.code))
+            for chunk, column in zip(chunks, columns, strict=True)
+        ]
 
     def written_tokens(self, chunk: Chunk) -> int:
         """Return the number of tokens to write, estimated."""
@@ -51,10 +52,11 @@ class TextChunks:
         """Encode chunks, and report the engines that did it."""
         if self.machine.engine == "gigatoken" and (reason := engines.unavailable_reason()):
             progress.log(f"{reason}; encoding with tiktoken, about ten times slower")
-        column, raw = self.source.text_column, self.raw.absolute()
+        raw, column = self.raw.absolute(), self.source.column
         engine = self.machine.engine, self.machine.check_fraction
         tasks = [
-            (chunk, key, raw, column, self.params, self.store, *engine) for chunk, key in missing
+            (chunk, key, raw, column(chunk.file), self.params, self.store, *engine)
+            for chunk, key in missing
         ]
         if self.machine.data == "ship":
             finished = ship_chunks.encode_chunks(tasks, progress=progress, **options)

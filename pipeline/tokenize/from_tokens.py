@@ -38,19 +38,20 @@ class TokenFileChunks:
         Raises:
             UserError: A file is for validation by its name, but the split is by position.
         """
-        val = [file.path for file in self.source.files if split_of_file(file.path) == "val"]
+        files = [f for f in self.source.files if not self.source.sources[f.source].has_text]
+        val = [file.path for file in files if split_of_file(file.path) == "val"]
         if val and self.params.val_split == "position":
             raise UserError(
                 "params.yaml: tokenize.val_split: position, but the name of the token file "
-                f"{val[0]} makes it validation; set documents, or add the file to source.exclude"
+                f"{val[0]} makes it validation; set documents, or add the file to exclude"
             )
-        chunks = []
-        for index, file in enumerate(self.source.files):
+        chunks, numbers = [], self.source.numbers()
+        for file in files:
             found = open_token_file(self.raw / file.path, file.path)
             shard_tokens = min(self.params.shard_tokens, MAX_TOKENS)
             count = 1 if found.is_shard else max(1, round(found.tokens / shard_tokens))
             borders = [found.tokens * nth // count for nth in range(count + 1)]
-            chunks += [Chunk(index, file, a, b, b - a) for a, b in pairwise(borders)]
+            chunks += [Chunk(numbers[file.path], file, a, b, b - a) for a, b in pairwise(borders)]
         return [(chunk, index_key(chunk, self.code)) for chunk in chunks]
 
     def written_tokens(self, chunk: Chunk) -> int:

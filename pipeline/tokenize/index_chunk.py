@@ -29,6 +29,7 @@ def index_key(chunk: Chunk, code_key: str) -> str:
     return atomic.sha256_json(
         {
             "file": chunk.file.sha256,
+            "source": chunk.file.source,  # the record names it
             "path": chunk.file.path,  # decides the split
             "file_index": chunk.file_index,
             "tokens": [chunk.start, chunk.stop],
@@ -119,6 +120,6 @@ def _facts(shard: Path, chunk: Chunk, source: TokenFile, store: Store) -> dict[s
     if largest >= N_VOCAB:
         raise UserError(
             f"{chunk.file.path}: token {largest} is outside GPT-2's vocabulary; remove the "
-            "file from source.paths"
+            f"file from sources.{chunk.file.source}.paths"
         )
     return facts

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,10 +86,14 @@ def tokenize(
     store = Store.open(machine)
     source = RawManifest.load(raw)
     selected = Selection.load(selection, source) if selection else None
-    builder: ChunkBuilder = TextChunks(raw, source, params, store, code, machine, selected)
-    if source.source.kind == "tokens":
-        builder = TokenFileChunks(raw, source, params, store, code)
-    chunks = builder.plan()
+    builders: list[ChunkBuilder] = [
+        TextChunks(raw, source, params, store, code, machine, selected),
+        TokenFileChunks(raw, source, params, store, code),
+    ]
+    plans = [builder.plan() for builder in builders]
+    chunks = [entry for plan in plans for entry in plan]
+    places = {name: number for number, name in enumerate(source.sources)}
+    chunks.sort(key=lambda entry: places[entry[0].file.source])  # stable: in file order
     missing = [
         (chunk, key) for chunk, key in chunks if store.fresh or not store.find("chunks", key)
     ]
@@ -102,10 +107,16 @@ def tokenize(
         labels = [printable(chunk.label) for chunk, _ in missing]
         more = f" and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else ""
         print(f"tokenize: to do: {', '.join(labels[:_SHOWN])}{more}", flush=True)
-    if missing:
-        _build_missing(builder, missing, raw, machine, store)
+    for builder, plan in zip(builders, plans, strict=True):
+        keys = {key for _, key in plan}
+        if of_builder := [entry for entry in missing if entry[1] in keys]:
+            _build_missing(builder, of_builder, raw, machine, store)
     if params.val_split == "position":
-        chunks = split_pieces(chunks, params.val_per_10k, store)
+        chunks = [
+            piece
+            for _, of_source in groupby(chunks, lambda entry: entry[0].file.source)
+            for piece in split_pieces(list(of_source), params.val_per_10k, store)
+        ]
     pieces = [store.root / "chunks" / key for _, key in chunks]
     records = [read_record(piece) for piece in pieces]
     _check_splits(source, records, params)
@@ -115,10 +126,12 @@ def tokenize(
         *_merge_val(pieces, records, params.shard_tokens, store, files),
     ]
     commits = []
-    for index, (_, key) in enumerate(chunks):
+    for index, (chunk, key) in enumerate(chunks):
         name, sha256 = f"chunks/{index:05d}.json", store.sha256("chunks", key)[RECORD]
         files[name] = pieces[index] / RECORD
-        commits.append(ChunkRecord(name=name, chunk_key=key, sha256=sha256))
+        commits.append(
+            ChunkRecord(source=chunk.file.source, name=name, chunk_key=key, sha256=sha256)
+        )
     selection_key = selected.key if selected else None
     manifest = _manifest(source, selection_key, params, records, commits, shards)
     publish({**files, NAME: atomic.json_bytes(atomic.sealed(manifest.model_dump()))}, out)
@@ -157,13 +170,20 @@ def _build_missing(
 
 
 def _check_splits(source: RawManifest, records: Sequence[Record], params: TokenizeParams) -> None:
-    """Refuse data without training tokens, or without the validation tokens asked for."""
+    """Refuse data without training tokens, or without the validation tokens asked for.
+
+    A source may be too small for validation documents, but not empty.
+    """
+    for name in source.sources:
+        found = [record["splits"] for record in records if record["source"]["source"] == name]
+        if not any(found):
+            raise UserError(
+                f"data/raw: no document has text; check sources.{name}.text_column and the source"
+            )
     splits = [record["splits"] for record in records]
     train, val = (sum(s[name]["tokens"] for s in splits if name in s) for name in SPLITS)
-    if not train + val:
-        raise UserError("data/raw: no document has text; check source.text_column and the source")
     by_position = params.val_split == "position"
-    if source.source.kind == "tokens" and not by_position:
+    if not by_position and not any(origin.has_text for origin in source.sources.values()):
         return  # split by file name
     if params.val_per_10k and not (train and val):
         empty, other = ("validation", "training") if train else ("training", "validation")
@@ -191,6 +211,7 @@ def _link_train(
             continue
         shard = Shard(
             name=f"train-{len(shards):05d}.bin",
+            source=record["source"]["source"],
             split="train",
             parts=[_part(record, "train")],
             **{key: facts[key] for key in keys},
@@ -210,12 +231,14 @@ def _merge_val(
 ) -> list[Shard]:
     """Merge the validation documents, in chunk order, into shards of up to ``shard_tokens``."""
     groups: list[list[int]] = []
+    sources = [record["source"]["source"] for record in records]
     size = 0
     for index, record in enumerate(records):
         if "val" not in record["splits"]:
             continue
         tokens = record["splits"]["val"]["tokens"]
-        if not groups or size + tokens > shard_tokens:
+        is_other = bool(groups) and sources[groups[-1][0]] != sources[index]
+        if not groups or is_other or size + tokens > shard_tokens:
             groups.append([])
             size = 0
         groups[-1].append(index)
@@ -237,6 +260,7 @@ def _merge_val(
         path = store.root / "merged" / key / "val.bin"
         shard = Shard(
             name=f"val-{number:05d}.bin",
+            source=sources[group[0]],
             split="val",
             tokens=sum(part.tokens for part in parts),
             docs=sum(part.docs for part in parts),

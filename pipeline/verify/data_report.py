@@ -261,11 +261,12 @@ class DataReport:
 def _unit(manifest: Manifest) -> str:
     """Return the question of what a document is, from the source files."""
     source = manifest.source
-    if source.source.kind == "tokens":
+    if not any(origin.has_text for origin in source.sources.values()):
         return "what <|endoftext|> delimits?"
     if any(".txt" in PurePosixPath(file.path.lower()).suffixes for file in source.files):
-        return "a line? Set source.text_documents to line, paragraph or file"
-    return f"a row? source.text_column is {source.text_column}"
+        return "a line? Set sources.NAME.text_documents to line, paragraph or file"
+    columns = (f"sources.{n}.text_column is {o.text_column}" for n, o in source.sources.items())
+    return f"a row? {', '.join(columns)}"
 
 
 def _top(counter: Counter[str]) -> list[tuple[str, int]]:

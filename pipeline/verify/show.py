@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.format import tokenizer
+from pipeline.format.foreign_tokens import is_token_file
 from pipeline.format.manifest import Manifest
 from pipeline.format.shards import open_shard, read_docs
 from pipeline.runtime.errors import printable
@@ -27,7 +28,6 @@ def show_documents(folder: Path, count: int) -> Iterator[str]:
     spans = [span for shard in manifest.shards for span in part_spans(shard)]
     total = sum(span.part.docs for span in spans)
     count = min(count, total)
-    unit = "token" if manifest.source.source.kind == "tokens" else "row"
     wanted = [(2 * nth + 1) * total // (2 * count) for nth in range(count)]
     before = 0
     for span in spans:
@@ -38,6 +38,7 @@ def show_documents(folder: Path, count: int) -> Iterator[str]:
             end = int(docs[index + 1, 0]) if index + 1 < len(docs) else len(tokens)
             text = tokenizer.decode(tokens[begin + 1 : end].tolist())
             rest = len(text) - _CHARACTERS
+            unit = "token" if is_token_file(span.part.path) else "row"
             yield (
                 f"== {span.shard} document {index}: {printable(span.part.path)} {unit} {at:,}, "
                 f"{end - begin:,} tokens\n{_visible(text[:_CHARACTERS])}"

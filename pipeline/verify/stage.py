@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.cluster.join import cluster
 from pipeline.cluster.tasks import run_tasks
+from pipeline.format.foreign_tokens import is_token_file
 from pipeline.format.manifest import (
     NAME,
     SPLITS,
@@ -135,8 +136,9 @@ def _tasks(
     selection: Path | None,
 ) -> list[_Task]:
     """Return a task per source file, per shard, and per chunk to encode again; largest first."""
-    has_text = raw_manifest.source.kind != "tokens"
-    file_indices = {file.path: index for index, file in enumerate(manifest.source.files)}
+    has_text = {file.path: not is_token_file(file.path) for file in raw_manifest.files}
+    columns = {file.path: raw_manifest.column(file) for file in raw_manifest.files}
+    file_indices = manifest.source.numbers()
     of_file: dict[str, list[checks.PartSpan]] = {file.path: [] for file in raw_manifest.files}
     of_chunk: dict[str, list[checks.PartSpan]] = {}
     tasks, linked, bits = [], set(), {}
@@ -156,7 +158,7 @@ def _tasks(
             key: records[key]["splits"][shard.split]["content"] for key in keys if key in records
         }
         indices = {part.path: file_indices.get(part.path, 0) for part in shard.parts}
-        linked_raw = None if has_text else _linked_raw(raw, tokens, shard)
+        linked_raw = _linked_raw(raw, tokens, shard)
         if linked_raw is not None:
             linked.add(linked_raw)
         shard_arguments = (tokens, shard, manifest.tokenizer, indices, contents, linked_raw)
@@ -165,13 +167,15 @@ def _tasks(
     for file in raw_manifest.files:
         if raw / file.path not in linked:
             of_selection = bits.get(file.path)
-            arguments = (raw, file, tokens, of_file[file.path], has_text, of_selection)
+            arguments = (raw, file, tokens, of_file[file.path], has_text[file.path], of_selection)
             tasks.append(_Task(checks.check_source, arguments, file.bytes, file.path))
-    if has_text and params.retokenize:
-        column, val_per_10k = raw_manifest.text_column, _hashed_per_10k(manifest)
+    if params.retokenize:
+        val_per_10k = _hashed_per_10k(manifest)
         for spans in of_chunk.values():
-            text_arguments = (raw, column, tokens, spans, params.retokenize, val_per_10k)
             path, (start, stop) = spans[0].part.path, spans[0].part.rows
+            if not has_text[path]:
+                continue
+            text_arguments = (raw, columns[path], tokens, spans, params.retokenize, val_per_10k)
             label = f"{path}[{start}:{stop}]"
             tasks.append(_Task(checks.check_texts, text_arguments, 0, label))
     return sorted(tasks, key=lambda task: -task.size)
@@ -185,10 +189,12 @@ def _hashed_per_10k(manifest: Manifest) -> int | None:
 
 
 def _linked_raw(raw: Path, tokens: Path, shard: Shard) -> Path | None:
-    """Return the file of `data/raw` that a shard is a hard link to, or None."""
+    """Return the token file of `data/raw` that a shard is a hard link to, or None."""
     path = raw / shard.parts[0].path
+    if len(shard.parts) > 1 or not is_token_file(path.name):
+        return None
     try:
-        return path if len(shard.parts) == 1 and path.samefile(tokens / shard.name) else None
+        return path if path.samefile(tokens / shard.name) else None
     except OSError:
         return None
 
@@ -229,12 +235,13 @@ def _check_folder(
 def _check_records(tokens: Path, manifest: Manifest, records: dict[str, Record]) -> list[Fault]:
     """Check the chunks' records against the manifest's parts and its `dataset_key`."""
     parts: dict[str, list[tuple[str, int, int]]] = {}
-    faults, files = [], {file.path for file in manifest.source.files}
+    faults, files = [], {file.path: file.source for file in manifest.source.files}
     for shard in manifest.shards:
         for part in shard.parts:
             parts.setdefault(part.chunk_key, []).append((shard.split, part.tokens, part.docs))
-        if other := {part.path for part in shard.parts} - files:
-            faults.append(Fault(tokens / NAME, f"its source has no file {min(other)}"))
+        if other := {part.path for part in shard.parts if files.get(part.path) != shard.source}:
+            problem = f"its source {shard.source} has no file {min(other)}"
+            faults.append(Fault(tokens / NAME, problem))
     keys = [chunk.chunk_key for chunk in manifest.chunks]
     if len(set(keys)) < len(keys) or parts.keys() - set(keys):
         faults.append(Fault(tokens / NAME, "its chunks do not match its shards"))
@@ -242,10 +249,12 @@ def _check_records(tokens: Path, manifest: Manifest, records: dict[str, Record])
         if (record := records.get(chunk.chunk_key)) is None:
             continue
         found = sorted((split, f["tokens"], f["docs"]) for split, f in record["splits"].items())
-        if found != sorted(parts.get(chunk.chunk_key, [])):
+        is_other = record["source"].get("source") != chunk.source
+        if is_other or found != sorted(parts.get(chunk.chunk_key, [])):
             faults.append(Fault(tokens / chunk.name, "does not match the manifest"))
-    if manifest.params.get("val_split") == "position" and (problem := _check_cut(manifest)):
-        faults.append(Fault(tokens / NAME, problem))
+    if manifest.params.get("val_split") == "position":
+        problems = (_check_cut(manifest, name) for name in manifest.source.sources)
+        faults += [Fault(tokens / NAME, problem) for problem in problems if problem]
     if len(records) == len(keys):
         if dataset_key(list(records.values())) != manifest.dataset_key:
             faults.append(
@@ -259,15 +268,18 @@ def _check_records(tokens: Path, manifest: Manifest, records: dict[str, Record])
     return faults
 
 
-def _check_cut(manifest: Manifest) -> str | None:
-    """Return how a split by position differs from what its parameters ask for."""
+def _check_cut(manifest: Manifest, source: str) -> str | None:
+    """Return how a source's split by position differs from what the parameters ask for."""
     order = {chunk.chunk_key: number for number, chunk in enumerate(manifest.chunks)}
     numbers: dict[Split, list[int]] = {split: [] for split in SPLITS}
+    sizes = dict.fromkeys(SPLITS, 0)
     for shard in manifest.shards:
-        numbers[shard.split] += [order.get(part.chunk_key, 0) for part in shard.parts]
+        if shard.source == source:
+            numbers[shard.split] += [order.get(part.chunk_key, 0) for part in shard.parts]
+            sizes[shard.split] += shard.tokens
     if max(numbers["train"], default=0) > min(numbers["val"], default=len(order)):
         return "its validation split is not the last part of the tokens"
-    train, val = (manifest.totals[split].tokens for split in SPLITS)
+    train, val = sizes["train"], sizes["val"]
     size, tolerance = val_size(train + val, int(manifest.params.get("val_per_10k", 0)))
     # Documents of a few tokens may move the cut by two, and the second half gains an EOT.
     if abs(val - size) > max(tolerance, 2) + 1:

@@ -137,12 +137,12 @@ def encoding(paths: list[Path], folder: Path) -> None:
     """Measure a task, and the driver's work when it receives the piece."""
     texts = [t for p in paths for _, b in read_batches(p, "text", 0, 10**9) for t in b.to_pylist()]
     raw = write_raw(folder / "raw", [8 * texts], group=25)  # one chunk of about 20M tokens
-    files = RawManifest.load(raw).files
+    source = RawManifest.load(raw)
     params = TokenizeParams(shard_tokens=20_000_000, val_per_10k=20)
     store, taken = Store(folder / "one"), Store(folder / "two")
     seconds = receiving = 0.0
     text = 0
-    for chunk in plan_chunks(raw, files, "text", params.shard_tokens):
+    for chunk in plan_chunks(raw, source, params.shard_tokens):
         key = chunk_key(chunk, "text", params, "benchmark")
         begin = time.perf_counter()
         record = encode_chunk(chunk, key, raw, "text", params, store)

@@ -129,7 +129,7 @@ def measure_parts(raw: Path, tasks: Path) -> dict[str, float]:
     read = [
         as_texts(texts)
         for file in source.files
-        for _, texts in read_batches(raw / file.path, source.text_column, 0, file.rows)
+        for _, texts in read_batches(raw / file.path, source.column(file), 0, file.rows)
     ]
     index = decontaminate.index(decontaminate.read_items("hellaswag", tasks))
     compute: dict[str, Callable[[Texts], Any]] = {

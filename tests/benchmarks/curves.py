@@ -56,7 +56,7 @@ def prepare(folder: Path, text: list[Path]) -> None:
         shutil.copytree(REPO / name, folder / name, dirs_exist_ok=True)
     shutil.copy(REPO / "dvc.yaml", folder)
     params = read_yaml(REPO / "params.yaml")
-    params["source"] |= {"kind": "files", "paths": [str(path.absolute()) for path in text]}
+    params["sources"]["main"] |= {"kind": "files", "paths": [str(path.absolute()) for path in text]}
     params["tokenize"] |= {"shard_tokens": 1_000_000, "val_per_10k": 200}
     params["model"], params["train"] = MODEL, params["train"] | TRAIN
     (folder / "params.yaml").write_text(json.dumps(params, indent=1))  # JSON is YAML

@@ -192,7 +192,10 @@ def prepare(folder: Path, text: list[Path]) -> str:
         link_code(folder)
         params = read_yaml(REPO / "params.yaml")
         if text:
-            params["source"] |= {"kind": "files", "paths": [str(path.absolute()) for path in text]}
+            params["sources"]["main"] |= {
+                "kind": "files",
+                "paths": [str(path.absolute()) for path in text],
+            }
         params["tokenize"] |= {"shard_tokens": 1_000_000, "val_per_10k": 500}
         (folder / "params.yaml").write_text(json.dumps(params, indent=1))  # JSON is YAML
         for stage in ("download", "tokenize", "verify"):

@@ -190,7 +190,7 @@ def as_parquet(corpus: Path, raw: Path, machine: Machine) -> Path:
     if (corpus / NAME).exists():
         return corpus
     params = SourceParams(kind="files", paths=[str(corpus)])
-    download.download(params, Store.open(machine), raw, machine)
+    download.download({"main": params}, Store.open(machine), raw, machine)
     return raw
 
 
@@ -349,7 +349,7 @@ class Clock:
 
 def phases(corpus: Path, scratch: Path) -> dict[str, float]:
     """Return seconds by phase for all chunks, one after another in this process."""
-    chunks = plan_chunks(corpus, RawManifest.load(corpus).files, "text", PARAMS.shard_tokens)
+    chunks = plan_chunks(corpus, RawManifest.load(corpus), PARAMS.shard_tokens)
     assert engines.fast() is not None
     clock, store = Clock(), Store(scratch / "work")
     for phase, owner, names in (

@@ -24,7 +24,7 @@ HF = "artifacts/hf"
 EXPORT = ["--checkpoint", "artifacts/checkpoint", "--out", HF, "--project", "."]
 
 SECTIONS: dict[str, dict[str, Any]] = {
-    "source": {"kind": "files", "paths": ["source/*"]},
+    "sources": {"main": {"kind": "files", "paths": ["source/*"]}},
     "curate": {"exact_duplicates": True, "near_duplicates": True, "compare": "text"},
     "tokenize": {"shard_tokens": 4000, "val_per_10k": 2000},
     "verify": {"retokenize": 1},

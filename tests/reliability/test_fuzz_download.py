@@ -31,7 +31,7 @@ from pipeline.download.source_paths import resolve
 from pipeline.download.to_parquet import ReadOptions, to_parquet
 from pipeline.format.foreign_tokens import open_token_file
 from pipeline.format.manifest import NAME, Manifest, RawManifest
-from pipeline.params import SourceParams, TokenizeParams
+from pipeline.params import SourceParams, TokenizeParams, load_sources
 from pipeline.runtime.errors import UserError, printable
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.params_file import load_section
@@ -87,26 +87,36 @@ LAUGHS = "a0: &a0 [lol, lol]\n" + "".join(
 # --- YAML: params.yaml, machine.yaml, dataset cards
 
 HOSTILE_YAML = [
-    LAUGHS + "source: *a30\n",
+    LAUGHS + "sources: *a30\n",
     LAUGHS + "configs: *a30\n",
-    "source: &a [*a]\n",
-    f"source: {DEEP}\n",
+    "sources: &a [*a]\n",
+    f"sources: {DEEP}\n",
     "m0: &m0 {a: 1}\n" + "".join(f"m{i + 1}: &m{i + 1}\n  <<: [{', '.join([f'*m{i}'] * 9)}]\n"
                                   for i in range(12)),
-    f"source: {{files: {'9' * 5000}}}\n",
-    f"source: {{files: {'9' * 100}}}\n",
-    "source: {paths: [2001-99-99]}\n",
-    "source: !!python/object/apply:os.system [exit]\n",
+    f"sources: {{files: {'9' * 5000}}}}}\n",
+    f"sources: {{files: {'9' * 100}}}}}\n",
+    "sources: {main: {paths: [2001-99-99]}}\n",
+    "sources: !!python/object/apply:os.system [exit]\n",
     "? [a, b]\n: c\n",
     "a\\nb: 1\n",
     '"a\\n\\e[2J": 1\n',
-    'source: {"a\\n\\e[2J": 1}\n',
-    "source: !!binary x\n",
-    "source: !!timestamp x\n",
-    "source: !!int ''\n",
+    'sources: {"a\\n\\e[2J": 1}\n',
+    "sources: !!binary x\n",
+    "sources: !!timestamp x\n",
+    "sources: !!int ''\n",
     "\0",
     "- " * 2000 + "a\n",
     "#" * 2_000_000,
+    "source: {kind: sample}\n",
+    "sources: {}\n",
+    "sources: {Main: {}}\n",
+    "sources: {a.b: {}}\n",
+    "sources: {1: {}}\n",
+    "sources: {null: {}}\n",
+    "sources: {_a: {}}\n",
+    "sources: {main: null}\n",
+    "sources: {main: [a]}\n",
+    f"sources: {{{'a' * 33}: {{}}}}\n",
 ]  # fmt: skip
 
 
@@ -119,7 +129,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def read_parameters(folder: Path, text: str | bytes) -> None:
     for name, load in (
-        ("params.yaml", lambda: load_section("source", SourceParams)),
+        ("params.yaml", load_sources),
         ("params.yaml", lambda: load_section("tokenize", TokenizeParams)),
         ("machine.yaml", Machine.load),
     ):
@@ -138,7 +148,7 @@ def read_and_resolve(text: str) -> None:
 @pytest.mark.parametrize("text", HOSTILE_YAML)
 def test_hostile_yaml_is_refused(project: Path, text: str) -> None:
     for name, load in (
-        ("params.yaml", lambda: load_section("source", SourceParams)),
+        ("params.yaml", load_sources),
         ("machine.yaml", Machine.load),
     ):
         (project / name).write_text(text)
@@ -173,8 +183,8 @@ PARAMETERS = st.fixed_dictionaries(
 @fuzz
 @given(PARAMETERS, st.dictionaries(TEXT | st.just("workers"), VALUES, max_size=2))
 def test_any_values_of_parameters(project: Path, source: Any, machine: Any) -> None:
-    write_yaml(project / "params.yaml", {"source": source})
-    outcome(load_section, "source", SourceParams)
+    write_yaml(project / "params.yaml", {"sources": {"main": source}})
+    outcome(load_sources)
     write_yaml(project / "machine.yaml", machine)
     outcome(Machine.load)
 
@@ -420,10 +430,9 @@ def test_any_requested_wait(headers: dict[str, str]) -> None:
 # --- manifests, token files, text formats
 
 RAW = {
-    "schema_version": "1.0",
-    "source": {"kind": "files", "repo": "r", "revision": "1"},
-    "text_column": "text",
-    "files": [{"path": "a.parquet", "bytes": 1, "rows": 1, "sha256": SHA256}],
+    "schema_version": "2.0",
+    "sources": {"main": {"kind": "files", "repo": "r", "revision": "1", "text_column": "text"}},
+    "files": [{"source": "main", "path": "a.parquet", "bytes": 1, "rows": 1, "sha256": SHA256}],
 }
 
 

@@ -105,7 +105,7 @@ class Downloads:
             patch.setattr("pipeline.download.stage.run_tasks", run_tasks)
             machine = Machine(work_dir=self.store, patience=patience)
             params = SourceParams(kind="hub", **source)
-            return download(params, Store.open(machine), self.raw, machine)
+            return download({"main": params}, Store.open(machine), self.raw, machine)
 
     def check(self, files: Mapping[str, bytes]) -> None:
         """Assert that `data/raw` and its manifest hold exactly these files."""
@@ -204,11 +204,11 @@ class Project(Downloads):
 
 
 def set_source(params: Path, **source: Any) -> None:
-    """Set keys of section `source` of a params.yaml, keeping its comments."""
+    """Set keys of the source of a params.yaml, keeping its comments."""
     yaml = YAML()
     values = yaml.load(params)
     for key, value in source.items():
-        values["source"][key] = value
+        values["sources"]["main"][key] = value
     with open(params, "w", encoding="utf-8") as file:
         yaml.dump(values, file)
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,14 @@ def write_parquet(path: Path, texts: Sequence[str | None], group: int = 7) -> So
 def describe(path: Path, rows: int) -> SourceFile:
     """Return the manifest's entry for a file of `data/raw`."""
     size, digest = path.stat().st_size, atomic.sha256_file(path)
-    return SourceFile(path=path.name, bytes=size, rows=rows, sha256=digest)
+    return SourceFile(source="main", path=path.name, bytes=size, rows=rows, sha256=digest)
 
 
 def write_manifest(folder: Path, files: Sequence[SourceFile]) -> None:
     """Write the manifest of a `data/raw`."""
     source = Source(kind="test", repo="test", revision="1")
-    manifest = RawManifest(source=source, files=list(files))
+    names = sorted({file.source for file in files}) or ["main"]
+    manifest = RawManifest(sources=dict.fromkeys(names, source), files=list(files))
     atomic.write_json(folder / NAME, manifest.model_dump())
 
 
@@ -69,6 +70,16 @@ def write_raw(
         write_parquet(folder / f"{name}-{i}.parquet", texts, group) for i, texts in enumerate(files)
     ]
     write_manifest(folder, described)
+    return folder
+
+
+def write_sources(folder: Path, sources: Mapping[str, Sequence[str | None]]) -> Path:
+    """Write a `data/raw` with several sources, of one parquet file each."""
+    files = []
+    for name, texts in sorted(sources.items()):
+        file = write_parquet(folder / name / "part.parquet", texts)
+        files.append(file.model_copy(update={"source": name, "path": f"{name}/part.parquet"}))
+    write_manifest(folder, files)
     return folder
 
 
@@ -90,8 +101,9 @@ def tokenize_here(
 ) -> Manifest:
     """Run the stage without Ray, by encoding its chunks in this process first."""
     manifest = RawManifest.load(raw)
-    column, store = manifest.text_column, Store.open(machine)
-    for chunk in plan_chunks(raw, manifest.files, column, params.shard_tokens):
+    store = Store.open(machine)
+    for chunk in plan_chunks(raw, manifest, params.shard_tokens):
+        column = manifest.column(chunk.file)
         key = chunk_key(chunk, column, params, code)
         engine = machine.engine, machine.check_fraction
         encode_chunk(chunk, key, raw, column, params, store, *engine)
@@ -131,7 +143,7 @@ def flip(path: Path, offset: int, keep_mtime: bool = False) -> None:
 
 
 PARAMS = """\
-source: {{kind: sample, files: null}}
+sources: {{main: {{kind: sample, files: null}}}}
 curate: {{}}
 tokenize: {{shard_tokens: {shard_tokens}, val_per_10k: {val_per_10k}}}
 verify: {{retokenize: 1}}

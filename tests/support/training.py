@@ -65,11 +65,13 @@ def shard_header(tokens: int) -> bytes:
     return header.tobytes()
 
 
-def shard_entry(name: str, tokens: int, *, docs: int = 0, sha256: str = "") -> Shard:
+def shard_entry(
+    name: str, tokens: int, *, docs: int = 0, sha256: str = "", source: str = "main"
+) -> Shard:
     """Describe a shard for the manifest, as one without a document index."""
-    values = {"name": name, "split": name.split("-")[0], "tokens": tokens, "docs": docs}
+    values = {"name": name, "source": source, "split": name.split("-")[0], "tokens": tokens}
     return Shard.model_validate(
-        {**values, "text_bytes": 0, "sha256": sha256, "docs_sha256": "", "parts": []}
+        {**values, "docs": docs, "text_bytes": 0, "sha256": sha256, "docs_sha256": "", "parts": []}
     )
 
 
@@ -79,13 +81,15 @@ def write_manifest(folder: Path, shards: list[Shard], key: str = "k" * 64) -> No
     for split in {shard.split for shard in shards}:
         counts = [shard.tokens for shard in shards if shard.split == split]
         totals[split] = Totals(shards=len(counts), docs=0, tokens=sum(counts), text_bytes=0)
+    origin = Source(kind="test", repo="", revision="")
+    names = sorted({shard.source for shard in shards}) or ["main"]
     manifest = Manifest(
         dataset_key=key,
         format="llm.c",
         dtype="uint16",
         tokenizer=Tokenizer(name="gpt2", ranks_sha256=RANKS_SHA256, n_vocab=N_VOCAB, eot=EOT),
         params={},
-        source=RawManifest(source=Source(kind="test", repo="", revision=""), files=[]),
+        source=RawManifest(sources=dict.fromkeys(names, origin), files=[]),
         shards=shards,
         totals=totals,
         skipped={},
@@ -116,6 +120,7 @@ class Project:
     def write(self, **changes: dict[str, Any]) -> None:
         """Write `params.yaml`: the defaults of this module, with changes per section."""
         base: dict[str, dict[str, Any]] = {"model": MODEL, "train": TRAIN, "evaluate": EVALUATE}
+        base["sources"] = {"main": {}}
         self.sections = {name: {**base.get(name, {}), **changes.get(name, {})} for name in SECTIONS}
         (self.folder / "params.yaml").write_text(json.dumps(self.sections))  # JSON is YAML
 

@@ -14,7 +14,7 @@ from pipeline.provenance import Documents, DocumentSpan
 from pipeline.runtime.machine import Machine
 from tests.support.small_data import tokenize_here, write_raw
 from tests.support.training import Project, batches, records, stop_in, train_here
-from train import evaluate
+from train import DataOrder, evaluate
 from train.data.loader import read_windows
 from train.distributed.interrupt import Interrupt
 from train.distributed.rendezvous import process_group
@@ -51,8 +51,11 @@ def documents_of(run: Run, window: int) -> list[DocumentSpan]:
 def test_documents_in_the_tokens_are_those_of_the_index(masked: Project) -> None:
     run = Run.open()
     assert len(run.train_data.shards) > 3
+    assert isinstance(run.order, DataOrder)
     for window in run.order.samples(0, run.order.n_windows):
-        inputs, _ = read_windows(run.train_data, window[None], run.order.block_size)
+        inputs, _ = read_windows(
+            run.train_data, window[None] * run.order.block_size, run.order.block_size
+        )
         lengths = [span.end - span.first for span in documents_of(run, int(window))]
         found = document_ids(inputs)[0].unique_consecutive(return_counts=True)[1]
         assert found.tolist() == lengths
@@ -69,6 +72,7 @@ def test_a_step_is_that_of_its_documents_alone(masked: Project, implementation: 
             _, numbers = trainer.step(0, loader, Interrupt(world))
     gpt = GPT(run.model.config(), seed=run.params.seed, implementation=implementation)  # type: ignore[arg-type]
     total, count = torch.zeros(()), 0
+    assert isinstance(run.order, DataOrder)
     for window in run.order.samples(0, 8):
         for span in documents_of(run, int(window)):
             tokens = torch.from_numpy(run.train_data[span.first : span.end + 1].astype("int64"))

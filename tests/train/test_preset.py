@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from dvc.utils.hydra import apply_overrides
 from ruamel.yaml import YAML
 
 from pipeline.runtime.errors import UserError
@@ -69,8 +72,9 @@ def test_command_merges_into_params_yaml(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("params", "name", "named"),
     [
-        ("model: {}\n", None, "section source"),
-        ("source: 3\n", None, "section source"),
+        ("model: {}\n", None, "section sources"),
+        ("sources: 3\n", None, "section sources"),
+        ("source: 3\n", None, "sources: {main: 3}"),
         (committed().replace("block_size: ", "blocksize: "), None, "model.blocksize"),
         (committed(), "fineweb", "did you mean fineweb-10b"),
     ],
@@ -84,3 +88,39 @@ def test_mistake_is_named(
         load(name)
     with pytest.raises(UserError, match=named):
         preset.main([name or "smoke"])
+
+
+PHASES = [{"until": 0.5, "weights": {"main": 1}}, {"until": 1.0, "weights": {"main": 2.5}}]
+
+
+def test_sources_are_merged_by_name_and_a_mixture_is_replaced() -> None:
+    two = merge(committed(), {"sources": {"web": {"kind": "hub"}}})
+    assert values(merge(two, {"sources": {"main": {"files": 1}}}))["sources"]["web"] == {
+        "kind": "hub"
+    }
+    weights: dict[str, Any] = {"train": {"mixture": {"main": 1, "web": 0}}}
+    phased: dict[str, Any] = {
+        "train": {"mixture": [{"until": 1.0, "weights": {"main": 1, "web": 2}}]}
+    }
+    one_stream: dict[str, Any] = {"train": {"mixture": None}}
+    for overlay in (weights, phased, weights, one_stream):
+        two = merge(two, overlay)
+        assert values(two)["train"]["mixture"] == overlay["train"]["mixture"]
+    for overlay, named in (
+        ({"sources": {"other": {"files": 1}}}, "sources.other"),
+        ({"source": {"files": 1}}, "sources: {main:"),
+        ({"train": {"mixture": {"main": 1}}}, "train.mixture.web: missing"),
+        ({"train": {"mixture": {"main": 1, "wob": 1}}}, "did you mean web"),
+    ):
+        with pytest.raises(UserError, match=named):
+            merge(two, overlay)
+
+
+@pytest.mark.parametrize("before", [None, {"main": 3}, PHASES[1:] + PHASES[1:]])
+@pytest.mark.parametrize("mixture", [{"main": 3}, PHASES, None])
+def test_flags_set_what_dvc_would_merge(tmp_path: Path, before: Any, mixture: Any) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(f"train: {json.dumps({'mixture': before})}\n")
+    words = shlex.split(preset.flags({"train": {"mixture": mixture}}))
+    apply_overrides(path, [word for word in words if word != "-S"])
+    assert values(path.read_text())["train"]["mixture"] == mixture

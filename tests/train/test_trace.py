@@ -23,7 +23,7 @@ from pipeline.runtime.machine import Machine
 from pipeline.store import atomic
 from tests.support.small_data import some_texts, tokenize_here, write_raw
 from tests.support.training import MODEL, TRAIN
-from train import trace
+from train import DataOrder, trace
 from train.data.loader import Batches
 from train.data.split import Split
 from train.params import TrainParams
@@ -81,6 +81,7 @@ def test_each_token_of_a_step_is_traced_to_its_document(
     root: Path, expected: list[tuple[str, int, int]], data: st.DataObject, seed: int, order: str
 ) -> None:
     run = Trace.of(BLOCK, train_params(seed=seed, order=order, steps=1000), root / "data/tokens")
+    assert isinstance(run.order, DataOrder)
     steps_per_epoch = -(-run.order.n_windows // BATCH)
     step = data.draw(st.integers(1, 4 * steps_per_epoch))
     windows = list(run.windows(step))
@@ -206,7 +207,8 @@ def project(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     for name in ("raw", "tokens"):
         (tmp_path / "data" / name).symlink_to(root / "data" / name)
     sections = {
-        **{section: {} for section in ("source", "curate", "tokenize", "verify", "evaluate")},
+        "sources": {"main": {}},
+        **{section: {} for section in ("curate", "tokenize", "verify", "evaluate")},
         "model": {**MODEL, "block_size": BLOCK},
         "train": {**TRAIN, "batch_tokens": BATCH * BLOCK},
     }

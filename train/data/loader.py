@@ -2,11 +2,11 @@
 
     BatchSchedule   step -> samples [start, start + count)      which samples
          |
-    DataOrder       sample -> window of the train split         in which order
+    Order           sample -> first token of its window         in which order
          |
     Split           (micro-step, rank, row) -> sample           on which rank
          |
-    read_windows    windows -> inputs, targets (B, T) int64     from the memory-mapped shards
+    read_windows    first tokens -> inputs, targets (B, T) int64     from the memory-mapped shards
          |
     queue           at most `AHEAD` micro-batches, filled by a thread
          |
@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from pipeline import TokenStream
-from train.data.order import DataOrder
 from train.data.split import Split
 
 AHEAD = 4  # micro-batches in the queue: enough to ride out a slow read, little memory
@@ -41,6 +40,17 @@ class Tokens(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, part: slice, /) -> np.ndarray: ...
+
+
+class Order(Protocol):
+    """An order of the training data: `DataOrder`, or `MixedOrder` of several sources."""
+
+    @property
+    def block_size(self) -> int:
+        """Inputs per window."""
+
+    def starts(self, start: int, count: int) -> np.ndarray:
+        """Return the first tokens of the samples [start, start + count), int64."""
 
 
 class MicroBatch(NamedTuple):
@@ -57,16 +67,14 @@ class MicroBatch(NamedTuple):
     targets: Tensor
 
 
-def read_windows(
-    stream: TokenStream, windows: np.ndarray, block_size: int
-) -> tuple[Tensor, Tensor]:
-    """Read windows of a stream.
+def read_windows(stream: TokenStream, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
+    """Read windows of a stream, from their first tokens, (n,) int64.
 
     Returns:
-        Inputs and targets, each (len(windows), block_size) int64 and contiguous: torch.compile
+        Inputs and targets, each (n, block_size) int64 and contiguous: torch.compile
         would compile again for other strides.
     """
-    rows = stream.gather(windows * block_size, block_size + 1)
+    rows = stream.gather(starts, block_size + 1)
     return (
         torch.from_numpy(rows[:, :-1].astype(np.int64)),
         torch.from_numpy(rows[:, 1:].astype(np.int64)),
@@ -90,7 +98,7 @@ class Batches(Iterator[MicroBatch]):
     def __init__(
         self,
         stream: TokenStream,
-        order: DataOrder,
+        order: Order,
         split: Split,
         *,
         rank: int,
@@ -129,8 +137,8 @@ class Batches(Iterator[MicroBatch]):
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)  # a new thread starts on the first GPU
             for step, start, count in self._spans:
-                windows = self._order.samples(start, count)
-                for part in self._split.share(windows, self._rank):
+                starts = self._order.starts(start, count)
+                for part in self._split.share(starts, self._rank):
                     batch = read_windows(self._stream, part, self._order.block_size)
                     if self._device.type == "cuda":
                         batch = batch[0].pin_memory(), batch[1].pin_memory()

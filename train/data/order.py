@@ -30,7 +30,7 @@ UInt64Array = NDArray[np.uint64]
 Int64Array = NDArray[np.int64]
 
 
-def _mix(x: UInt64Array) -> UInt64Array:
+def mix(x: UInt64Array) -> UInt64Array:
     """Mix 64 bits: the finaliser of SplitMix64 (Steele et al., 2014); wraps modulo 2^64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -38,10 +38,12 @@ def _mix(x: UInt64Array) -> UInt64Array:
     return mixed
 
 
-@lru_cache(maxsize=8)
-def _round_keys(seed: int, epoch: int) -> UInt64Array:
+@lru_cache(maxsize=64)  # two epochs of each source
+def round_keys(seed: int, epoch: int, name: str = "") -> UInt64Array:
+    """Return the keys of a permutation, (ROUNDS,), for each seed, epoch and name another."""
     # SeedSequence, not seed + epoch: (seed 1, epoch 0) must be unrelated to (seed 0, epoch 1).
-    keys = np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)
+    entropy = [seed, epoch, *name.encode()]
+    keys = np.random.SeedSequence(entropy).generate_state(ROUNDS, np.uint64)
     return keys.astype(np.uint64)  # for the type checker
 
 
@@ -72,7 +74,7 @@ def _feistel(value: UInt64Array, a: int, b: int, keys: UInt64Array) -> UInt64Arr
     for number, key in enumerate(keys):
         modulus = np.uint64(b if number % 2 else a)
         # Reduce before adding: a sum that wraps at 2^64 would be no bijection modulo `modulus`.
-        left, right = right, (left + _mix(right + key) % modulus) % modulus
+        left, right = right, (left + mix(right + key) % modulus) % modulus
     joined: UInt64Array = right * np.uint64(a) + left
     return joined
 
@@ -85,6 +87,7 @@ class DataOrder:
         n_tokens: Length of the train split in tokens.
         block_size: T, inputs per window; a window has T + 1 tokens.
         seed: 0 ... 2^32 - 1.
+        name: Of a source: makes its permutations its own.
         order: "shuffled", a new permutation per epoch, or "sequential", the order on disk (for
             comparison with other codebases).
     """
@@ -92,6 +95,7 @@ class DataOrder:
     n_tokens: int
     block_size: int
     seed: int
+    name: str = ""
     order: Literal["shuffled", "sequential"] = "shuffled"
 
     def __post_init__(self) -> None:
@@ -109,6 +113,10 @@ class DataOrder:
         """Windows in the split: the samples per epoch."""
         return (self.n_tokens - 1) // self.block_size
 
+    def starts(self, start: int, count: int) -> Int64Array:
+        """Return the first tokens of the windows of `samples`: (count,) int64."""
+        return self.samples(start, count) * self.block_size
+
     def samples(self, start: int, count: int) -> Int64Array:
         """Return the windows of the global samples [start, start + count), across epochs.
 
@@ -125,7 +133,7 @@ class DataOrder:
             n = min(count - done, self.n_windows - first)
             index = np.arange(first, first + n, dtype=np.int64)
             if self.order == "shuffled":
-                index = permute(index, self.n_windows, _round_keys(self.seed, epoch))
+                index = permute(index, self.n_windows, round_keys(self.seed, epoch, self.name))
             windows[done : done + n] = index
             done += n
         return windows

@@ -141,7 +141,14 @@ def recipe_mismatch(
             return differs
     if train.get("document_masking"):
         return "train.document_masking is true, but documents see each other in the published run"
-    names = [raw.source.repo, *(file.path for file in raw.files[:1])]  # of local files: the path
+    if len(raw.sources) > 1:
+        return (
+            f"the text is from {' and '.join(raw.sources)}, but from FineWeb in the published run"
+        )
+    names = [
+        *(source.repo for source in raw.sources.values()),
+        *(file.path for file in raw.files[:1]),
+    ]  # of local files: the path
     text = " ".join(names).lower()
     if "fineweb" not in text or "edu" in text:
         return f"the text is from {names[0]}, but from FineWeb in the published run"

@@ -32,6 +32,9 @@ CURVES = (
     "memory_gb",
 )
 
+SOURCE_LOSS = "val/source/"
+"""Before the name of a source: its validation loss, where there are several."""
+
 CHECKSUM = "crc32"
 
 Record = dict[str, Any]
@@ -146,9 +149,9 @@ class History:
 
     def _draw(self, record: Record) -> None:
         self._live.step = record["step"]
-        for name in CURVES:
-            if name in record:
-                self._live.log_metric(name, record[name])
+        for name, value in record.items():
+            if name in CURVES or name.startswith(SOURCE_LOSS):
+                self._live.log_metric(name, value)
 
 
 def parse(data: bytes, name: str = "") -> list[Record]:

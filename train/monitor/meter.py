@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from train.distributed.world import World
 from train.monitor.health import Health, NonFinite
-from train.monitor.history import History, Record
+from train.monitor.history import SOURCE_LOSS, History, Record
 from train.numerics import peak_memory
 
 
@@ -115,12 +115,19 @@ class Meter:
         """Exclude the time since the last step (a validation, a save) from the training time."""
         self._clock = time.perf_counter()
 
-    def log_validation(self, step: int, loss: float, hellaswag: float | None = None) -> None:
+    def log_validation(
+        self,
+        step: int,
+        loss: float,
+        hellaswag: float | None = None,
+        of_sources: Mapping[str, float] | None = None,
+    ) -> None:
         """Log and print a validation.
 
         Args:
             loss: Mean loss over the validation tokens, nats.
             hellaswag: Fraction of HellaSwag tasks answered correctly; None: not scored.
+            of_sources: Loss over the validation tokens of each source, if there are several.
 
         Raises:
             NonFinite: The loss is non-finite.
@@ -134,6 +141,9 @@ class Meter:
             if hellaswag is not None:
                 record["val/hellaswag"] = hellaswag
                 notes += f"  hellaswag {hellaswag:.4f}"
+            for name, value in (of_sources or {}).items():
+                record[f"{SOURCE_LOSS}{name}"] = value
+                notes += f"  {name} {value:.4f}"
             self._history.add(record)
             self.print_line(step, f"val loss {loss:.4f}{notes}")
 

@@ -204,6 +204,10 @@ def _time(plan: Plan) -> list[Row]:
 def _data(plan: Plan) -> list[Row]:
     epochs = f"{plan.epochs:.2f} epochs" if plan.epochs is not None else ""
     rows: list[Row] = [("training tokens", f"{plan.tokens:,}", epochs)]
+    for name, share in plan.source_shares.items():
+        found = plan.source_epochs[name]
+        note = f"{found:.2f} epochs" if found is not None else "epochs unknown before download"
+        rows.append((f"  {name}", f"{share:.1%}", note))
     if corpus := plan.corpus:
         files = f"{corpus.files} files, {corpus.documents:,.0f} documents"
         splits = f"{corpus.train_tokens:,.0f} training, {corpus.val_tokens:,.0f} validation tokens"

@@ -7,7 +7,8 @@ tokens are known, the other follows from FineWeb's 32 tokens per 100 bytes of pa
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
 
 from pipeline.params import SourceParams, TokenizeParams
 
@@ -67,6 +68,17 @@ class Corpus:
             # Two bytes per token, two int64 per document.
             token_bytes=2 * part * tokens + 16 * part * documents,
         )
+
+
+def total(parts: Iterable[Corpus | None]) -> Corpus | None:
+    """Add up the corpora of several sources; None if the size of one is unknown."""
+    known = []
+    for part in parts:
+        if part is None:
+            return None
+        known.append(astuple(part))
+    sums = map(sum, zip(*known, strict=True))
+    return Corpus(**dict(zip(Corpus.__annotations__, sums, strict=True)))
 
 
 def _source_size(source: SourceParams) -> tuple[int, float, float, float] | None:

@@ -12,10 +12,11 @@ from typing import Any
 
 from model import GPTConfig
 from model.size import flops_per_token, parameter_count
+from train.data.mixed_order import mixture_of
 from train.data.split import divisors, share_batch
 from train.params import TrainParams
 from train.plan.accelerators import Accelerator, Link, accelerator
-from train.plan.corpus_size import Corpus
+from train.plan.corpus_size import Corpus, total
 from train.plan.fit import choose, usable_memory
 from train.plan.memory import (
     CUDA_RESERVE,
@@ -81,7 +82,9 @@ class Plan:
     all_reduce_bytes: float  # bytes that one device sends per step
     steps: int  # optimizer steps
     tokens: int  # tokens of all steps
-    epochs: float | None  # passes over the training split; None if its size is unknown
+    epochs: float | None  # passes over the training split; None: size unknown, or a mixture
+    source_epochs: dict[str, float | None]  # the same of each source in `train.mixture`
+    source_shares: dict[str, float]  # share of the samples of each source in `train.mixture`
     training_seconds: float  # time of all steps
     evaluation_seconds: float  # time of validations and HellaSwag between the steps
     rate: float | None  # dollars per GPU-hour; None if unknown
@@ -160,11 +163,20 @@ def make_plan(params: Parameters, options: Options) -> Plan:
         checkpoint_activations=options.checkpoint_activations,
         overlap=options.overlap,
     )
-    training, evaluation = _train_seconds(train, config, cluster, step)
+    validations = 2 if len(params.sources) > 1 else 1  # of all, and source by source
+    training, evaluation = _train_seconds(train, config, cluster, step, validations)
     tokens = batches(train.steps)[0] * config.block_size
     flops = flops_per_token(config, config.block_size)
     speed = train.batch_tokens / cluster.world / step.total
-    corpus = Corpus.estimate(params.source, params.tokenize)
+    corpora = {name: Corpus.estimate(s, params.tokenize) for name, s in params.sources.items()}
+    corpus, shares, source_epochs = total(corpora.values()), {}, {}
+    if train.mixture is not None:
+        samples = batches(train.steps)[0]
+        counts = mixture_of(train, [*corpora], config.block_size).counts(samples)
+        for (name, part), count in zip(corpora.items(), counts, strict=True):
+            seen = count * config.block_size
+            shares[name] = count / samples
+            source_epochs[name] = seen / part.train_tokens if part else None
     checkpoint = 4 * parameter_count(config) + memory(1).optimizer
     kept = (train.kept() + 1) * checkpoint  # the next is written before the oldest is deleted
     hours = (training + evaluation) / 3600
@@ -190,7 +202,9 @@ def make_plan(params: Parameters, options: Options) -> Plan:
         all_reduce_bytes=all_reduce_bytes(config, cluster.world),
         steps=train.steps,
         tokens=tokens,
-        epochs=tokens / corpus.train_tokens if corpus else None,
+        epochs=tokens / corpus.train_tokens if corpus and not shares else None,
+        source_epochs=source_epochs,
+        source_shares=shares,
         training_seconds=training,
         evaluation_seconds=evaluation,
         rate=rate,
@@ -219,7 +233,7 @@ def _cluster(
 
 
 def _train_seconds(
-    train: TrainParams, config: GPTConfig, cluster: Cluster, step: StepTime
+    train: TrainParams, config: GPTConfig, cluster: Cluster, step: StepTime, validations: int
 ) -> tuple[float, float]:
     """Return the time of all steps, and of the validations and HellaSwag between them."""
     # The smaller batches of a ramp take as long per token; all-reduce and optimizer as long per
@@ -227,7 +241,7 @@ def _train_seconds(
     schedule = train.batches(config.block_size)
     batches = schedule(train.steps)[0] / schedule.full
     training = batches * step.compute + train.steps * (step.exposed + step.optimizer)
-    tokens: float = train.val_tokens * math.ceil(train.steps / train.val_every)
+    tokens: float = validations * train.val_tokens * math.ceil(train.steps / train.val_every)
     if train.hellaswag_every:
         times = math.ceil(train.steps / train.hellaswag_every)
         tokens += times * HELLASWAG_TOKENS / HELLASWAG_MFU
@@ -262,6 +276,12 @@ def _warnings(plan: Plan, params: Parameters) -> list[str]:
             f"train.steps: {plan.epochs:.1f} epochs, and text repeated more than {MANY_EPOCHS} "
             "times teaches little; lower train.steps, or use more text"
         )
+    for name, epochs in plan.source_epochs.items():
+        if epochs is not None and epochs > MANY_EPOCHS:
+            found.append(
+                f"train.mixture: {epochs:.1f} epochs of source {name}, and text repeated more than "
+                f"{MANY_EPOCHS} times teaches little; lower its weight, or take more of it"
+            )
     if plan.corpus and plan.corpus.val_tokens < max(train.val_tokens, params.evaluate.val_tokens):
         found.append(
             f"the validation split will have about {plan.corpus.val_tokens:,.0f} tokens, fewer "

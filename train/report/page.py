@@ -20,6 +20,7 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.params_file import PARAMS, load_section
 from pipeline.store import atomic
 from pipeline.store.store import mark_damaged
+from train.data.phases import phases_of
 from train.params import EvaluateParams
 from train.report import html, model_probe, run_charts
 from train.report.run_log import Log, sample_text
@@ -121,6 +122,10 @@ def render() -> str:
         tiles=tiles(train, evaluation),
         reference=reference(evaluation),
         loss_charts=[run_charts.loss_chart(log, evaluation, wide=wide) for wide in (True, False)],
+        source_charts=[
+            *filter(None, (run_charts.source_chart(log, wide=w) for w in (True, False)))
+        ],
+        source_rows=source_rows(train, state),
         training_charts=run_charts.training_charts(log),
         incidents=log.incidents(),
         evaluation_rows=evaluation_rows(evaluation),
@@ -139,7 +144,10 @@ def render() -> str:
             ("run", state["run_key"]),
             ("data", manifest.dataset_key),
             ("training code", state["code_key"]),
-            ("source", f"{manifest.source.source.repo} at {manifest.source.source.revision}"),
+            *(
+                (f"source {name}", f"{source.repo} at {source.revision}")
+                for name, source in manifest.source.sources.items()
+            ),
         ],
         machine=[
             *((name.replace("_", " "), value) for name, value in state["arithmetic"].items()),
@@ -220,6 +228,21 @@ def selection() -> dict[str, Any] | None:
         "found": [(name.replace("_", " "), value) for name, value in manifest.found.items()],
         "examples": manifest.examples,
     }
+
+
+def source_rows(
+    train: Mapping[str, Any], state: Mapping[str, Any]
+) -> list[tuple[str, str, str, Any, Any, Any]]:
+    """Return name, weights, share, tokens, epochs and last validation loss of each source."""
+    mixture = state["train"].get("mixture")
+    phases = phases_of(mixture) if mixture is not None else []
+    rows = []
+    for name, facts in train.get("sources", {}).items():
+        weights = ", then ".join(f"{of_phase[name]:g}" for _, of_phase in phases)
+        share = f"{100 * facts['share']:.1f} %" if "share" in facts else ""
+        seen = (facts.get(key, "") for key in ("tokens", "epochs", "val_loss"))
+        rows.append((name, weights, share, *seen))
+    return rows
 
 
 def time_rows(train: Mapping[str, Any], state: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.store import atomic
+from train.monitor.history import SOURCE_LOSS
 from train.report.charts import SERIES, Curve, bar_chart, line_chart, running_mean
 from train.report.run_log import Log
 
@@ -57,6 +59,20 @@ def loss_chart(log: Log, evaluation: Mapping[str, Any], *, wide: bool) -> str:
         y_label="nats per token",
         y_range=(low - margin, high + margin),
         wide=wide,
+    )
+
+
+def source_chart(log: Log, *, wide: bool) -> str | None:
+    """Draw the validation loss of each source; None for a single source."""
+    names = sorted({k for record in log.records for k in record if k.startswith(SOURCE_LOSS)})
+    curves = [
+        Curve(name.removeprefix(SOURCE_LOSS), *log.curve(name), color, dashed=number >= len(SERIES))
+        for number, (name, color) in enumerate(zip(names, cycle(SERIES), strict=False))
+    ]
+    if not curves:
+        return None
+    return line_chart(
+        curves, name="Validation loss of each source by step", y_label="nats per token", wide=wide
     )
 
 

@@ -196,7 +196,7 @@ def test_changed_source_parameters_fetch_only_missing_files(hub: Hub, downloads:
     downloads.check({paths[1]: files[paths[1]]})
     downloads.download(max_tokens=1)
     # The error names the columns of the file.
-    with pytest.raises(UserError, match=r"source\.text_column.*file_path") as error:
+    with pytest.raises(UserError, match=r"sources\.main\.text_column.*file_path") as error:
         downloads.download(text_column="content")
     assert "content" in str(error.value)
     downloads.check(first)  # unchanged
@@ -213,7 +213,7 @@ def test_changed_source_parameters_fetch_only_missing_files(hub: Hub, downloads:
     changed = {paths[0]: files[paths[0]], paths[1]: random_parquet(7, 200_000)}
     changed["sample/10BT/007_00000.parquet"] = files[paths[2]]
     commit = hub.repo().commit(changed, "v2")
-    assert downloads.download(revision="v2").source.revision == commit
+    assert downloads.download(revision="v2").sources["main"].revision == commit
     downloads.check(changed)
     assert hub.sent() == {paths[1]: len(changed[paths[1]])}
 
@@ -243,13 +243,13 @@ def test_a_file_with_a_permanently_wrong_byte_is_named_and_not_kept(
 @pytest.mark.parametrize(
     ("source", "variables", "words"),
     [
-        ({"repo": "HuggingFaceFW/finewebb"}, {}, ["HuggingFaceFW/finewebb", "source.repo"]),
+        ({"repo": "HuggingFaceFW/finewebb"}, {}, ["HuggingFaceFW/finewebb", "repo"]),
         ({"repo": "a/private"}, {"HF_TOKEN": ""}, ["a/private", "HF_TOKEN"]),
-        ({"repo": "a/gated"}, {}, ["a/gated", "source.repo", "HF_TOKEN"]),
+        ({"repo": "a/gated"}, {}, ["a/gated", "repo", "HF_TOKEN"]),
         # Raised in a task, whose environment names no hub.
-        ({"repo": "a/gated-files"}, {}, ["{hub}/datasets/a/gated-files", "source.repo"]),
-        ({"revision": "v9.9"}, {}, ["v9.9", "source.revision"]),
-        ({"config": "sample-10B"}, {}, ["sample-10B", "source.config", "sample-10BT"]),
+        ({"repo": "a/gated-files"}, {}, ["{hub}/datasets/a/gated-files", "repo"]),
+        ({"revision": "v9.9"}, {}, ["v9.9", "revision"]),
+        ({"config": "sample-10B"}, {}, ["sample-10B", "config", "sample-10BT"]),
         ({}, {"HF_TOKEN": "hf_expired"}, ["HF_TOKEN"]),
         ({}, {"HF_ENDPOINT": "http://127.0.0.1:9"}, ["127.0.0.1:9"]),
         ({"repo": "a/busy"}, {}, ["503"]),

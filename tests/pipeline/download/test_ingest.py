@@ -46,7 +46,7 @@ def fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fetch:
 
     def run(**source: Any) -> RawManifest:
         params = SourceParams(kind="files", paths=[str(tmp_path / "in")], **source)
-        return download(params, store, tmp_path / "raw", Machine(patience=5))
+        return download({"main": params}, store, tmp_path / "raw", Machine(patience=5))
 
     return run
 
@@ -170,7 +170,9 @@ def test_a_wrong_text_column_costs_one_remote_file(
     fetch: Fetch, tmp_path: Path, remote: list[str]
 ) -> None:
     (tmp_path / "in/a.parquet").touch()
-    with pytest.raises(UserError, match=r"(?s)a\.parquet: .*\nb\.parquet: .*source\.text_column"):
+    with pytest.raises(
+        UserError, match=r"(?s)a\.parquet: .*\nb\.parquet: .*sources\.main\.text_column"
+    ):
         fetch()
     assert remote == ["s3://b"]
 
@@ -315,7 +317,7 @@ def test_a_folder_that_cannot_be_written_is_named(fetch: Fetch, tmp_path: Path) 
     (tmp_path / "file").touch()
     params = SourceParams(kind="files", paths=[str(tmp_path / "in")])
     with pytest.raises(UserError, match="file/raw"):
-        download(params, Store(tmp_path / "work"), tmp_path / "file/raw", Machine())
+        download({"main": params}, Store(tmp_path / "work"), tmp_path / "file/raw", Machine())
     assert hashes(tmp_path / "in") == before
 
 
@@ -336,10 +338,10 @@ def test_what_a_process_left_that_was_killed_at_the_end_is_removed(
     store = Store.open(machine)
     monkeypatch.setattr("pipeline.download.stage.cluster", no_cluster)
     monkeypatch.setattr("pipeline.download.stage.run_tasks", run_here)
-    download(params, store, tmp_path / "raw", machine)
+    download({"main": params}, store, tmp_path / "raw", machine)
     partial = store.root / "partial"
     for origin in (store.root / "origins").iterdir():  # named as the folder of the download
         (partial / origin.name).mkdir(exist_ok=True)
         (partial / origin.name / "made.parquet").write_text("half")
-    download(params, store, tmp_path / "raw", machine)
+    download({"main": params}, store, tmp_path / "raw", machine)
     assert not [path for path in partial.iterdir() if not path.name.startswith("seen-")]

@@ -41,4 +41,4 @@ def test_an_impossible_name_is_refused_in_one_line_each(names: list[str], n_line
         check(["fine.txt", *names])
     lines = str(error.value).split("\n")
     assert len(lines) == n_lines
-    assert all(line.isprintable() and "source.exclude" in line for line in lines)
+    assert all(line.isprintable() and "exclude" in line for line in lines)

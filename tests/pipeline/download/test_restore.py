@@ -31,7 +31,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     use(monkeypatch, PARAMS)
     write_source("first", "second")
     machine = Machine()
-    download(PARAMS, Store.open(machine), RAW, machine)
+    download({"main": PARAMS}, Store.open(machine), RAW, machine)
     return machine
 
 
@@ -42,7 +42,7 @@ def write_source(*salts: str) -> None:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, params: SourceParams) -> None:
-    monkeypatch.setattr("pipeline.download.restore.load_section", lambda *_: params)
+    monkeypatch.setattr("pipeline.download.restore.load_sources", lambda: {"main": params})
 
 
 def remove() -> None:
@@ -102,7 +102,7 @@ def test_a_source_without_the_recorded_bytes_is_refused(
         shutil.rmtree(SOURCE)
     else:
         use(monkeypatch, SourceParams(kind="sample"))
-    named = {"changed": r"^data/raw/part-1\.parquet: ", "gone": "source", "other": "source: "}
+    named = {"changed": r"^data/raw/part-1\.parquet: ", "gone": "source", "other": "sources.main: "}
     with pytest.raises(UserError, match=named[kind]):
         restore(RAW, machine)
     assert hashes(RAW) == before
@@ -118,7 +118,7 @@ def test_files_of_the_hub_come_from_the_recorded_commit(
         for name, value in hub_variables(hub).items():
             monkeypatch.setenv(name, value)
         hub.repo(FINEWEB).commit({"README.md": b"no metadata", **files})
-        download(params, Store.open(machine), RAW, machine)
+        download({"main": params}, Store.open(machine), RAW, machine)
         before = hashes(RAW)
         hub.repo(FINEWEB).commit(dict.fromkeys(files, files["data/part-0.parquet"]))
         (RAW / "data/part-1.parquet").unlink()

@@ -42,7 +42,7 @@ def fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fetch:
 
     def run(*paths: object, **source: Any) -> RawManifest:
         params = SourceParams(kind="files", paths=[str(path) for path in paths], **source)
-        return download(params, store, tmp_path / "raw", Machine(patience=5))
+        return download({"main": params}, store, tmp_path / "raw", Machine(patience=5))
 
     return run
 
@@ -91,7 +91,7 @@ def test_a_changed_file_is_fetched_again(fetch: Fetch, tmp_path: Path) -> None:
     write_parquet(path, ["two", "three"])
     new = fetch(path)
     assert new.files[0].rows == 2
-    assert new.source.revision != old.source.revision
+    assert new.sources["main"].revision != old.sources["main"].revision
     assert texts_of(tmp_path / "raw/a.parquet") == ["two", "three"]
 
 
@@ -100,7 +100,7 @@ def test_other_formats_are_converted_to_parquet(fetch: Fetch, tmp_path: Path) ->
     path.parent.mkdir()
     path.write_bytes(gzip.compress(b'{"body": "one\\nline", "id": "<a>"}\n'))
     manifest = fetch(path.parent, text_column="body")
-    assert manifest.text_column == "body"
+    assert manifest.sources["main"].text_column == "body"
     assert [file.path for file in manifest.files] == [f"{path.name}.parquet"]
     assert manifest.files[0].origin == atomic.sha256_file(path)
     table = pq.read_table(tmp_path / "raw" / f"{path.name}.parquet")
@@ -135,11 +135,11 @@ def test_a_file_is_converted_once_per_text_column(
     [
         ("a.jsonl", b"{no json", []),
         ("a.jsonl.gz", b"no gzip", []),
-        ("a.jsonl", b'{"a": 1, "b": 2}\n', ["'text'", "source.text_column", "a, b"]),
+        ("a.jsonl", b'{"a": 1, "b": 2}\n', ["'text'", "text_column", "a, b"]),
         ("a.jsonl", b"", []),
         ("a.csv", b"text\n", []),
         ("a.parquet", b"no parquet", []),
-        ("a.docx", b"unknown", ["source.paths", ".parquet"]),
+        ("a.docx", b"unknown", ["paths", ".parquet"]),
     ],
 )
 def test_an_unreadable_file_is_named_in_one_line(
@@ -159,10 +159,12 @@ def test_parquet_without_text_is_named_and_other_files_are_kept(
 ) -> None:
     good = write_parquet(tmp_path / "in/a.parquet", ["one"])
     write_parquet(tmp_path / "in/b.parquet", ["one"], column="body")
-    with pytest.raises(UserError, match=r"b\.parquet.*'text'.*source\.text_column.*body, n$"):
+    with pytest.raises(
+        UserError, match=r"b\.parquet.*'text'.*sources\.main\.text_column.*body, n$"
+    ):
         fetch(tmp_path / "in")
     assert (tmp_path / "work/files" / atomic.sha256_file(good) / "data.parquet").exists()
-    with pytest.raises(UserError, match=r"a\.parquet.*'n'.*int64.*source\.text_column"):
+    with pytest.raises(UserError, match=r"a\.parquet.*'n'.*int64.*sources\.main\.text_column"):
         fetch(good, text_column="n")
     with pytest.raises(UserError, match=r"c\.parquet"):
         fetch(write_parquet(tmp_path / "c.parquet", []))
@@ -265,7 +267,7 @@ def test_names_that_cannot_be_in_one_folder_are_refused_before_anything_is_fetch
         with pytest.raises(UserError, match=re.escape(named)) as error:
             fetch(tmp_path / "in")
     assert str(error.value).isprintable()
-    assert "source.exclude" in str(error.value)
+    assert "exclude" in str(error.value)
     (kept,) = names[1:]
     if not kept.endswith("parquet"):
         manifest = fetch(tmp_path / "in", exclude=[names[0], "a.txt.parquet/", "?.txt.*"])

@@ -58,10 +58,10 @@ def test_fewer_files_are_the_first_ones_and_a_damaged_one_is_replaced(
     sample_raw: Path, tmp_path: Path
 ) -> None:
     store, out = Store(tmp_path / "work"), tmp_path / "raw"
-    manifest = download(SourceParams(files=1), store, out, Machine())
+    manifest = download({"main": SourceParams(files=1)}, store, out, Machine())
     complete = RawManifest.load(sample_raw)
     assert manifest.files == complete.files[:1]
-    assert manifest.source == complete.source
+    assert manifest.sources == complete.sources
     path = out / manifest.files[0].path
     assert path.read_bytes() == (sample_raw / path.name).read_bytes()
     assert list((store.root / "tmp").iterdir()) == []
@@ -71,7 +71,7 @@ def test_fewer_files_are_the_first_ones_and_a_damaged_one_is_replaced(
     leftover.write_bytes(b"from a killed run")
     flip(path, 5000)
     os.utime(path, ns=(7, 7))
-    assert download(SourceParams(files=1), store, out, Machine()) == manifest
+    assert download({"main": SourceParams(files=1)}, store, out, Machine()) == manifest
     assert atomic.sha256_file(path) == manifest.files[0].sha256
     assert list((store.root / "tmp").iterdir()) == []
 

@@ -18,9 +18,9 @@ PARAMS = TokenizeParams(shard_tokens=3000, val_per_10k=1500)
 
 
 def raw_value(path: str = "a.parquet", **changes: object) -> dict[str, object]:
-    file = {"path": path, "bytes": 1, "rows": 1, "sha256": "0"}
+    file = {"source": "main", "path": path, "bytes": 1, "rows": 1, "sha256": "0"}
     source = {"kind": "sample", "repo": "r", "revision": "v"}
-    return {"schema_version": "1.0", "source": source, "files": [file], **changes}
+    return {"schema_version": "2.0", "sources": {"main": source}, "files": [file], **changes}
 
 
 def load(folder: Path, value: object) -> RawManifest:
@@ -56,14 +56,14 @@ def test_a_shard_path_that_leaves_the_folder_is_refused(
         Manifest.load(out)
 
 
-@pytest.mark.parametrize("version", ["2.0", "0.9", "x", "", 1])
+@pytest.mark.parametrize("version", ["1.0", "3.0", "0.9", "x", "", 1])
 def test_an_unknown_major_version_is_refused(tmp_path: Path, version: object) -> None:
     with pytest.raises(UserError, match=r"manifest\.json.*schema_version"):
         load(tmp_path, raw_value(schema_version=version))
 
 
 def test_a_later_minor_version_and_unknown_keys_are_read(tmp_path: Path) -> None:
-    manifest = load(tmp_path, raw_value(schema_version="1.7", novelty={"x": 1}))
+    manifest = load(tmp_path, raw_value(schema_version="2.7", novelty={"x": 1}))
     assert manifest.files[0].path == "a.parquet"
 
 

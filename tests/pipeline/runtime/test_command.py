@@ -222,7 +222,7 @@ def test_user_errors_of_the_real_commands(project: Project) -> None:
     result = project.run("tokenize")
     assert_user_error(result, "params.yaml", "tokenize.val_per_10", "val_per_10k?")
     params.write_text(good.replace("files: null", "files: -3"))
-    assert_user_error(project.run("download"), "params.yaml", "source.files", "-3")
+    assert_user_error(project.run("download"), "params.yaml", "sources.main.files", "-3")
     params.write_text(good)
     result = project.run("tokenize", GPT2_WORKER="2")
     assert_user_error(result, "GPT2_WORKER:", "GPT2_WORKERS?")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.format.manifest import RawManifest
+from pipeline.format.manifest import RawManifest, Source
 from pipeline.runtime.errors import UserError
 from pipeline.tokenize.chunk_plan import cut_rows, plan_chunks
 from tests.support.small_data import some_texts, write_parquet, write_raw
@@ -61,23 +61,28 @@ def test_few_large_files_keep_many_cores_busy() -> None:
 
 def test_plan_covers_the_files_in_order(tmp_path: Path) -> None:
     raw = write_raw(tmp_path, [some_texts(30), [], some_texts(20, "x")])
-    files = RawManifest.load(raw).files
-    chunks = plan_chunks(raw, files, "text", 2000)
+    source = RawManifest.load(raw)
+    chunks = plan_chunks(raw, source, 2000)
     assert len(chunks) > 4
     assert sorted({c.file_index for c in chunks}) == [0, 2]
-    for index, file in enumerate(files):
+    for index, file in enumerate(source.files):
         runs = [(c.start, c.stop) for c in chunks if c.file_index == index]
         assert [row for a, b in runs for row in range(a, b)] == list(range(file.rows))
-    assert chunks == plan_chunks(raw, files, "text", 2000)
+    assert chunks == plan_chunks(raw, source, 2000)
 
 
 def test_plan_names_the_unusable_file(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "a.parquet", ["x"])
+
+    def manifest(column: str) -> RawManifest:
+        source = Source(kind="files", repo="files", revision="", text_column=column)
+        return RawManifest(sources={"main": source}, files=[file])
+
     with pytest.raises(UserError, match=r"a\.parquet.*'body'.*text, id"):
-        plan_chunks(tmp_path, [file], "body", 1000)
+        plan_chunks(tmp_path, manifest("body"), 1000)
     (tmp_path / "a.parquet").write_bytes(b"not parquet at all")
     with pytest.raises(UserError, match=r"a\.parquet: not readable"):
-        plan_chunks(tmp_path, [file], "text", 1000)
+        plan_chunks(tmp_path, manifest("text"), 1000)
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(UserError, match=r"a\.parquet: no such file"):
-        plan_chunks(tmp_path, [file], "text", 1000)
+        plan_chunks(tmp_path, manifest("text"), 1000)

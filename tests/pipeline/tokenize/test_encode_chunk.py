@@ -176,7 +176,9 @@ def test_hostile_documents_get_the_reference_tokens_or_are_skipped(
             (row, pa.Array.from_buffers(pa.large_string(), len(b), b.buffers(), offset=b.offset))
             for row, b in ((row, b.cast(pa.large_binary())) for row, b in batches)
         )
-    chunk = chunk_of(SourceFile(path="a", bytes=1, rows=1, sha256=""), 0, len(HOSTILE))
+    chunk = chunk_of(
+        SourceFile(source="main", path="a", bytes=1, rows=1, sha256=""), 0, len(HOSTILE)
+    )
     write_piece(batches, chunk, "key", TokenizeParams(val_per_10k=0), tmp_path, engine)
     assert read_record(tmp_path)["skipped"] == REASONS
     tokens, docs = open_shard(tmp_path / "train.bin"), read_docs(tmp_path / "train.bin")
@@ -195,7 +197,7 @@ def piece(
 ) -> dict[str, str]:
     """Write a piece to ``out``; return its hashes, without engine.json."""
     out.mkdir()
-    chunk = chunk_of(SourceFile(path="a", bytes=1, rows=rows, sha256=""), 0, rows)
+    chunk = chunk_of(SourceFile(source="main", path="a", bytes=1, rows=rows, sha256=""), 0, rows)
     size = options.pop("batch_bytes", 1 << 22)
     batches = read_batches(path, "text", 0, rows, size)  # type: ignore[arg-type]
     write_piece(batches, chunk, "key", TokenizeParams(val_per_10k=2000), out, engine, **options)  # type: ignore[arg-type]

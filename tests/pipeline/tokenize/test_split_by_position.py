@@ -207,7 +207,7 @@ def write_token_files(raw: Path, **files: np.ndarray) -> None:
         file = describe(raw / f"{name}.bin", 0)
         described.append(file.model_copy(update={"tokens": len(tokens)}))
     source = Source(kind="tokens", repo="test", revision="1")
-    manifest = RawManifest(source=source, files=described)
+    manifest = RawManifest(sources={"main": source}, files=described)
     atomic.write_json(raw / NAME, manifest.model_dump())
 
 
@@ -239,8 +239,8 @@ def test_token_files_are_cut_unless_one_is_validation_by_name(
         (LONG, 10_000, "documents", ["tokenize.val_per_10k", "tokenize.val_split"]),
         (["short"], 20, "position", ["tokenize.val_per_10k"]),
         (["short"], 10_000, "position", ["tokenize.val_per_10k"]),
-        ([None, ""], 20, "position", ["source.text_column"]),
-        ([None, ""], 0, "documents", ["source.text_column"]),
+        ([None, ""], 20, "position", ["text_column"]),
+        ([None, ""], 0, "documents", ["text_column"]),
     ],
 )
 def test_empty_split_is_refused(

@@ -187,7 +187,7 @@ def test_run_that_builds_only_chunks_without_text(
     tmp_path: Path, machine: Machine, one_ray: int
 ) -> None:
     raw = write_raw(tmp_path / "raw", [[None, ""]])
-    with pytest.raises(UserError, match=r"source\.text_column"):
+    with pytest.raises(UserError, match=r"sources\.main\.text_column"):
         tokenize(raw, tmp_path / "out", PARAMS, machine, CODE)
     assert not (tmp_path / "out").exists()
 
@@ -208,7 +208,7 @@ def test_new_source_file_rebuilds_no_chunk(tmp_path: Path, machine: Machine, one
 def test_failed_chunks_are_named_and_only_they_are_built_next(
     tmp_path: Path, small_raw: Path, machine: Machine, one_ray: int
 ) -> None:
-    chunks = plan_chunks(small_raw, RawManifest.load(small_raw).files, "text", 2000)
+    chunks = plan_chunks(small_raw, RawManifest.load(small_raw), 2000)
     keys = [chunk_key(chunk, "text", PARAMS, CODE) for chunk in chunks]
     store = Store.open(machine)
     (store.root / "locks").mkdir()

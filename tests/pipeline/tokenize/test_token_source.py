@@ -73,7 +73,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_ray: int) -> Run:
     def run(*paths: object, shard_tokens: int = 2000, **source: Any) -> Manifest:
         params = SourceParams(kind="tokens", paths=[str(path) for path in paths], **source)
         machine = Machine()
-        download(params, Store.open(machine), RAW, machine)
+        download({"main": params}, Store.open(machine), RAW, machine)
         sizes = SIZES.model_copy(update={"shard_tokens": shard_tokens})
         return tokenize(RAW, TOKENS, sizes, machine, CODE)
 
@@ -89,7 +89,7 @@ def test_published_tokens_give_the_same_stream_and_pass_verify(
         assert np.array_equal(TokenStream(TOKENS, split)[:], TokenStream(small_tokens, split)[:])
     raw = RawManifest.load(RAW)
     assert manifest.source == raw
-    assert raw.source.kind == "tokens"
+    assert raw.sources["main"].kind == "tokens"
     assert sum(file.tokens or 0 for file in raw.files) == sum(
         totals.tokens for totals in manifest.totals.values()
     )

@@ -116,7 +116,7 @@ def test_metrics_and_tables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("path", "key"), [("a.txt.zst.parquet", "source.text_documents"), ("a.parquet", "text_column")]
+    ("path", "key"), [("a.txt.zst.parquet", "text_documents"), ("a.parquet", "text_column")]
 )
 def test_warning_about_short_documents_names_the_key(
     small_tokens: Path, path: str, key: str

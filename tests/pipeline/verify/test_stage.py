@@ -218,7 +218,7 @@ WITHOUT_REBUILD: dict[str, tuple[str, Damage]] = {
     "skipped": (NAME, lambda _: edit_manifest(lambda m: m["skipped"].update(empty=3))),
     "other raw manifest": (
         NAME,
-        lambda _: edit_manifest(lambda m: m["source"]["source"].update(revision="2")),
+        lambda _: edit_manifest(lambda m: m["source"]["sources"]["main"].update(revision="2")),
     ),
 }
 

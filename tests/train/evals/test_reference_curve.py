@@ -29,8 +29,9 @@ PUBLISHED = read_preset("fineweb-10b")["train"]
 
 
 def source(repo: str, *paths: str) -> RawManifest:
-    files = [SourceFile(path=path, bytes=1, rows=1, sha256="") for path in paths]
-    return RawManifest(source=Source(kind="hub", repo=repo, revision=""), files=files)
+    files = [SourceFile(source="main", path=path, bytes=1, rows=1, sha256="") for path in paths]
+    origin = Source(kind="hub", repo=repo, revision="")
+    return RawManifest(sources={"main": origin}, files=files)
 
 
 FINEWEB = source("HuggingFaceFW/fineweb", "sample/10BT/000_00000.parquet")
@@ -156,7 +157,7 @@ def test_a_run_off_the_curve_is_reported_during_training_and_in_the_metrics(
 ) -> None:
     path = project.folder / "data/tokens/manifest.json"
     manifest = json.loads(path.read_bytes())
-    manifest["source"]["source"]["repo"] = "HuggingFaceFW/fineweb"
+    manifest["source"]["sources"]["main"]["repo"] = "HuggingFaceFW/fineweb"
     path.write_text(json.dumps(manifest))
     project.verify()
     comparable = {"model": {"n_embd": 16}, "train": {"batch_tokens": 128}}

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.params import SourceParams
 from pipeline.runtime.errors import UserError
 from tests.support.repo import REPO
 from train.plan import __main__ as plan_command
@@ -295,3 +296,17 @@ def test_mistake_exits_with_status_2() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: --hardware tpu")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_mixture_has_epochs_per_source_as_far_as_sizes_are_known() -> None:
+    params = load("fineweb-10b")
+    mine = SourceParams(kind="files", paths=["/corpus/*.parquet"])
+    train = params.train.model_copy(update={"mixture": {"main": 3.0, "mine": 1.0}})
+    params = replace(params, sources={**params.sources, "mine": mine}, train=train)
+    found = make_plan(params, Options(hardware="h200"))
+    assert found.source_shares == {"main": 0.75, "mine": 0.25}
+    assert found.source_epochs["main"] == pytest.approx(0.75 * 10.255e9 / 10.28e9, rel=1e-2)
+    assert (found.source_epochs["mine"], found.epochs, found.corpus) == (None, None, None)
+    assert "mine" in plan_command.table(found)
+    one = replace(params, train=train.model_copy(update={"mixture": None}))
+    assert make_plan(one, Options(hardware="h200")).evaluation_seconds == found.evaluation_seconds

@@ -60,7 +60,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         selection = SelectionManifest(
             selection_key="k",
             params={},
-            files=[SelectedFile(path="a.parquet", sha256="a", rows=80, kept=60)],
+            files=[SelectedFile(source="main", path="a.parquet", sha256="a", rows=80, kept=60)],
             dropped={"fineweb.max_newlines": 20},
             examples={"fineweb.max_newlines": [example]},
         )

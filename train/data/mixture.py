@@ -1,0 +1,248 @@
+r"""Sampling order of a mixture of sources, as a stateless function.
+
+    sample i of the run  ->  source, its own sample number  ->  window, by the source's `DataOrder`
+
+**Phases.** The run's samples are cut into phases, each with a weight per source. The ideal count of
+a source after n samples is the sum of its shares (weight / sum of weights) of the samples so far. A
+phase but the last has a whole number of samples of each source, those that bring all sources as
+near to their ideal counts as possible; a source of weight 0 has none.
+
+**In a phase.** A binary tree over the sources (Huffman, by weight) divides the samples:
+
+                 root: m samples                   the left child of a node of weight V has, of the
+               /                 \                 node's first m samples,
+        web: 7 of 10          node: 3 of 10             floor((m * weight of left + offset) / V)
+                              /          \
+                      code: 2 of 3    books: 1 of 3
+
+so any sample is found by one division per level. The offset is V / 2, which rounds to the nearest;
+in later phases it is moved so that sources wait which are ahead of their ideal counts. A node's
+rounding error is at most 1/2, and its children inherit it times their fractions: so no source is
+far from its share (docs/mixtures.md has the bound).
+
+**Pairs.** Such a sequence repeats itself, as `web web code web`. So the two samples of each pair
+are swapped or not, by a hash of the seed and the pair's number. Pairs begin where the phase does.
+
+All numbers are integers of any size, so no count drifts, at any length of run.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from train.data.order import Int64Array, UInt64Array, mix, round_keys
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A source, or two nodes that share samples."""
+
+    weight: int
+    source: int = -1
+    left: _Node | None = None
+    right: _Node | None = None
+    offset: int = 0
+
+    def left_counts(self, first: int, count: int) -> list[int]:
+        """Return how many of the node's first samples, in ``count`` steps, the left child has."""
+        assert self.left is not None
+        value, step = first * self.left.weight + self.offset, self.left.weight
+        return [(value + i * step) // self.weight for i in range(count)]
+
+
+def _tree(weights: Sequence[int]) -> _Node:
+    """Build the tree of the sources of positive weight."""
+    queue = [(weight, i, _Node(weight, i)) for i, weight in enumerate(weights) if weight]
+    heapq.heapify(queue)
+    for number in itertools.count(len(weights)):  # breaks ties
+        _, _, small = heapq.heappop(queue)
+        if not queue:
+            return small
+        _, _, large = heapq.heappop(queue)
+        weight = small.weight + large.weight
+        heapq.heappush(queue, (weight, number, _Node(weight, -1, large, small)))
+    raise AssertionError
+
+
+def _shifted(node: _Node, ahead: Sequence[Fraction]) -> _Node:
+    """Return the tree with offsets that let sources wait which are ahead of their ideal counts.
+
+    Args:
+        ahead: Count minus ideal count of each source.
+    """
+    if node.left is None or node.right is None:
+        return node
+    shift = (_mean(node.right, ahead) - _mean(node.left, ahead)) / 2
+    offset = min(max(0, math.floor((Fraction(1, 2) + shift) * node.weight)), node.weight - 1)
+    shift, moved = Fraction(offset, node.weight) - Fraction(1, 2), list(ahead)
+    _move(node.left, shift, moved)
+    _move(node.right, -shift, moved)
+    return _Node(node.weight, -1, _shifted(node.left, moved), _shifted(node.right, moved), offset)
+
+
+def _mean(node: _Node, ahead: Sequence[Fraction]) -> Fraction:
+    """Return the mean of the sources of a node, by weight."""
+    if node.left is None or node.right is None:
+        return ahead[node.source]
+    parts = [_mean(child, ahead) * child.weight for child in (node.left, node.right)]
+    return sum(parts, Fraction(0)) / node.weight
+
+
+def _move(node: _Node, shift: Fraction, ahead: list[Fraction]) -> None:
+    """Add to the sources of a node their shares of a shift of its samples."""
+    if node.left is None or node.right is None:
+        ahead[node.source] += shift
+    else:
+        for child in (node.left, node.right):
+            _move(child, shift * child.weight / node.weight, ahead)
+
+
+def _sources(node: _Node, first: int, count: int) -> Int64Array:
+    """Return the sources of a node's samples [first, first + count), before the swaps."""
+    if node.left is None or node.right is None:
+        return np.full(count, node.source, np.int64)
+    left = node.left_counts(first, count + 1)
+    is_left = np.diff(np.array([n - left[0] for n in left], np.int64)).astype(bool)
+    n_left = left[-1] - left[0]
+    found = np.empty(count, np.int64)
+    found[is_left] = _sources(node.left, left[0], n_left)
+    found[~is_left] = _sources(node.right, first - left[0], count - n_left)
+    return found
+
+
+def _add_counts(node: _Node, samples: int, counts: list[int]) -> None:
+    """Add the sources of a node's first samples to the counts."""
+    if node.left is None or node.right is None:
+        counts[node.source] += samples
+    else:
+        (left,) = node.left_counts(samples, 1)
+        _add_counts(node.left, left, counts)
+        _add_counts(node.right, samples - left, counts)
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """Samples [first, end) of the run; `before`: the count of each source at the first."""
+
+    first: int
+    end: int | None
+    before: tuple[int, ...]
+    tree: _Node
+    keys: UInt64Array
+
+    def counts(self, samples: int) -> list[int]:
+        """Return the count of each source after so many samples of the phase, before the swaps."""
+        counts = list(self.before)
+        _add_counts(self.tree, samples, counts)
+        return counts
+
+    def samples(self, first: int, count: int) -> tuple[Int64Array, Int64Array]:
+        """Return source and own number of the phase's samples [first, first + count)."""
+        begin, end = first - first % 2, first + count + (first + count) % 2
+        if self.end is not None:
+            end = min(end, self.end - self.first)
+        sources = _sources(self.tree, begin, end - begin)
+        pairs = sources[: len(sources) // 2 * 2].reshape(-1, 2)  # a view
+        numbers = np.arange(len(pairs), dtype=np.uint64) + np.uint64(begin // 2)
+        is_swapped = mix(mix(numbers + self.keys[0]) ^ self.keys[1]) % np.uint64(2) == 1
+        pairs[is_swapped] = pairs[is_swapped, ::-1]
+
+        own, counts = np.empty_like(sources), self.counts(begin)
+        for source in np.unique(sources).tolist():
+            chosen = np.flatnonzero(sources == source)
+            own[chosen] = counts[source] + np.arange(len(chosen))
+        asked = slice(first - begin, first - begin + count)
+        return sources[asked], own[asked]
+
+
+class Mixture:
+    """Maps the samples of a run to sources.
+
+    Args:
+        phases: Per phase the part of the run (0 to 1) at which it ends, and its weights, one per
+            source, not all 0. The last ends at 1.
+        samples: Samples of the run.
+        seed: Decides which pairs are swapped.
+    """
+
+    def __init__(
+        self, phases: Sequence[tuple[float, Sequence[float]]], samples: int, seed: int
+    ) -> None:
+        weights = [[Fraction(repr(weight)) for weight in of_phase] for _, of_phase in phases]
+        borders = [0, *(round(Fraction(repr(until)) * samples) for until, _ in phases[:-1])]
+        before = (0,) * len(weights[0])
+        ideal = [Fraction(0)] * len(before)
+        self._phases: list[_Phase] = []
+        for number, (first, of_phase) in enumerate(zip(borders, weights, strict=True)):
+            ahead = [Fraction(n) - goal for n, goal in zip(before, ideal, strict=True)]
+            keys = round_keys(seed, number, "mixture")
+            unit = math.lcm(*(weight.denominator for weight in of_phase))
+            shares, end = [int(weight * unit) for weight in of_phase], None
+            if number + 1 < len(phases):
+                end = borders[number + 1]
+                if first == end:  # of a short run
+                    continue
+                ideal = [
+                    done + weight / sum(of_phase) * (end - first)
+                    for done, weight in zip(ideal, of_phase, strict=True)
+                ]
+                allowed = [weight > 0 for weight in of_phase]
+                shares = _whole(ideal, before, allowed, end - first)
+            after = tuple(a + b for a, b in zip(before, shares, strict=True))
+            if end is not None:  # the mean of its begin and its end
+                at_end = [n - goal for n, goal in zip(after, ideal, strict=True)]
+                ahead = [(a + b) / 2 for a, b in zip(ahead, at_end, strict=True)]
+            self._phases.append(_Phase(first, end, before, _shifted(_tree(shares), ahead), keys))
+            before = after
+
+    def samples(self, start: int, count: int) -> tuple[Int64Array, Int64Array]:
+        """Return the samples [start, start + count) of the run: source, and its own number.
+
+        Returns:
+            Two arrays, (count,) int64: index of the source; number of the sample among those of
+            the source, from 0.
+        """
+        parts = []
+        for phase in self._phases:
+            first = max(start, phase.first)
+            end = start + count if phase.end is None else min(start + count, phase.end)
+            if first < end:
+                parts.append(phase.samples(first - phase.first, end - first))
+        sources, numbers = zip(*parts, strict=True) if parts else ([[]], [[]])
+        return np.concatenate(sources).astype(np.int64), np.concatenate(numbers).astype(np.int64)
+
+    def counts(self, samples: int) -> list[int]:
+        """Return how many of the first samples of the run each source has."""
+        phase = next(p for p in reversed(self._phases) if p.first <= samples)
+        done = samples - phase.first
+        counts = phase.counts(done - done % 2)
+        if done % 2:
+            counts[int(phase.samples(done - 1, 1)[0][0])] += 1
+        return counts
+
+
+def _whole(
+    ideal: Sequence[Fraction], before: Sequence[int], allowed: Sequence[bool], samples: int
+) -> list[int]:
+    """Share samples so that the counts of the sources are as near to the ideal as possible."""
+    shares = [
+        max(0, math.floor(goal - done)) if may else 0
+        for goal, done, may in zip(ideal, before, allowed, strict=True)
+    ]
+
+    def behind(source: int) -> Fraction:
+        return ideal[source] - before[source] - shares[source]
+
+    chosen = [source for source, may in enumerate(allowed) if may]
+    while sum(shares) < samples:
+        shares[max(chosen, key=behind)] += 1
+    while sum(shares) > samples:
+        shares[min((s for s in chosen if shares[s]), key=behind)] -= 1
+    return shares
