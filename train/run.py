@@ -85,6 +85,11 @@ class Run:
         machine = Machine.load()
         params = load_section("train", TrainParams).resolved(native_dtype(machine.device))
         params.batches(model.block_size)
+        if params.invariant and machine.loss_chunk:
+            raise UserError(
+                f"loss_chunk (machine.yaml, GPT2_LOSS_CHUNK): {machine.loss_chunk} changes the "
+                "rounding, which train.invariant keeps; remove it"
+            )
         start = params.start()
         if start is not None and CHECKPOINT.resolve() in (p := start.folder.resolve(), *p.parents):
             raise UserError(

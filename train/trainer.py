@@ -17,7 +17,6 @@ from train.checkpoint import directory, init_from
 from train.checkpoint.directory import Keep
 from train.checkpoint.writer import Writer
 from train.data.loader import Batches
-from train.data.split import divisors
 from train.distributed.interrupt import Interrupt
 from train.distributed.world import World
 from train.evals import hellaswag
@@ -200,46 +199,36 @@ class Trainer:
         Raises:
             UserError: A step needs more memory than the device has.
         """
+        # Hold as much memory as the moments that the first step will allocate.
+        stateless = [p for p in self.named.values() if p not in self.optimizer.state]
+        moments = [torch.empty_like(p) for p in stateless for _ in range(2)]
+        shape = (self.split.micro_batch, self.run.model.block_size)
+        inputs = torch.zeros(shape, dtype=torch.int64, device=self.world.device)
+        targets = torch.zeros_like(inputs)  # one tensor in both places would compile another graph
+        device = numerics.device_name(self.world.device)
+        try:
+            self.dry_passes(inputs, targets)
+            with torch.no_grad():
+                summed_loss(self.forward, inputs, targets, self.run.dtype)
+        except RuntimeError as error:
+            if not numerics.is_out_of_memory(error):
+                raise
+            raise UserError(
+                fit.out_of_memory(self.split.micro_batch, self.run.model.block_size, device)
+            ) from None
+        del moments
+
+    def dry_passes(self, inputs: Tensor, targets: Tensor) -> None:
+        """Wrap the model in DDP, and run what settles its buckets."""
         device = self.world.device
         self.ddp = DistributedDataParallel(
             self.forward,
             device_ids=[device] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
         )
-        try:
-            self._warm_up_passes()
-        except RuntimeError as error:
-            if not numerics.is_out_of_memory(error):
-                raise
-            raise UserError(self._out_of_memory()) from None
-
-    def _warm_up_passes(self) -> None:
-        device = self.world.device
-        # Hold as much memory as the moments that the first step will allocate.
-        stateless = [p for p in self.named.values() if p not in self.optimizer.state]
-        moments = [torch.empty_like(p) for p in stateless for _ in range(2)]
-        shape = (self.split.micro_batch, self.run.model.block_size)
-        inputs = torch.zeros(shape, dtype=torch.int64, device=device)
-        targets = torch.zeros_like(inputs)  # one tensor in both places would compile another graph
         for _ in range(2):
             summed_loss(self.ddp, inputs, targets, self.run.dtype).backward()
         self.optimizer.zero_grad(set_to_none=False)
-        with torch.no_grad():
-            summed_loss(self.forward, inputs, targets, self.run.dtype)
-        del moments
-
-    def _out_of_memory(self) -> str:
-        rows, T = self.split.micro_batch, self.run.model.block_size
-        smaller = [n for n in divisors(rows) if n < rows]
-        fix = (
-            f"set {smaller[-1]} (the same result in more micro-steps)"
-            if smaller
-            else "take a smaller model or model.block_size"
-        )
-        return (
-            f"micro_batch (machine.yaml, GPT2_MICRO_BATCH): {rows} sequences of {T} tokens at a "
-            f"time need more memory than {numerics.device_name(self.world.device)} has; {fix}"
-        )
 
     def peak(self) -> float | None:
         """Peak of all devices together, FLOP/s; None where it is not known."""
@@ -283,11 +272,22 @@ class Trainer:
                 self.scaler.scale(loss).backward()
             total += loss.detach()
 
-        # Optimize. Loss and norm are reduced, so that all ranks skip a step or none. Reading them
-        # waits for the device, so it is done only where a step may be skipped.
         self.scaler.unscale_(cast(Any, self.optimizer))  # reads only the gradients of its groups
+        numbers = self.optimize(self.world.sum(total) / self.world.size)
+        self.optimizer.zero_grad(set_to_none=False)  # gradients stay views of DDP's buckets
+        return learning_rate, numbers
+
+    def optimize(self, loss: Tensor) -> Tensor:
+        """Clip the gradients and update the weights.
+
+        Loss and norm are the same on all ranks, which skip a step or none. Reading them waits for
+        the device, so it is done only where a step may be skipped.
+
+        Returns:
+            Loss and gradient norm before clipping, (2,).
+        """
         norm = clip_gradients(self.named.values(), self.params.grad_clip)
-        numbers = torch.stack([self.world.sum(total) / self.world.size, norm])
+        numbers = torch.stack([loss, norm])
         may_skip = self.params.non_finite == "skip" or self.scaler.is_enabled()
         if not may_skip or torch.isfinite(numbers).all():
             if self.params.cautious_decay:
@@ -295,9 +295,8 @@ class Trainer:
             else:
                 self.optimizer.step()
         self.scaler.update()  # halves the scale after an overflow
-        self.optimizer.zero_grad(set_to_none=False)  # gradients stay views of DDP's buckets
         self.measured = None
-        return learning_rate, numbers
+        return numbers
 
     def validate(self, interrupt: Interrupt) -> float:
         """Mean loss over the fixed validation tokens, nats; the same on each rank.
@@ -315,6 +314,7 @@ class Trainer:
             device=self.world.device,
             world=self.world,
             check=interrupt.check,
+            one_order=self.params.invariant is not None,
         )
         return self.measured
 
