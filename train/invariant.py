@@ -16,10 +16,13 @@ or recorded and compared when a run resumes (`Trainer.conditions`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pipeline.runtime.errors import UserError
+from train.checkpoint.chain import Chain
 from train.data.loader import Batches
 from train.distributed.interrupt import Interrupt
 from train.distributed.world import World, process_name
@@ -62,6 +65,31 @@ class InvariantTrainer(Trainer):
                     f"train.invariant: {name}: {', '.join(differs)}: not as on rank 0; use nodes "
                     "of one kind, or invariant: null"
                 )
+
+    def compare_arithmetic(self, state: dict[str, Any]) -> None:
+        """Refuse to resume where the next steps would round differently than those before.
+
+        Raises:
+            UserError: On all ranks, unless `other_rounding` of machine.yaml allows it.
+        """
+        if self.run.machine.other_rounding or "chain" not in state:
+            return
+        before, now = Chain.of(state).conditions[-1], self.conditions()
+        for part in ("arithmetic", "environment"):
+            for name in {**before[part], **now[part]}:
+                then, here = before[part].get(name), now[part].get(name)
+                if then != here:
+                    raise UserError(
+                        f"train.invariant: {name}: {then} up to step {state['step']}, but {here} "
+                        "here, which rounds differently; resume where it is the same, or set "
+                        "GPT2_OTHER_ROUNDING=1 to continue as a run that is not invariant"
+                    )
+
+    def conditions(self) -> dict[str, Any]:
+        """All that decides the bits of the next steps; not the number of processes."""
+        found = super().conditions()
+        del found["arithmetic"]["world_size"]
+        return found
 
     def dry_passes(self, inputs: Tensor, targets: Tensor) -> None:
         """Run one pass, with as many gradients in memory as a step has; nothing is wrapped."""

@@ -204,8 +204,18 @@ def environment(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "cpu": _cpu_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "flags": _simd_flags(),
         **{name: os.environ[name] for name in _MATH_SETTINGS if name in os.environ},
     }
+
+
+def _simd_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Vector and matrix instructions of the processor; empty where there is no `/proc`."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE):
+            simd = ("amx", "asimd", "avx", "bf16", "fma", "sve")
+            return " ".join(sorted(flag for flag in found[1].split() if flag.startswith(simd)))
+    return ""
 
 
 def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

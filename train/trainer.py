@@ -14,6 +14,7 @@ from model import GPT
 from pipeline.runtime.errors import UserError
 from train import attention_kernels, numerics
 from train.checkpoint import directory, init_from
+from train.checkpoint.chain import Chain
 from train.checkpoint.directory import Keep
 from train.checkpoint.writer import Writer
 from train.data.loader import Batches
@@ -98,23 +99,16 @@ class Trainer:
             if world.device.type == "cpu":
                 numerics.repeat_compiled_gradients()
             self.forward = torch.compile(self.gpt, fullgraph=True)
-        self.attention = self._choose_attention()
-
-    def _choose_attention(self) -> str | None:
-        """Set the order of the attention kernels of a GPU; return the one in use."""
-        device, run = self.world.device, self.run
-        if device.type != "cuda":
-            return None
-        order = attention_kernels.kernel_order(
+        self.attention = attention_kernels.choose(
             run.machine.attention,
-            torch.cuda.get_device_capability(device),
-            run.params.deterministic,
+            self.gpt.config,
+            run.dtype,
+            world.device,
+            deterministic=run.params.deterministic,
+            masked=run.params.document_masking,
+            compiled=self.compiled,
         )
-        attention_kernels.set_kernel_order(order)
-        masked = run.params.document_masking
-        if masked and self.compiled:
-            return "flex"  # model/attention.py
-        return attention_kernels.kernel_in_use(order, self.gpt.config, run.dtype, device, masked)
+        self.chain = Chain()
 
     def restore(self) -> int:
         """Load the newest valid checkpoint; without one, the weights that the run starts from.
@@ -130,15 +124,15 @@ class Trainer:
             found = directory.latest(self.run.folder, self.run.samples)
         folder, state = self.world.broadcast(found) or (None, None)
         if folder is None or state is None:
-            return self._start()
+            self.chain.begin(done := self._start(), self.conditions())
+            return done
         if state["dataset_key"] != self.run.dataset_key:
             raise UserError(
                 f"{folder}: was trained on other data ({state['dataset_key'][:12]}) than "
                 f"data/tokens ({self.run.dataset_key[:12]}); restore that data, or start from "
                 "scratch with GPT2_FRESH=1"
             )
-        if self.world.first:
-            self._report_changes(state)
+        self._report_changes(state)
         weights, moments = directory.load_tensors(folder)
         self.gpt.load_state_dict(weights)
         if moments:  # none where all steps so far were skipped
@@ -148,14 +142,21 @@ class Trainer:
         measured = state["train"]["val_tokens"], state.get("val_windows")
         if measured == (self.params.val_tokens, WINDOWS):
             self.measured = state.get("val_loss")
+        self.chain = Chain.of(state).begin(state["step"], self.conditions())
         return int(state["step"])
 
     def _report_changes(self, state: dict[str, Any]) -> None:
         """Print what differs from the start that saved a checkpoint."""
-        if changed := self.run.changed_observations(state):
+        changed = self.run.changed_observations(state)
+        if changed and self.world.first:
             print(f"note: params.yaml has changed since the last start: {changed}")
+        self.compare_arithmetic(state)
+
+    def compare_arithmetic(self, state: dict[str, Any]) -> None:
+        """Warn of what makes the next steps round differently than those before."""
         before, now = state["arithmetic"], self.arithmetic()
-        if differs := [name for name, value in now.items() if before.get(name) != value]:
+        differs = [name for name, value in now.items() if before.get(name) != value]
+        if differs and self.world.first:
             changes = ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in differs)
             print(f"warning: resumes with {changes}: same samples, other rounding")
 
@@ -164,17 +165,7 @@ class Trainer:
         if start is None:
             return 0
         weights, moments, step, samples = init_from.load(start, self.gpt.config)
-        if samples != (here := self.run.samples(step)):
-            raise UserError(
-                f"params.yaml: train.init_with: all: {start.folder} has trained on {samples} "
-                f"samples in {step} steps, this run would have on {here}; keep its batch_tokens, "
-                "or set init_with: weights"
-            )
-        if step >= self.params.steps:
-            raise UserError(
-                f"params.yaml: train.steps: {self.params.steps}, but {start.folder} is already at "
-                f"step {step}; set more"
-            )
+        init_from.check_step(start, step, samples, self.run.samples(step), self.params.steps)
         self.gpt.load_state_dict(weights)
         try:
             if moments:
@@ -352,6 +343,11 @@ class Trainer:
     def save(self, step: int) -> None:
         """Start to write the checkpoint after ``step`` complete steps, on rank 0."""
         if self.world.first:
+            self.writer.wait()  # completes the link before
+            due = step % self.params.checkpoint_every == 0 or step == self.params.steps
+            self.chain.extend(
+                step, self.run.samples(step), self.run.history.records, stopped=not due
+            )
             self.writer.save(
                 model=self.gpt.state_dict(),
                 optimizer=flat_state(self.optimizer, self.named),
@@ -377,8 +373,17 @@ class Trainer:
             "adopted": run.record()["adopted"],
             "skipped": [r["step"] for r in run.history.records if "skipped" in r],
             "arithmetic": self.arithmetic(),
+            "chain": self.chain.as_json(),
             "versions": numerics.versions(),
             **({"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}),
+        }
+
+    def conditions(self) -> dict[str, Any]:
+        """All that decides the bits of the next steps, for the chain."""
+        return {
+            "identity": self.run.identity,
+            "arithmetic": self.arithmetic(),
+            "environment": numerics.environment(self.world.device),
         }
 
     def arithmetic(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from train.plan.memory import (
 )
 from train.plan.step_time import Cluster, StepTime, all_reduce_bytes, step_time, traffic
 from train.preset import Parameters
+from train.summation import most_nodes, nodes_of
 
 # Beyond these, repeated text teaches little (Muennighoff et al. 2023).
 MANY_EPOCHS = 4
@@ -34,6 +35,8 @@ MANY_EPOCHS = 4
 HELLASWAG_TOKENS, HELLASWAG_MFU = 4_000_000, 0.5
 # Exposed all-reduce above this fraction of a step causes a warning.
 SLOW_LINK = 0.1
+# So do leaves (`train.invariant`) that make a step longer by more than this fraction.
+DEAR_LEAVES = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +129,18 @@ def make_plan(params: Parameters, options: Options) -> Plan:
     cluster = _cluster(device, config, train, options)
     batches = train.batches(config.block_size)
     kind = "cpu" if device.gpu_name is None else "cuda"
-    usual = share_batch(params.model, train, cluster.world, None, kind)
     gpu_memory = device.memory if device.gpu_name else None
     split, chunk = choose(params.model, train, options, cluster.world, gpu_memory)
+    usual = split
+    if batches.smallest % cluster.world == 0:  # else only leaves can be shared
+        free = train.model_copy(update={"invariant": None})
+        usual = share_batch(params.model, free, cluster.world, None, kind)
     sized = replace(config, loss_chunk=chunk)
-    micro_steps = split.micro_steps(batches.full)
+    micro_steps, nodes, waiting = split.micro_steps(batches.full), 1, 0
+    if train.invariant:
+        shares = [split.micro_batches(batches.full, rank) for rank in range(cluster.world)]
+        nodes = max(len(nodes_of(share)) for share in shares)
+        waiting = max(most_nodes(share) for share in shares) - 1
     chunks = loss_chunks(sized, split.micro_batch, dtype)
 
     def memory(micro_batch: int) -> Memory:
@@ -141,6 +151,7 @@ def make_plan(params: Parameters, options: Options) -> Plan:
             optimizer=train.optimizer,
             checkpoint_activations=options.checkpoint_activations,
             reserve=CUDA_RESERVE if device.gpu_name else 0,
+            partial_sums=waiting,
         )
 
     available = cluster.memory * (1 - FRAGMENTATION)
@@ -158,7 +169,8 @@ def make_plan(params: Parameters, options: Options) -> Plan:
         - usual.micro_steps(batches.full) * traffic(config, usual.micro_batch, dtype),
         optimizer=train.optimizer,
         checkpoint_activations=options.checkpoint_activations,
-        overlap=options.overlap,
+        overlap=options.overlap and not train.invariant,
+        nodes=nodes,
     )
     training, evaluation = _train_seconds(train, config, cluster, step)
     tokens = batches(train.steps)[0] * config.block_size
@@ -246,9 +258,12 @@ def _warnings(plan: Plan, params: Parameters) -> list[str]:
             fixes.insert(0, "checkpoint_activations: true (--checkpoint-activations)")
         found.append(f"not even one sequence fits in memory; use {', or '.join(fixes)}")
     elif not plan.fits:
+        key = f"micro_batch: {most} in machine.yaml (GPT2_MICRO_BATCH={most})"
+        if train.invariant:
+            key = f"train.invariant: {most}"
         found.append(
-            f"micro-batches of {plan.micro_batch} do not fit in memory; set micro_batch: {most} in "
-            f"machine.yaml (GPT2_MICRO_BATCH={most}), the largest that fits and divides the batch"
+            f"micro-batches of {plan.micro_batch} do not fit in memory; set {key}, the largest "
+            "that fits and divides the batch"
         )
     if plan.step.exposed > SLOW_LINK * plan.step.total:
         part = plan.step.exposed / plan.step.total
@@ -256,6 +271,12 @@ def _warnings(plan: Plan, params: Parameters) -> list[str]:
         found.append(
             f"sending gradients takes {part:.0%} of a step; {overlap}use a faster network, or "
             "raise train.batch_tokens"
+        )
+    price = plan.step.traffic / (plan.step.total - plan.step.traffic)
+    if train.invariant and price > DEAR_LEAVES:
+        found.append(
+            f"train.invariant: leaves of {plan.micro_batch} sequences make a step {price:.0%} "
+            "longer than the usual micro-batch (computed from the bytes moved); set more"
         )
     if plan.epochs is not None and plan.epochs > MANY_EPOCHS:
         found.append(
