@@ -14,7 +14,7 @@ from model import GPT
 from pipeline.runtime.errors import UserError
 from train import attention_kernels, numerics
 from train.checkpoint import directory, init_from
-from train.checkpoint.chain import Chain
+from train.checkpoint.chain import Chain, shards_hash
 from train.checkpoint.directory import Keep
 from train.checkpoint.writer import Writer
 from train.data.loader import Batches
@@ -194,10 +194,10 @@ class Trainer:
         stateless = [p for p in self.named.values() if p not in self.optimizer.state]
         moments = [torch.empty_like(p) for p in stateless for _ in range(2)]
         shape = (self.split.micro_batch, self.run.model.block_size)
-        inputs = torch.zeros(shape, dtype=torch.int64, device=self.world.device)
-        targets = torch.zeros_like(inputs)  # one tensor in both places would compile another graph
         device = numerics.device_name(self.world.device)
         try:
+            inputs = torch.zeros(shape, dtype=torch.int64, device=self.world.device)
+            targets = torch.zeros_like(inputs)  # one tensor in both places: another graph
             self.dry_passes(inputs, targets)
             with torch.no_grad():
                 summed_loss(self.forward, inputs, targets, self.run.dtype)
@@ -345,9 +345,8 @@ class Trainer:
         if self.world.first:
             self.writer.wait()  # completes the link before
             due = step % self.params.checkpoint_every == 0 or step == self.params.steps
-            self.chain.extend(
-                step, self.run.samples(step), self.run.history.records, stopped=not due
-            )
+            records = self.run.history.records
+            self.chain.extend(step, self.run.samples(step), records, stopped=not due)
             self.writer.save(
                 model=self.gpt.state_dict(),
                 optimizer=flat_state(self.optimizer, self.named),
@@ -382,6 +381,7 @@ class Trainer:
         """All that decides the bits of the next steps, for the chain."""
         return {
             "identity": self.run.identity,
+            "shards": shards_hash(self.run.train_data.manifest.shards),
             "arithmetic": self.arithmetic(),
             "environment": numerics.environment(self.world.device),
         }

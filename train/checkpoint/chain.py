@@ -6,9 +6,10 @@
     start ──► step 250 ──► step 500 ──► step 750     state.json of step 750 holds all three links
 
 Conditions are what decided the bits of the steps: the identity of the run (parameters, dataset_key,
-code_key), the split among processes, processor and versions; they are stored in full, with the step
-since which they held. Whoever knows the head, the newest link, can check the files without running
-anything, and each segment between two links by running it again (train/audit/).
+code_key), the hash of its shards, the split among processes, processor and versions; they are
+stored in full, with the step since which they held. Whoever knows the head, the newest link, can
+check the files without running anything, and each segment between two links by running it again
+(train/audit/).
 
 A checkpoint that a signal caused has a link, too, but the next one does not build on it: a stopped
 run ends with the chain of one that was never stopped.
@@ -20,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.format.manifest import Shard
 from pipeline.store import atomic
 
 LOGGED = ("tokens", "train/loss", "lr", "grad_norm", "val/loss", "val_tokens", "skipped")
@@ -39,6 +41,16 @@ def log_hash(records: Iterable[Mapping[str, Any]], first: int, step: int) -> str
         if first < record["step"] <= step
     )
     return atomic.sha256_json([record for record in chosen if len(record) > 1])
+
+
+def conditions_hash(conditions: Iterable[Mapping[str, Any]], step: int) -> str:
+    """Hash the conditions of the steps up to ``step``."""
+    return atomic.sha256_json([part for part in conditions if part["since"] < step])
+
+
+def shards_hash(shards: Iterable[Shard]) -> str:
+    """Hash the names and hashes of all shards of the data."""
+    return atomic.sha256_json([[shard.name, shard.sha256] for shard in shards])
 
 
 def link_hash(link: Mapping[str, Any], before: str | None) -> str:
@@ -117,7 +129,7 @@ class Chain:
                 "step": step,
                 "samples": samples,
                 "log": log_hash(records, first, step),
-                "conditions": atomic.sha256_json(self.conditions),
+                "conditions": conditions_hash(self.conditions, step),
                 **({STOPPED: True} if stopped else {}),
             }
         )
