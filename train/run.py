@@ -52,8 +52,8 @@ TOKENS = Path("data/tokens")
 CHECKPOINT = Path("artifacts/checkpoint")
 SUMMARY = Path("artifacts/training.json")
 METRICS = Path("metrics/train.json")
-# Those numbers of the summary by which runs are compared.
-COMPARED = ("loss", "val_loss", "hellaswag_acc_completion", "tokens_per_second", "mfu")
+# Numbers of the summary by which runs are compared, and the head of the chain, for git to keep.
+COMPARED = ("loss", "val_loss", "hellaswag_acc_completion", "tokens_per_second", "mfu", "chain")
 RECORD = "run.json"
 FINAL = "final.json"
 FAILED = "failed.json"

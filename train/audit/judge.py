@@ -54,8 +54,8 @@ class Judge:
     def __call__(self, segment: Segment) -> Verdict:
         """Judge one segment."""
         parts = self.run.conditions(segment.first, segment.stop)
-        if reason := next(self._obstacles(segment, parts), None):
-            return Verdict(segment, "cannot judge", reason)
+        if obstacles := list(dict.fromkeys(self._obstacles(segment, parts))):
+            return Verdict(segment, "cannot judge", "; ".join(obstacles))
         begin = segment.begin
         with tempfile.TemporaryDirectory(prefix="audit-", dir=self._work) as folder:
             for number, (first, stop, conditions) in enumerate(parts):

@@ -24,7 +24,7 @@ from pipeline.store import atomic
 from train.checkpoint import directory
 from train.checkpoint.chain import HASH, Chain, Link, conditions_hash, link_hash, log_hash
 from train.monitor.history import Record, parse
-from train.run import RECORD
+from train.run import FINAL, RECORD
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,9 @@ def _chain_problems(run: Audited, head: str | None) -> Iterator[str]:
         before, first = link[HASH], link["step"]
     if head is not None and chain.head != head:
         yield f"head: {chain.head}, but --head is {head}"
+    final = run.folder / FINAL
+    if final.exists() and atomic.read_sealed(final).get("chain", chain.head) != chain.head:
+        yield f"{FINAL}: another head than in the newest checkpoint"
     identity = chain.conditions[-1]["identity"]
     if atomic.sha256_json(identity) != run.folder.name:
         yield f"{run.folder.name}: is not the key of the run in the chain"

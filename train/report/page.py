@@ -102,6 +102,7 @@ def render() -> str:
     data, train, evaluation = map(_read_json, (DATA, TRAINING, EVALUATION))
     _check_tables(data, evaluation)
     state, log = _read_json(STATE), Log.parse(_read(LOG), str(LOG))
+    chain = state.get("chain")  # of later code than some runs
     manifest, params = Manifest.load(TOKENS), load_section("evaluate", EvaluateParams)
     try:
         gpt = GPT.from_checkpoint(CHECKPOINT)
@@ -139,6 +140,7 @@ def render() -> str:
             ("run", state["run_key"]),
             ("data", manifest.dataset_key),
             ("training code", state["code_key"]),
+            *([("head of the chain", chain["links"][-1]["link"])] if chain else []),
             ("source", f"{manifest.source.source.repo} at {manifest.source.source.revision}"),
         ],
         machine=[
