@@ -22,9 +22,17 @@ from train.plan.memory import (
     FRAGMENTATION,
     Memory,
     loss_chunks,
+    padded_parameter_count,
     training_memory,
 )
-from train.plan.step_time import Cluster, StepTime, all_reduce_bytes, step_time, traffic
+from train.plan.step_time import (
+    LEAF_BYTES,
+    Cluster,
+    StepTime,
+    all_reduce_bytes,
+    step_time,
+    traffic,
+)
 from train.preset import Parameters
 from train.summation import most_nodes, nodes_of
 
@@ -136,8 +144,9 @@ def make_plan(params: Parameters, options: Options) -> Plan:
         free = train.model_copy(update={"invariant": None})
         usual = share_batch(params.model, free, cluster.world, None, kind)
     sized = replace(config, loss_chunk=chunk)
-    micro_steps, nodes, waiting = split.micro_steps(batches.full), 1, 0
+    micro_steps, nodes, waiting, leaf_bytes = split.micro_steps(batches.full), 1, 0, 0
     if train.invariant:
+        leaf_bytes = LEAF_BYTES * padded_parameter_count(config)
         shares = [split.micro_batches(batches.full, rank) for rank in range(cluster.world)]
         nodes = max(len(nodes_of(share)) for share in shares)
         waiting = max(most_nodes(share) for share in shares) - 1
@@ -165,7 +174,7 @@ def make_plan(params: Parameters, options: Options) -> Plan:
         cluster,
         train.batch_tokens,
         micro_steps,
-        extra_bytes=micro_steps * traffic(sized, split.micro_batch, dtype)
+        extra_bytes=micro_steps * (traffic(sized, split.micro_batch, dtype) + leaf_bytes)
         - usual.micro_steps(batches.full) * traffic(config, usual.micro_batch, dtype),
         optimizer=train.optimizer,
         checkpoint_activations=options.checkpoint_activations,

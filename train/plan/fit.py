@@ -81,8 +81,10 @@ def choose(
     """
     kind = "cpu" if memory is None else "cuda"
     usual = share_batch(model, params, world_size, settings.micro_batch, kind)
-    if memory is None or params.invariant:
+    if memory is None:
         return usual, settings.loss_chunk
+    if params.invariant:  # the same on every GPU: the chunk decides bits
+        return usual, CHUNKS[0]
     config, dtype = model.config(), params.matmul_dtype()
     per_process = params.batches(model.block_size).smallest // world_size
     sizes = [settings.micro_batch] if settings.micro_batch else divisors(per_process)

@@ -31,6 +31,9 @@ from train.plan.memory import loss_chunks, padded_parameter_count
 # Bytes per parameter that one step moves. Norm and clipping: gradient read twice and written once.
 # AdamW: gradient, weight and two moments read, the last three written. Zeroing: gradient written.
 OPTIMIZER_BYTES = 12 + 28 + 4
+# Bytes per parameter that a leaf of `train.invariant` adds to a micro-step: its gradient is zeroed,
+# and added to its sibling (two numbers read, one written).
+LEAF_BYTES = 4 + 12
 
 
 @dataclass(frozen=True, kw_only=True)
