@@ -12,6 +12,7 @@ from typing import Any
 
 from model import GPTConfig
 from model.size import flops_per_token, parameter_count
+from pipeline.runtime.errors import UserError
 from train.data.split import divisors, share_batch
 from train.params import TrainParams
 from train.plan.accelerators import Accelerator, Link, accelerator
@@ -256,6 +257,21 @@ def _train_seconds(
     return training, tokens * forward / (cluster.speed * cluster.world)
 
 
+def _price_of_leaves(plan: Plan, params: Parameters) -> float:
+    """Return the fraction that `train.invariant` adds to a step; 0 where it is null.
+
+    Also 0 where the processes can share leaves, but not the batch without them.
+    """
+    if not params.train.invariant:
+        return 0.0
+    free = replace(params, train=params.train.model_copy(update={"invariant": None}))
+    try:
+        options = replace(plan.options, peak=plan.peak)  # of a CPU it is measured
+        return plan.step.total / make_plan(free, options).step.total - 1
+    except UserError:
+        return 0.0
+
+
 def _warnings(plan: Plan, params: Parameters) -> list[str]:
     """List the problems of a plan, each with its fix."""
     options, train, found = plan.options, params.train, []
@@ -281,11 +297,10 @@ def _warnings(plan: Plan, params: Parameters) -> list[str]:
             f"sending gradients takes {part:.0%} of a step; {overlap}use a faster network, or "
             "raise train.batch_tokens"
         )
-    price = plan.step.traffic / (plan.step.total - plan.step.traffic)
-    if train.invariant and price > DEAR_LEAVES:
+    if (price := _price_of_leaves(plan, params)) > DEAR_LEAVES:
         found.append(
             f"train.invariant: leaves of {plan.micro_batch} sequences make a step {price:.0%} "
-            "longer than the usual micro-batch (computed from the bytes moved); set more"
+            "longer (computed, from the bytes that are moved); set more"
         )
     if plan.epochs is not None and plan.epochs > MANY_EPOCHS:
         found.append(
