@@ -155,7 +155,7 @@ def edit(folder: Path, rng: Random) -> str:
             identity = found.conditions[0]["identity"]
             identity["train"]["learning_rate"] *= 1.01
         else:
-            del found.links[rng.randrange(len(found.links) - 1)]
+            del found.links[rng.randrange(len(found.links))]
     elif what == "weights":
         _flip(rng.choice(checkpoints) / directory.MODEL, rng)
     elif what == "swap":
@@ -188,6 +188,8 @@ def _match_again(folder: Path, found: chain.Chain) -> None:
         link["log"] = chain.log_hash(records, link["first"], link["step"])
         link["conditions"] = chain.conditions_hash(found.conditions, link["step"])
         path = by_step.get(link["step"])
+        if link is found.links[-1]:
+            path = by_step[max(by_step)]
         if path is not None:
             names = (directory.MODEL, directory.OPTIMIZER)
             link["files"] = {name: atomic.sha256_file(path / name) for name in names}
