@@ -117,7 +117,7 @@ def sum_over_ranks(nodes: Sequence[Node[Tensor]], shares: Sequence[range], world
     for columns in _buckets(len(total), world.size):
         width = (columns.stop - columns.start) // world.size
         parts = [node.value[columns].view(world.size, width) for node in nodes]
-        sent = torch.stack(parts, dim=1)  # (ranks, nodes, width)
+        sent = torch.stack(parts, dim=1) if len(parts) > 1 else parts[0]  # (ranks, nodes, width)
         received = sent.new_empty(sum(map(len, per_rank)), width)
         world.all_to_all(
             received.view(-1),

@@ -137,18 +137,19 @@ def _time_steps(leaf: int, out: str) -> None:
         world.barrier()
 
 
-def cost(leaves: list[int]) -> None:
+def cost(leaves: list[int], compiled: bool) -> None:
     """Print what leaves of these sizes cost on this machine."""
     params = read_yaml(REPO / "params.yaml")
+    train = {**params["train"], "dtype": "float32", "val_tokens": 1000}
     print(f"\n{'leaf':>4} {'step ms':>8} {'size of the leaf':>17} {'order of the sum':>17}")
     for leaf in leaves:
         with tempfile.TemporaryDirectory() as folder:
             project = make_project(Path(folder))
             project.write_data(n_train=200_000)
             (project.folder / "params.yaml").unlink()
-            project.write(model=params["model"], train={**params["train"], "dtype": "float32"})
+            project.write(model=params["model"], train=train)
             out = project.folder / "times.json"
-            run_ranks(_time_steps, project.folder, 2, leaf, str(out))
+            run_ranks(_time_steps, project.folder, 2, leaf, str(out), GPT2_COMPILE=compiled)
             rows = json.loads(out.read_text())
         size = statistics.median(row["leaves"] / row["usual"] for row in rows)
         order = statistics.median(row["invariant"] / row["leaves"] for row in rows)
@@ -161,11 +162,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.invariant")
     parser.add_argument("--only", choices=("hashes", "cost"))
     parser.add_argument("--leaves", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--compile", action="store_true", help="cost: of compiled models")
     args = parser.parse_args()
     os.environ["OMP_WAIT_POLICY"] = "passive"
     good = args.only == "cost" or hashes()
     if args.only != "hashes":
-        cost(args.leaves)
+        cost(args.leaves, args.compile)
     sys.exit(not good)
 
 
