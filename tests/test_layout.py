@@ -260,7 +260,10 @@ def test_importing_a_module_runs_nothing(name: str) -> None:
 COMMANDS = [
     *(f"pipeline.{name}" for name in ("convert", "curate", "download", "store", "tokenize")),
     *(f"model.{name}" for name in ("export", "generate", "import_hf")),
-    *(f"train.{name}" for name in ("bench", "evaluate", "launch", "plan", "play", "preset")),
+    *(
+        f"train.{name}"
+        for name in ("audit", "bench", "evaluate", "launch", "plan", "play", "preset")
+    ),
     *("pipeline.repair", "pipeline.verify", "train.report", "train.trace", "train.watch", "train"),
 ]
 

@@ -77,3 +77,29 @@ def kernel_in_use(
     mask = torch.ones(1, 1, T, T, dtype=torch.bool, device=device) if masked else None
     params = SDPAParams(q, q, q, mask, 0.0, not masked, False)
     return next(name for name in order if BACKENDS[name][1](params))
+
+
+def choose(
+    wanted: AttentionKernel | None,
+    config: GPTConfig,
+    dtype: Dtype,
+    device: torch.device,
+    *,
+    deterministic: bool,
+    masked: bool,
+    compiled: bool,
+) -> str | None:
+    """Set the order of the kernels of a GPU; return the one in use, None on a CPU.
+
+    Args:
+        wanted: The setting `attention` of machine.yaml.
+        masked: Whether attention stays within a document.
+        compiled: Whether the model is compiled, which computes masks by itself.
+    """
+    if device.type != "cuda":
+        return None
+    order = kernel_order(wanted, torch.cuda.get_device_capability(device), deterministic)
+    set_kernel_order(order)
+    if masked and compiled:
+        return "flex"  # model/attention.py
+    return kernel_in_use(order, config, dtype, device, masked)

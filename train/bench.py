@@ -43,6 +43,7 @@ from train.distributed.interrupt import Interrupt, Interrupted
 from train.distributed.rendezvous import process_group
 from train.distributed.torchrun import run_torchrun
 from train.distributed.world import World
+from train.invariant import InvariantTrainer
 from train.numerics import (
     clip_gradients,
     device_name,
@@ -115,7 +116,7 @@ def measure(run: BenchRun, world: World, max_steps: int, seconds: float) -> Meas
     After ``seconds`` or ``max_steps`` timed steps no further step begins; at least three are timed.
     """
     before, clock = time.perf_counter(), Clock(world.device)
-    trainer = Trainer(run, world)
+    trainer = InvariantTrainer(run, world) if run.params.invariant else Trainer(run, world)
     trainer.warm_up()
     clock.wait(clock.mark())
     start = time.perf_counter() - before
@@ -188,6 +189,9 @@ def _parts(trainer: Trainer, batch: MicroBatch, clock: Clock) -> dict[str, float
     gradients = torch.zeros(_parameter_count(trainer) if world.size > 1 else 1, device=world.device)
 
     def micro_step() -> None:
+        if isinstance(trainer, InvariantTrainer):
+            summed_loss(trainer.forward, batch.inputs, batch.targets, run.dtype).backward()
+            return
         with trainer.ddp.no_sync():
             summed_loss(trainer.ddp, batch.inputs, batch.targets, run.dtype).backward()
 

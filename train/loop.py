@@ -13,6 +13,7 @@ from train.data.shard_check import ShardCheck
 from train.distributed.interrupt import Interrupt, Interrupted
 from train.distributed.world import World
 from train.evals import hellaswag
+from train.invariant import InvariantTrainer
 from train.monitor.drift import Drift, check_same_weights
 from train.monitor.health import Health, NonFinite
 from train.monitor.meter import Meter
@@ -43,7 +44,8 @@ def train(run: Run, world: World, *, fresh: bool = False) -> None:
         run.clear()
     tasks = world.broadcast(read)  # no rank looks into the run's folder before it is cleared
     run.check_not_failed()
-    trainer, history = Trainer(run, world, tasks), run.history
+    kind = InvariantTrainer if run.params.invariant else Trainer
+    trainer, history = kind(run, world, tasks), run.history
     done = trainer.restore()
     if world.first:
         print(banner(trainer, done), flush=True)

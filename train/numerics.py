@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 import re
 import resource
 import sys
@@ -174,6 +176,54 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+_MATH_SETTINGS = (
+    "ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_DEBUG_CPU_TYPE",
+    "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA",
+)  # fmt: skip
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What the last bits depend on in addition to parameters, samples and settings of a run.
+
+    Returns:
+        Version of PyTorch, which brings its libraries; the processor, or the GPU with its
+        libraries; on a CPU the instructions that PyTorch uses, and the variables that limit MKL's
+        and oneDNN's.
+    """
+    if device.type == "cuda":
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return {
+            "torch": torch.__version__,
+            "gpu": f"{torch.cuda.get_device_name(device)} ({capability})",
+            "cuda": str(torch.version.cuda),
+            "cudnn": str(torch.backends.cudnn.version()),
+        }
+    return {
+        "torch": torch.__version__,
+        "cpu": _cpu_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "flags": _simd_flags(),
+        **{name: os.environ[name] for name in _MATH_SETTINGS if name in os.environ},
+    }
+
+
+def _simd_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Vector and matrix instructions of the processor; empty where there is no `/proc`."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE):
+            simd = ("amx", "asimd", "avx", "bf16", "fma", "sve")
+            return " ".join(sorted(flag for flag in found[1].split() if flag.startswith(simd)))
+    return ""
+
+
+def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Name of the processor; where there is no `/proc`, its architecture."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^model name\s*:\s*(.*)$", cpuinfo.read_text(), re.MULTILINE):
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:

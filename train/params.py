@@ -259,6 +259,10 @@ class TrainParams(ObservingParams):
     deterministic: bool = False
     """On CUDA: only algorithms whose results repeat bit for bit, slower. A CPU always repeats."""
 
+    invariant: int | None = Field(default=None, ge=1)
+    """Sequences per forward pass, summed in an order that no number of processes changes: the
+    weights are the same bits for any (docs/invariant.md). null: rounding depends on it."""
+
     @model_validator(mode="after")
     def _warmup_ends(self) -> TrainParams:
         if self.warmup_steps >= self.steps:
@@ -289,7 +293,10 @@ class TrainParams(ObservingParams):
 
     def deciding(self) -> dict[str, Any]:
         """The keys that decide the weights, as JSON values: part of a run's key."""
-        return self.model_dump(mode="json", exclude=set(ObservingParams.model_fields))
+        values = self.model_dump(mode="json", exclude=set(ObservingParams.model_fields))
+        if values["invariant"] is None:  # runs without it keep the keys that they had before it
+            del values["invariant"]
+        return values
 
     def resolved(self, native: Dtype) -> TrainParams:
         """These parameters with ``native`` in the place of `dtype: auto`."""

@@ -53,8 +53,8 @@ TOKENS = Path("data/tokens")
 CHECKPOINT = Path("artifacts/checkpoint")
 SUMMARY = Path("artifacts/training.json")
 METRICS = Path("metrics/train.json")
-# Those numbers of the summary by which runs are compared.
-COMPARED = ("loss", "val_loss", "hellaswag_acc_completion", "tokens_per_second", "mfu")
+# Numbers of the summary by which runs are compared, and the head of the chain, for git to keep.
+COMPARED = ("loss", "val_loss", "hellaswag_acc_completion", "tokens_per_second", "mfu", "chain")
 RECORD = "run.json"
 FINAL = "final.json"
 FAILED = "failed.json"
@@ -86,6 +86,11 @@ class Run:
         machine = Machine.load()
         params = load_section("train", TrainParams).resolved(native_dtype(machine.device))
         params.batches(model.block_size)
+        if params.invariant and machine.loss_chunk:
+            raise UserError(
+                f"loss_chunk (machine.yaml, GPT2_LOSS_CHUNK): {machine.loss_chunk} changes the "
+                "rounding, which train.invariant keeps; remove it"
+            )
         start = params.start()
         if start is not None and CHECKPOINT.resolve() in (p := start.folder.resolve(), *p.parents):
             raise UserError(

@@ -150,6 +150,7 @@ def summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
         "device": device_name(world.device),
         "dtype": run.params.dtype,
         "commit": commit(),
+        "chain": trainer.chain.head,
     }
 
 

@@ -105,7 +105,7 @@ class Trace:
         samples = np.arange(start, start + count)
         if share is not None:
             world, micro_batch = share.split.world, share.split.micro_batch
-            if count % (world * micro_batch):
+            if count % (micro_batch * (1 if share.split.contiguous else world)):
                 raise UserError(
                     f"--world {world} --micro-batch {micro_batch}: do not divide the {count} "
                     "samples of this step; use the values of the run"
@@ -174,7 +174,7 @@ def main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     state = _state(args.checkpoint)
     trace = _trace(state if args.checkpoint else None)
-    share = _share(args, state)
+    share = _share(args, state, trace.params.invariant)
     windows = list(trace.windows(args.step, share))
     limit = args.limit if args.limit is not None else len(windows) if args.json else DEFAULT_LIMIT
     documents, rows = Documents(trace.stream), RawRows(RAW, trace.stream.manifest.source)
@@ -260,20 +260,26 @@ def _trace(state: dict[str, Any] | None) -> Trace:
     return trace
 
 
-def _share(args: argparse.Namespace, state: dict[str, Any] | None) -> Share | None:
-    """Return the share that the flags select; by default split as in the checkpoint's run."""
+def _share(
+    args: argparse.Namespace, state: dict[str, Any] | None, leaf: int | None
+) -> Share | None:
+    """Return the share that the flags select; by default split as in the checkpoint's run.
+
+    ``leaf`` is `train.invariant`, with which each rank has consecutive samples.
+    """
     if args.rank is None:
         return None
     arithmetic = (state or {}).get("arithmetic", {})
     world = args.world or arithmetic.get("world_size")
-    micro_batch = args.micro_batch or arithmetic.get("micro_batch")
+    micro_batch = args.micro_batch or leaf or arithmetic.get("micro_batch")
     if not (world and micro_batch):
         raise UserError(
             "--rank: unknown split, as there is no checkpoint; set --world and --micro-batch"
         )
     if not (0 <= args.rank < world and micro_batch > 0):
         raise UserError(f"--rank {args.rank}: not one of {world} processes; use 0 to {world - 1}")
-    return Share(Split(world=world, micro_batch=micro_batch), args.rank)
+    split = Split(world=world, micro_batch=micro_batch, contiguous=leaf is not None)
+    return Share(split, args.rank)
 
 
 def _as_text(span: DocumentSpan, found: dict[str, Any]) -> str:

@@ -13,12 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 from model import GPT
 from pipeline import TokenStream
 from pipeline.runtime.errors import UserError
-from train import attention_kernels, numerics
+from train import attention_kernels, numerics, samples
 from train.checkpoint import directory, init_from
+from train.checkpoint.chain import Chain, shards_hash
 from train.checkpoint.directory import Keep
 from train.checkpoint.writer import Writer
 from train.data.loader import Batches
-from train.data.split import divisors
 from train.distributed.interrupt import Interrupt
 from train.distributed.world import World
 from train.evals import hellaswag
@@ -35,8 +35,6 @@ from train.optim.param_groups import (
 from train.plan import fit
 from train.run import Run
 from train.validation import WINDOWS, mean_loss
-
-SAMPLE_PROMPT = 16  # tokens of validation text that a sample continues
 
 
 class Trainer:
@@ -100,23 +98,16 @@ class Trainer:
             if world.device.type == "cpu":
                 numerics.repeat_compiled_gradients()
             self.forward = torch.compile(self.gpt, fullgraph=True)
-        self.attention = self._choose_attention()
-
-    def _choose_attention(self) -> str | None:
-        """Set the order of the attention kernels of a GPU; return the one in use."""
-        device, run = self.world.device, self.run
-        if device.type != "cuda":
-            return None
-        order = attention_kernels.kernel_order(
+        self.attention = attention_kernels.choose(
             run.machine.attention,
-            torch.cuda.get_device_capability(device),
-            run.params.deterministic,
+            self.gpt.config,
+            run.dtype,
+            world.device,
+            deterministic=run.params.deterministic,
+            masked=run.params.document_masking,
+            compiled=self.compiled,
         )
-        attention_kernels.set_kernel_order(order)
-        masked = run.params.document_masking
-        if masked and self.compiled:
-            return "flex"  # model/attention.py
-        return attention_kernels.kernel_in_use(order, self.gpt.config, run.dtype, device, masked)
+        self.chain = Chain()
 
     def restore(self) -> int:
         """Load the newest valid checkpoint; without one, the weights that the run starts from.
@@ -132,15 +123,15 @@ class Trainer:
             found = directory.latest(self.run.folder, self.run.samples)
         folder, state = self.world.broadcast(found) or (None, None)
         if folder is None or state is None:
-            return self._start()
+            self.chain.begin(done := self._start(), self.conditions())
+            return done
         if state["dataset_key"] != self.run.dataset_key:
             raise UserError(
                 f"{folder}: was trained on other data ({state['dataset_key'][:12]}) than "
                 f"data/tokens ({self.run.dataset_key[:12]}); restore that data, or start from "
                 "scratch with GPT2_FRESH=1"
             )
-        if self.world.first:
-            self._report_changes(state)
+        self._report_changes(state)
         weights, moments = directory.load_tensors(folder)
         self.gpt.load_state_dict(weights)
         if moments:  # none where all steps so far were skipped
@@ -150,14 +141,21 @@ class Trainer:
         measured = state["train"]["val_tokens"], state.get("val_windows")
         if measured == (self.params.val_tokens, WINDOWS):
             self.measured = state.get("val_loss")
+        self.chain = Chain.of(state).begin(state["step"], self.conditions())
         return int(state["step"])
 
     def _report_changes(self, state: dict[str, Any]) -> None:
         """Print what differs from the start that saved a checkpoint."""
-        if changed := self.run.changed_observations(state):
+        changed = self.run.changed_observations(state)
+        if changed and self.world.first:
             print(f"note: params.yaml has changed since the last start: {changed}")
+        self.compare_arithmetic(state)
+
+    def compare_arithmetic(self, state: dict[str, Any]) -> None:
+        """Warn of what makes the next steps round differently than those before."""
         before, now = state["arithmetic"], self.arithmetic()
-        if differs := [name for name, value in now.items() if before.get(name) != value]:
+        differs = [name for name, value in now.items() if before.get(name) != value]
+        if differs and self.world.first:
             changes = ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in differs)
             print(f"warning: resumes with {changes}: same samples, other rounding")
 
@@ -166,17 +164,7 @@ class Trainer:
         if start is None:
             return 0
         weights, moments, step, samples = init_from.load(start, self.gpt.config)
-        if samples != (here := self.run.samples(step)):
-            raise UserError(
-                f"params.yaml: train.init_with: all: {start.folder} has trained on {samples} "
-                f"samples in {step} steps, this run would have on {here}; keep its batch_tokens, "
-                "or set init_with: weights"
-            )
-        if step >= self.params.steps:
-            raise UserError(
-                f"params.yaml: train.steps: {self.params.steps}, but {start.folder} is already at "
-                f"step {step}; set more"
-            )
+        init_from.check_step(start, step, samples, self.run.samples(step), self.params.steps)
         self.gpt.load_state_dict(weights)
         try:
             if moments:
@@ -201,46 +189,36 @@ class Trainer:
         Raises:
             UserError: A step needs more memory than the device has.
         """
+        # Hold as much memory as the moments that the first step will allocate.
+        stateless = [p for p in self.named.values() if p not in self.optimizer.state]
+        moments = [torch.empty_like(p) for p in stateless for _ in range(2)]
+        shape = (self.split.micro_batch, self.run.model.block_size)
+        device = numerics.device_name(self.world.device)
+        try:
+            inputs = torch.zeros(shape, dtype=torch.int64, device=self.world.device)
+            targets = torch.zeros_like(inputs)  # one tensor in both places: another graph
+            self.dry_passes(inputs, targets)
+            with torch.no_grad():
+                summed_loss(self.forward, inputs, targets, self.run.dtype)
+        except RuntimeError as error:
+            if not numerics.is_out_of_memory(error):
+                raise
+            raise UserError(
+                fit.out_of_memory(self.split.micro_batch, self.run.model.block_size, device)
+            ) from None
+        del moments
+
+    def dry_passes(self, inputs: Tensor, targets: Tensor) -> None:
+        """Wrap the model in DDP, and run what settles its buckets."""
         device = self.world.device
         self.ddp = DistributedDataParallel(
             self.forward,
             device_ids=[device] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
         )
-        try:
-            self._warm_up_passes()
-        except RuntimeError as error:
-            if not numerics.is_out_of_memory(error):
-                raise
-            raise UserError(self._out_of_memory()) from None
-
-    def _warm_up_passes(self) -> None:
-        device = self.world.device
-        # Hold as much memory as the moments that the first step will allocate.
-        stateless = [p for p in self.named.values() if p not in self.optimizer.state]
-        moments = [torch.empty_like(p) for p in stateless for _ in range(2)]
-        shape = (self.split.micro_batch, self.run.model.block_size)
-        inputs = torch.zeros(shape, dtype=torch.int64, device=device)
-        targets = torch.zeros_like(inputs)  # one tensor in both places would compile another graph
         for _ in range(2):
             summed_loss(self.ddp, inputs, targets, self.run.dtype).backward()
         self.optimizer.zero_grad(set_to_none=False)
-        with torch.no_grad():
-            summed_loss(self.forward, inputs, targets, self.run.dtype)
-        del moments
-
-    def _out_of_memory(self) -> str:
-        rows, T = self.split.micro_batch, self.run.model.block_size
-        smaller = [n for n in divisors(rows) if n < rows]
-        fix = (
-            f"set {smaller[-1]} (the same result in more micro-steps)"
-            if smaller
-            else "take a smaller model or model.block_size"
-        )
-        return (
-            f"micro_batch (machine.yaml, GPT2_MICRO_BATCH): {rows} sequences of {T} tokens at a "
-            f"time need more memory than {numerics.device_name(self.world.device)} has; {fix}"
-        )
 
     def peak(self) -> float | None:
         """Peak of all devices together, FLOP/s; None where it is not known."""
@@ -284,11 +262,22 @@ class Trainer:
                 self.scaler.scale(loss).backward()
             total += loss.detach()
 
-        # Optimize. Loss and norm are reduced, so that all ranks skip a step or none. Reading them
-        # waits for the device, so it is done only where a step may be skipped.
         self.scaler.unscale_(cast(Any, self.optimizer))  # reads only the gradients of its groups
+        numbers = self.optimize(self.world.sum(total) / self.world.size)
+        self.optimizer.zero_grad(set_to_none=False)  # gradients stay views of DDP's buckets
+        return learning_rate, numbers
+
+    def optimize(self, loss: Tensor) -> Tensor:
+        """Clip the gradients and update the weights.
+
+        Loss and norm are the same on all ranks, which skip a step or none. Reading them waits for
+        the device, so it is done only where a step may be skipped.
+
+        Returns:
+            Loss and gradient norm before clipping, (2,).
+        """
         norm = clip_gradients(self.named.values(), self.params.grad_clip)
-        numbers = torch.stack([self.world.sum(total) / self.world.size, norm])
+        numbers = torch.stack([loss, norm])
         may_skip = self.params.non_finite == "skip" or self.scaler.is_enabled()
         if not may_skip or torch.isfinite(numbers).all():
             if self.params.cautious_decay:
@@ -296,9 +285,8 @@ class Trainer:
             else:
                 self.optimizer.step()
         self.scaler.update()  # halves the scale after an overflow
-        self.optimizer.zero_grad(set_to_none=False)  # gradients stay views of DDP's buckets
         self.measured = None
-        return learning_rate, numbers
+        return numbers
 
     def validate(self, interrupt: Interrupt) -> float:
         """Mean loss over the fixed validation tokens, nats; the same on each rank.
@@ -321,6 +309,7 @@ class Trainer:
             device=self.world.device,
             world=self.world,
             check=interrupt.check,
+            one_order=self.params.invariant is not None,
         )
 
     def score_hellaswag(self, interrupt: Interrupt) -> float | None:
@@ -336,17 +325,10 @@ class Trainer:
         )
 
     def sample(self) -> list[int]:
-        """Continue the first tokens of the validation split, on rank 0; empty elsewhere.
-
-        Prompt (`SAMPLE_PROMPT` tokens) and random numbers are the same each time: what differs is
-        what the model has learnt.
-        """
-        if not self.world.first or not self.params.sample_tokens:
+        """Continue the first tokens of the validation split, on rank 0; empty elsewhere."""
+        if not self.world.first:
             return []
-        prompt = self.run.val_data[:SAMPLE_PROMPT].tolist()
-        return self.gpt.generate(
-            [prompt], self.params.sample_tokens, 0.8, top_k=50, seed=self.params.seed
-        )[0]
+        return samples.during_training(self.gpt, self.run.val_data, self.params)
 
     def replicas(self) -> dict[str, Tensor]:
         """Tensors of which every rank has the same: the weights, and the momenta of Muon."""
@@ -357,6 +339,10 @@ class Trainer:
     def save(self, step: int) -> None:
         """Start to write the checkpoint after ``step`` complete steps, on rank 0."""
         if self.world.first:
+            self.writer.wait()  # completes the link before
+            due = step % self.params.checkpoint_every == 0 or step == self.params.steps
+            records = self.run.history.records
+            self.chain.extend(step, self.run.samples(step), records, stopped=not due)
             self.writer.save(
                 model=self.gpt.state_dict(),
                 optimizer=flat_state(self.optimizer, self.named),
@@ -382,8 +368,18 @@ class Trainer:
             "adopted": run.record()["adopted"],
             "skipped": [r["step"] for r in run.history.records if "skipped" in r],
             "arithmetic": self.arithmetic(),
+            "chain": self.chain.as_json(),
             "versions": numerics.versions(),
             **({"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}),
+        }
+
+    def conditions(self) -> dict[str, Any]:
+        """All that decides the bits of the next steps, for the chain."""
+        return {
+            "identity": self.run.identity,
+            "shards": shards_hash(self.run.train_data.manifest.shards),
+            "arithmetic": self.arithmetic(),
+            "environment": numerics.environment(self.world.device),
         }
 
     def arithmetic(self) -> dict[str, Any]:

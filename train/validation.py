@@ -14,6 +14,7 @@ compiled graph).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -114,6 +115,7 @@ def mean_loss(
     device: torch.device,
     world: World | None = None,
     check: Callable[[], None] = lambda: None,
+    one_order: bool = False,
 ) -> float:
     """Compute the mean loss over targets spread over a split, nats; the same on all ranks.
 
@@ -123,14 +125,18 @@ def mean_loss(
         rows: Windows per batch.
         world: The processes that share the work; None: this one alone.
         check: Called before each batch, equally often on each rank, so it may be a collective.
+        one_order: Add the losses of the batches in one order for any number of processes.
     """
     rank, size = (world.rank, world.size) if world else (0, 1)
-    total = torch.zeros((), dtype=torch.float64, device=device)  # float32 would lose small terms
+    rounds = -(-n_targets // (size * rows * block_size))
+    places = rounds * size if one_order else 1
+    totals = torch.zeros(places, dtype=torch.float64, device=device)  # float32 would lose terms
     batches = fixed_batches(stream, n_targets, block_size, rows, rank=rank, world=size)
-    for _ in range(0, n_targets, size * rows * block_size):
+    for number in range(rounds):
         check()
+        place = number * size + rank if one_order else 0
         for inputs, targets in islice(batches, 1):  # in the last round some ranks have no batch
-            total += summed_loss(forward, inputs.to(device), targets.to(device), dtype)
+            totals[place] += summed_loss(forward, inputs.to(device), targets.to(device), dtype)
     if world is not None:
-        world.sum(total)
-    return total.item() / n_targets
+        world.sum(totals)
+    return math.fsum(totals.tolist()) / n_targets

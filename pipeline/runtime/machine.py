@@ -152,6 +152,10 @@ class Machine(BaseSettings):
     """Tokens whose logits are in memory at a time in training; null: chosen from the memory of a
     GPU; on a CPU about twice the model's width (docs/gpu.md)."""
 
+    other_rounding: bool = False
+    """Resume a run with `train.invariant` on another processor, or with other versions or settings
+    that change its rounding; its checkpoints record it."""
+
     fresh: bool = False
     """Rebuild everything, ignoring the finished pieces in the store."""
 

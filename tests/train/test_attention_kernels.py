@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from model import GPTConfig
 from pipeline.runtime.machine import Machine
-from train import attention_kernels, trainer
+from train import attention_kernels
 from train.attention_kernels import BACKENDS, kernel_in_use, kernel_order, set_kernel_order
 
 CONFIG = GPTConfig(n_layer=1, n_head=2, n_embd=128, block_size=16, vocab_size=64)
@@ -70,20 +69,17 @@ def test_a_kernel_that_cannot_compute_the_model_is_passed_over(
     assert kernel_in_use(order, CONFIG, "bfloat16", CPU, masked=True) == "math"
 
 
-def test_the_trainer_sets_the_order_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    def chosen(device: str, **params: bool) -> str | None:
-        run = SimpleNamespace(
-            machine=Machine(),
-            dtype="bfloat16",
-            params=SimpleNamespace(**{"deterministic": False, "document_masking": False} | params),
-        )
-        own = SimpleNamespace(
-            run=run,
-            world=SimpleNamespace(device=torch.device(device)),
+def test_the_order_is_set_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(device: str, deterministic: bool = False, masked: bool = False) -> str | None:
+        return attention_kernels.choose(
+            None,
+            CONFIG,
+            "bfloat16",
+            torch.device(device),
+            deterministic=deterministic,
+            masked=masked,
             compiled=True,
-            gpt=SimpleNamespace(config=CONFIG),
         )
-        return trainer.Trainer._choose_attention(cast(trainer.Trainer, own))
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(attention_kernels, "kernel_in_use", lambda order, *_: order[0])
@@ -92,4 +88,4 @@ def test_the_trainer_sets_the_order_on_a_gpu_only(monkeypatch: pytest.MonkeyPatc
     assert chosen("cuda") == "cudnn"
     assert _cur_sdpa_kernel_backends(with_priority=True)[0] == SDPBackend.CUDNN_ATTENTION
     assert chosen("cuda", deterministic=True) == "flash"
-    assert chosen("cuda", document_masking=True) == "flex"
+    assert chosen("cuda", masked=True) == "flex"

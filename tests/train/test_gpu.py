@@ -179,6 +179,25 @@ def test_a_dead_rank_is_named_and_ends_the_others(gpu: Project) -> None:
     assert f"rank 1 (pid {ranks[1].pid} on " in err
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_invariant_run_repeats_on_any_number_of_gpus(
+    gpu: Project, compiled: bool, dtype: str
+) -> None:
+    """Unproven: written without a GPU. With one GPU it only repeats."""
+    settings = {**TRAIN, "batch_doublings": 1, "batch_ramp_steps": 8, "grad_clip": 0.1}
+    gpu.write(
+        model=MODEL, train={**settings, "dtype": dtype, "invariant": 2, "deterministic": True}
+    )
+    gpu.environment.pop("GPT2_MICRO_BATCH")
+    found = set()
+    for number, processes in enumerate((1, 1, 2, 2) if torch.cuda.device_count() > 1 else (1, 1)):
+        gpu.train_ranks(processes, GPT2_WORK_DIR=f"work-{number}", GPT2_COMPILE=compiled)
+        chain = json.loads(gpu.published()["state.json"])["chain"]
+        found.add((gpu.weights(), chain["links"][-1]["link"]))
+    assert len(found) == 1
+
+
 def test_bench_measures_steps_and_gpu_kernels(
     gpu: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,6 +38,12 @@ def test_weight_decay_may_fall_to_zero_over_the_run() -> None:
     assert TrainParams(**values, steps=5).decay_fraction(4) == 1.0
 
 
+def test_runs_that_are_not_invariant_keep_their_key() -> None:
+    values: dict[str, Any] = {"batch_tokens": 8, "learning_rate": 0.5, "val_tokens": 8, "steps": 9}
+    assert "invariant" not in TrainParams(**values).deciding()
+    assert TrainParams(**values, invariant=2).deciding()["invariant"] == 2
+
+
 def test_every_field_is_described() -> None:
     for section in (ModelParams, TrainParams, EvaluateParams):
         for name, field in section.model_fields.items():
@@ -57,7 +63,8 @@ def test_params_yaml_says_which_keys_only_observe() -> None:
 
 
 def test_a_key_of_train_either_decides_or_observes() -> None:
-    params = TrainParams(steps=1, batch_tokens=1, learning_rate=0.1, val_tokens=1)
+    values: dict[str, Any] = {"learning_rate": 0.1, "val_tokens": 1, "invariant": 1}
+    params = TrainParams(steps=1, batch_tokens=1, **values)
     assert params.deciding().keys().isdisjoint(params.observing())
     assert {**params.deciding(), **params.observing()} == params.model_dump(mode="json")
 

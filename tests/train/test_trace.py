@@ -111,13 +111,23 @@ def test_windows_of_a_rank_are_those_that_its_loader_reads(
         with pytest.raises(UserError, match="--world"):
             list(run.windows(step, Share(Split(world=world, micro_batch=micro_batch), 0)))
         return
-    split_of_run = Split(world=world, micro_batch=micro_batch)
-    for rank in range(world):
+    check_ranks(run, step, Split(world=world, micro_batch=micro_batch))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 5])
+def test_leaves_of_a_rank_are_those_that_its_loader_reads(root: Path, world: int) -> None:
+    run = Trace.of(BLOCK, train_params(seed=1, steps=1000), root / "data/tokens")
+    check_ranks(run, 7, Split(world=world, micro_batch=2, contiguous=True))
+
+
+def check_ranks(run: Trace, step: int, split: Split) -> None:
+    """Compare the traced windows of each rank with those that it loads."""
+    for rank in range(split.world):
         traced = [
             run.stream[window.first : window.end]
-            for window in run.windows(step, Share(split_of_run, rank))
+            for window in run.windows(step, Share(split, rank))
         ]
-        assert np.array_equal(np.stack(traced), loaded(run, step, split_of_run, rank))
+        assert np.array_equal(np.stack(traced), loaded(run, step, split, rank))
 
 
 def loaded(run: Trace, step: int, split: Split, rank: int) -> np.ndarray:

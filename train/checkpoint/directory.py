@@ -29,6 +29,7 @@ from model.files import save_tensors
 from pipeline.runtime.errors import printable
 from pipeline.store import atomic
 from pipeline.store.store import mark_damaged
+from train.checkpoint import chain
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 FILES = (MODEL, OPTIMIZER, STATE)
@@ -97,7 +98,8 @@ def save(
     Args:
         model: State dict of the plain model, contiguous tensors on the CPU.
         optimizer: Flat optimizer state (``param_groups.flat_state``), likewise.
-        state: JSON values; needs "step", the number of complete steps.
+        state: JSON values; needs "step", the number of complete steps. The newest link of its
+            "chain", if it has one, is completed in place.
 
     Returns:
         The checkpoint's directory, synced to disk.
@@ -110,6 +112,8 @@ def save(
     save_tensors(part / OPTIMIZER, dict(optimizer))
     hashes = {name: atomic.sha256_file(part / name) for name in (MODEL, OPTIMIZER)}
     state = {**state, "schema_version": SCHEMA_VERSION, "sha256": hashes}
+    if "chain" in state:
+        chain.complete(state["chain"]["links"], hashes)
     atomic.write_json(part / STATE, atomic.sealed(state))
     if os.path.lexists(final):  # saved again, now with its validation loss
         os.rename(final, _removed(final))

@@ -129,3 +129,27 @@ def _number(start: Start, state: dict[str, Any], key: str) -> int:
             "another checkpoint"
         )
     return value
+
+
+def check_step(start: Start, step: int, samples: int, expected: int, steps: int) -> None:
+    """Refuse to start after the steps of a checkpoint if this run could not have been there.
+
+    Args:
+        step: Complete steps of the checkpoint, on so many ``samples``.
+        expected: Samples of this run after as many steps.
+        steps: Of this run.
+
+    Raises:
+        UserError: Names the key.
+    """
+    if samples != expected:
+        raise UserError(
+            f"params.yaml: train.init_with: all: {start.folder} has trained on {samples} "
+            f"samples in {step} steps, this run would have on {expected}; keep its batch_tokens, "
+            "or set init_with: weights"
+        )
+    if step >= steps:
+        raise UserError(
+            f"params.yaml: train.steps: {steps}, but {start.folder} is already at step {step}; "
+            "set more"
+        )

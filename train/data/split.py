@@ -26,21 +26,60 @@ class Split:
 
         sample of (micro-step m, rank r, row b) = start + (m * world + r) * micro_batch + b
 
+    With ``contiguous``, a rank has consecutive micro-batches, of which some ranks may have one more
+    than others (`train.invariant`).
+
     Attributes:
         world: Number of processes.
         micro_batch: Windows that one process computes at a time.
+        contiguous: Whether each rank has consecutive micro-batches.
     """
 
     world: int
     micro_batch: int
+    contiguous: bool = False
 
     def micro_steps(self, count: int) -> int:
-        """Number of micro-steps of a batch of ``count`` windows, the same on each rank."""
-        return count // (self.world * self.micro_batch)
+        """Number of micro-steps of a batch of ``count`` windows, on the rank that has the most."""
+        return -(-count // (self.world * self.micro_batch))
+
+    def micro_batches(self, count: int, rank: int) -> range:
+        """Micro-batches of a rank among all of a batch of ``count`` windows."""
+        n = count // self.micro_batch
+        if self.contiguous:
+            return range(n * rank // self.world, n * (rank + 1) // self.world)
+        return range(rank, n, self.world)
 
     def share(self, windows: np.ndarray, rank: int) -> np.ndarray:
-        """One rank's share of a batch: (count,) -> (micro_steps, micro_batch)."""
-        return windows.reshape(-1, self.world, self.micro_batch)[:, rank]
+        """One rank's share of a batch: (count,) -> (micro-batches of the rank, micro_batch)."""
+        own = self.micro_batches(len(windows), rank)
+        return windows.reshape(-1, self.micro_batch)[own.start : own.stop : own.step]
+
+    @classmethod
+    def of_leaves(cls, batch: int, leaf: int, world: int, name: str) -> Split:
+        """Split a batch, and with it any multiple of it, into leaves of `train.invariant`.
+
+        Args:
+            batch: Windows in the smallest global batch.
+            leaf: Windows of a leaf.
+            world: Number of processes.
+            name: Parameter of the batch, for the error message.
+
+        Raises:
+            UserError: A leaf does not divide the batch, or a process would have none.
+        """
+        if batch % leaf:
+            raise UserError(
+                f"params.yaml: train.invariant: {leaf} does not divide the {batch} sequences of "
+                f"{name}; set {_nearest_divisors(batch, leaf)}"
+            )
+        if batch // leaf < world:
+            raise UserError(
+                f"params.yaml: train.invariant: {name} has {batch // leaf} leaves of {leaf} "
+                f"sequences, too few for {world} processes; set {max(1, batch // world)} or less, "
+                f"or processes (machine.yaml, GPT2_PROCESSES) to {batch // leaf} or less"
+            )
+        return cls(world=world, micro_batch=leaf, contiguous=True)
 
     @classmethod
     def plan(
@@ -93,17 +132,45 @@ def share_batch(
     Raises:
         UserError: There is no even split.
     """
+    batches, name = params.batches(model.block_size), "train.batch_tokens"
+    if params.batch_doublings:
+        name += f" / 2^{params.batch_doublings} (batch_doublings)"
+    if params.invariant:
+        _check_invariant(params, params.invariant, micro_batch, device)
+        return Split.of_leaves(batches.smallest, params.invariant, world_size, name)
     flops = flops_per_token(model.config(), model.block_size)
     tokens = min(MICRO_BATCH_TOKENS[device], MICRO_BATCH_FLOPS[device] / flops)
-    doublings = params.batch_doublings
     return Split.plan(
-        params.batches(model.block_size).smallest,
+        batches.smallest,
         model.block_size,
         world_size,
         micro_batch,
         int(tokens // model.block_size),
-        "train.batch_tokens" + (f" / 2^{doublings} (batch_doublings)" if doublings else ""),
+        name,
     )
+
+
+def _check_invariant(params: TrainParams, leaf: int, micro_batch: int | None, device: str) -> None:
+    """Refuse what `train.invariant` cannot be combined with.
+
+    Raises:
+        UserError: Names the key.
+    """
+    if micro_batch not in (None, leaf):
+        raise UserError(
+            f"micro_batch (machine.yaml, GPT2_MICRO_BATCH): {micro_batch}, but train.invariant "
+            f"{leaf} computes {leaf} sequences at a time; remove micro_batch"
+        )
+    if params.dtype == "float16":
+        raise UserError(
+            "params.yaml: train.dtype: float16 scales the loss, which train.invariant does not; "
+            "set bfloat16 or float32, or invariant: null"
+        )
+    if device == "cuda" and not params.deterministic:
+        raise UserError(
+            "params.yaml: train.invariant: on CUDA it needs algorithms that repeat; set "
+            "train.deterministic: true"
+        )
 
 
 def divisors(n: int) -> list[int]:

@@ -77,6 +77,15 @@ class World:
         if self.size > 1:
             dist.all_gather_single(rows.view(-1), rows[self.rank])
 
+    def all_to_all(
+        self, received: Tensor, sent: Tensor, receives: list[int], sends: list[int]
+    ) -> None:
+        """Send each rank its part of a vector, and receive one from each; lengths by rank.
+
+        On CUDA this is queued and not waited for.
+        """
+        dist.all_to_all_single(received, sent, receives, sends)
+
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank; all ranks get the same answer."""
         value = torch.tensor([flag], dtype=torch.int32)

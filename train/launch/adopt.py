@@ -103,8 +103,8 @@ def _differences(run: Run, record: dict[str, Any]) -> list[str]:
         differs += [f"{name}.{key}" for key in then if key not in fields]
         differs += [
             f"{name}.{key}"
-            for key, value in now[name].items()
-            if then.get(key, fields[key].default) != value
+            for key, known in fields.items()
+            if then.get(key, known.default) != now[name].get(key, known.default)
         ]
     return differs
 

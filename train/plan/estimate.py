@@ -12,6 +12,7 @@ from typing import Any
 
 from model import GPTConfig
 from model.size import flops_per_token, parameter_count
+from pipeline.runtime.errors import UserError
 from train.data.mixed_order import mixture_of
 from train.data.split import divisors, share_batch
 from train.params import TrainParams
@@ -23,10 +24,19 @@ from train.plan.memory import (
     FRAGMENTATION,
     Memory,
     loss_chunks,
+    padded_parameter_count,
     training_memory,
 )
-from train.plan.step_time import Cluster, StepTime, all_reduce_bytes, step_time, traffic
+from train.plan.step_time import (
+    LEAF_BYTES,
+    Cluster,
+    StepTime,
+    all_reduce_bytes,
+    step_time,
+    traffic,
+)
 from train.preset import Parameters
+from train.summation import most_nodes, nodes_of
 
 # Beyond these, repeated text teaches little (Muennighoff et al. 2023).
 MANY_EPOCHS = 4
@@ -35,6 +45,8 @@ MANY_EPOCHS = 4
 HELLASWAG_TOKENS, HELLASWAG_MFU = 4_000_000, 0.5
 # Exposed all-reduce above this fraction of a step causes a warning.
 SLOW_LINK = 0.1
+# So do leaves (`train.invariant`) that make a step longer by more than this fraction.
+DEAR_LEAVES = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,11 +141,19 @@ def make_plan(params: Parameters, options: Options) -> Plan:
     cluster = _cluster(device, config, train, options)
     batches = train.batches(config.block_size)
     kind = "cpu" if device.gpu_name is None else "cuda"
-    usual = share_batch(params.model, train, cluster.world, None, kind)
     gpu_memory = device.memory if device.gpu_name else None
     split, chunk = choose(params.model, train, options, cluster.world, gpu_memory)
+    usual = split
+    if batches.smallest % cluster.world == 0:  # else only leaves can be shared
+        free = train.model_copy(update={"invariant": None})
+        usual = share_batch(params.model, free, cluster.world, None, kind)
     sized = replace(config, loss_chunk=chunk)
-    micro_steps = split.micro_steps(batches.full)
+    micro_steps, nodes, waiting, leaf_bytes = split.micro_steps(batches.full), 1, 0, 0
+    if train.invariant:
+        leaf_bytes = LEAF_BYTES * padded_parameter_count(config)
+        leaves = [split.micro_batches(batches.full, rank) for rank in range(cluster.world)]
+        nodes = max(len(nodes_of(part)) for part in leaves)
+        waiting = max(most_nodes(part) for part in leaves) - 1
     chunks = loss_chunks(sized, split.micro_batch, dtype)
 
     def memory(micro_batch: int) -> Memory:
@@ -144,6 +164,7 @@ def make_plan(params: Parameters, options: Options) -> Plan:
             optimizer=train.optimizer,
             checkpoint_activations=options.checkpoint_activations,
             reserve=CUDA_RESERVE if device.gpu_name else 0,
+            partial_sums=waiting,
         )
 
     available = cluster.memory * (1 - FRAGMENTATION)
@@ -157,11 +178,12 @@ def make_plan(params: Parameters, options: Options) -> Plan:
         cluster,
         train.batch_tokens,
         micro_steps,
-        extra_bytes=micro_steps * traffic(sized, split.micro_batch, dtype)
+        extra_bytes=micro_steps * (traffic(sized, split.micro_batch, dtype) + leaf_bytes)
         - usual.micro_steps(batches.full) * traffic(config, usual.micro_batch, dtype),
         optimizer=train.optimizer,
         checkpoint_activations=options.checkpoint_activations,
-        overlap=options.overlap,
+        overlap=options.overlap and not train.invariant,
+        nodes=nodes,
     )
     validations = 2 if len(params.sources) > 1 else 1  # of all, and source by source
     training, evaluation = _train_seconds(train, config, cluster, step, validations)
@@ -249,6 +271,21 @@ def _train_seconds(
     return training, tokens * forward / (cluster.speed * cluster.world)
 
 
+def _price_of_leaves(plan: Plan, params: Parameters) -> float:
+    """Return the fraction that `train.invariant` adds to a step; 0 where it is null.
+
+    Also 0 where the processes can share leaves, but not the batch without them.
+    """
+    if not params.train.invariant:
+        return 0.0
+    free = replace(params, train=params.train.model_copy(update={"invariant": None}))
+    try:
+        options = replace(plan.options, peak=plan.peak)  # of a CPU it is measured
+        return plan.step.total / make_plan(free, options).step.total - 1
+    except UserError:
+        return 0.0
+
+
 def _warnings(plan: Plan, params: Parameters) -> list[str]:
     """List the problems of a plan, each with its fix."""
     options, train, found = plan.options, params.train, []
@@ -260,9 +297,12 @@ def _warnings(plan: Plan, params: Parameters) -> list[str]:
             fixes.insert(0, "checkpoint_activations: true (--checkpoint-activations)")
         found.append(f"not even one sequence fits in memory; use {', or '.join(fixes)}")
     elif not plan.fits:
+        key = f"micro_batch: {most} in machine.yaml (GPT2_MICRO_BATCH={most})"
+        if train.invariant:
+            key = f"train.invariant: {most}"
         found.append(
-            f"micro-batches of {plan.micro_batch} do not fit in memory; set micro_batch: {most} in "
-            f"machine.yaml (GPT2_MICRO_BATCH={most}), the largest that fits and divides the batch"
+            f"micro-batches of {plan.micro_batch} do not fit in memory; set {key}, the largest "
+            "that fits and divides the batch"
         )
     if plan.step.exposed > SLOW_LINK * plan.step.total:
         part = plan.step.exposed / plan.step.total
@@ -270,6 +310,11 @@ def _warnings(plan: Plan, params: Parameters) -> list[str]:
         found.append(
             f"sending gradients takes {part:.0%} of a step; {overlap}use a faster network, or "
             "raise train.batch_tokens"
+        )
+    if (price := _price_of_leaves(plan, params)) > DEAR_LEAVES:
+        found.append(
+            f"train.invariant: leaves of {plan.micro_batch} sequences make a step {price:.0%} "
+            "longer (computed, from the bytes that are moved); set more"
         )
     if plan.epochs is not None and plan.epochs > MANY_EPOCHS:
         found.append(

@@ -83,6 +83,8 @@ def choose(
     usual = share_batch(model, params, world_size, settings.micro_batch, kind)
     if memory is None:
         return usual, settings.loss_chunk
+    if params.invariant:  # the same on every GPU: the chunk decides bits
+        return usual, CHUNKS[0]
     config, dtype = model.config(), params.matmul_dtype()
     per_process = params.batches(model.block_size).smallest // world_size
     sizes = [settings.micro_batch] if settings.micro_batch else divisors(per_process)
@@ -105,3 +107,17 @@ def choose(
             if needed.total <= usable_memory(memory) and moved < fewest:
                 best, fewest = (replace(usual, micro_batch=size), chunk), moved
     return best
+
+
+def out_of_memory(rows: int, block_size: int, device: str) -> str:
+    """Message for a device, by name, that has too little memory for a micro-batch."""
+    smaller = [n for n in divisors(rows) if n < rows]
+    fix = (
+        f"set {smaller[-1]} (the same result in more micro-steps)"
+        if smaller
+        else "take a smaller model or model.block_size"
+    )
+    return (
+        f"micro_batch (machine.yaml, GPT2_MICRO_BATCH): {rows} sequences of {block_size} tokens at "
+        f"a time need more memory than {device} has; {fix}"
+    )

@@ -77,18 +77,20 @@ def training_memory(
     optimizer: Literal["adamw", "muon"] = "adamw",
     checkpoint_activations: bool = False,
     reserve: int = 0,
+    partial_sums: int = 0,
 ) -> Memory:
     """Return the memory that a process needs to train on windows of `block_size` tokens.
 
     Muon keeps one moment per matrix element instead of two. `reserve` bytes are taken before the
-    first tensor is allocated.
+    first tensor is allocated. `partial_sums` are the gradients of `train.invariant` that wait in
+    the tree of `summation.py`, in addition to the one that is computed.
     """
     parameters = padded_parameter_count(config)
     matrices = 12 * config.n_layer * config.n_embd**2
     moments = 2 * parameters - (matrices if optimizer == "muon" else 0)
     return Memory(
         weights=4 * parameters,
-        gradients=4 * parameters,
+        gradients=4 * parameters * (1 + partial_sums),
         optimizer=4 * moments,
         copies=autocast_copies(config, dtype),
         activations=activations(config, micro_batch, dtype, checkpoint_activations),

@@ -31,6 +31,9 @@ from train.plan.memory import loss_chunks, padded_parameter_count
 # Bytes per parameter that one step moves. Norm and clipping: gradient read twice and written once.
 # AdamW: gradient, weight and two moments read, the last three written. Zeroing: gradient written.
 OPTIMIZER_BYTES = 12 + 28 + 4
+# Bytes per parameter that a leaf of `train.invariant` adds to a micro-step: its gradient is zeroed,
+# and added to its sibling (two numbers read, one written).
+LEAF_BYTES = 4 + 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +95,15 @@ def step_time(
     optimizer: Literal["adamw", "muon"] = "adamw",
     checkpoint_activations: bool = False,
     overlap: bool = False,
+    nodes: int = 1,
 ) -> StepTime:
     """Return the time of one step of `batch_tokens` tokens over all devices.
 
     `extra_bytes` is the traffic of all micro-steps beyond that at the default settings.
     Muon adds matrix products, which the devices share evenly. With `checkpoint_activations` the
-    blocks run forward a second time; with `overlap`, all-reduce and backward pass overlap.
+    blocks run forward a second time; with `overlap`, all-reduce and backward pass overlap. With
+    `train.invariant`, a device sends ``nodes`` partial sums and gathers one sum: as much as an
+    all-reduce if there is one.
     """
     parameters, world = padded_parameter_count(config), cluster.world
     flops = flops_per_token(config, config.block_size)
@@ -109,7 +115,7 @@ def step_time(
     moved = extra_bytes / bandwidth
     compute = batch_tokens / world * flops / speed + moved
     bus = cluster.accelerator.bus_bandwidth(cluster.link, cluster.nodes, cluster.network)
-    all_reduce = all_reduce_bytes(config, world) / bus
+    all_reduce = all_reduce_bytes(config, world) * (1 + nodes) / 2 / bus
     exposed = all_reduce
     if overlap:
         backward = 2 / 3 * compute / micro_steps

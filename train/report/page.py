@@ -52,7 +52,7 @@ MADE_BY = {
 
 ACTIVATION_TOKENS = 2048  # of the validation split, to measure activations
 PROMPTS = 2  # of evaluate.prompts, shown token by token
-SAMPLE_PROMPT = 16  # tokens of the prompt of a logged sample (train/trainer.py)
+SAMPLE_PROMPT = 16  # tokens of the prompt of a logged sample (train/samples.py)
 
 EVALUATION_METRICS = {
     "val_loss": ("validation loss", "nats per token, mean over {val_tokens} tokens"),
@@ -103,6 +103,7 @@ def render() -> str:
     data, train, evaluation = map(_read_json, (DATA, TRAINING, EVALUATION))
     _check_tables(data, evaluation)
     state, log = _read_json(STATE), Log.parse(_read(LOG), str(LOG))
+    chain = state.get("chain")  # of later code than some runs
     manifest, params = Manifest.load(TOKENS), load_section("evaluate", EvaluateParams)
     try:
         gpt = GPT.from_checkpoint(CHECKPOINT)
@@ -144,6 +145,7 @@ def render() -> str:
             ("run", state["run_key"]),
             ("data", manifest.dataset_key),
             ("training code", state["code_key"]),
+            *([("head of the chain", chain["links"][-1]["link"])] if chain else []),
             *(
                 (f"source {name}", f"{source.repo} at {source.revision}")
                 for name, source in manifest.source.sources.items()

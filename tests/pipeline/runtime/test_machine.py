@@ -38,7 +38,7 @@ def test_environment_overrides_the_file(monkeypatch: pytest.MonkeyPatch) -> None
     ("variable", "value", "hint"),
     [
         ("GPT2_WORKER", "2", r"GPT2_WORKERS\?"),
-        ("GPT2_ZZZ", "2", "GPT2_WORKERS"),
+        ("GPT2_ZZZ", "2", "GPT2_DEVICE"),
         ("GPT2_WORKERS", "many", "'many'"),
         ("GPT2_WORKERS", "0", "'0'"),
         ("GPT2_DEVICE", "gpu", "'cpu' or 'cuda'.*'gpu'"),

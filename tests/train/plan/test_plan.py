@@ -46,6 +46,22 @@ def plan(preset: str | None = "fineweb-10b", **options: Any) -> Plan:
     return make_plan(load(preset), Options(**options))
 
 
+def test_leaves_cost_memory_and_may_be_dear() -> None:
+    usual = plan(gpus=4)
+    params = load("fineweb-10b")
+
+    def leaves_of(size: int, gpus: int = 4) -> Plan:
+        train = params.train.model_copy(update={"invariant": size, "deterministic": True})
+        return make_plan(replace(params, train=train), Options(gpus=gpus))
+
+    found = leaves_of(32)  # 16 leaves, 4 per process: three gradients at a time
+    assert found.memory.gradients == 3 * usual.memory.gradients
+    assert found.step.all_reduce == usual.step.all_reduce  # one node per process
+    assert not any("train.invariant" in line for line in found.warnings)
+    assert any("train.invariant" in line for line in leaves_of(1).warnings)
+    assert leaves_of(32, gpus=3).step.all_reduce > 1.2 * found.step.all_reduce
+
+
 def test_fineweb_10b_on_eight_a100() -> None:
     found = plan()
     assert found.fits
