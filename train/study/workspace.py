@@ -3,7 +3,7 @@
 `dvc exp run` edits `params.yaml` and stashes what has changed, so a kill would leave the user's
 files changed. A study works in a clone of the last commit instead, below its folder in the store:
 
-    main checkout ── git clone --shared ──► studies/NAME/tree-0 ── dvc repro, dvc exp save ──┐
+    main checkout ── git clone --shared ──► studies/NAME/tree-0 ── dvc repro, git commit ──┐  
          ▲  refs/exps/... is fetched, nothing else                                           │
          └───────────────────────────────────────────────────────────────────────────────────┘
 
@@ -35,6 +35,7 @@ if os.getppid() != int(sys.argv[1]):
     sys.exit(3)
 os.execvp(sys.argv[2], sys.argv[2:])
 """
+_FETCH = ("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance")
 # Prints why the run of the workspace failed, if its loss or gradient was not finite.
 _FAILURE = """
 from pipeline.store import atomic
@@ -93,14 +94,17 @@ class Workspace:
         return output
 
     def save(self, name: str) -> str:
-        """Save the workspace as an experiment of the main checkout; return its commit."""
-        self.dvc("exp", "save", "--force", "--name", name)
+        """Save the workspace as an experiment of the main checkout; return its commit.
+
+        An experiment is a commit on the baseline with a ref of its own. `dvc exp save` would need
+        the outs of all stages, also of those that a study does not run.
+        """
+        plain = ("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgSign=false")
+        git(self.folder, "add", "--all")
+        git(self.folder, *plain, "commit", "--quiet", "--allow-empty", "-m", f"Experiment {name}")
         ref = f"refs/exps/{self.baseline[:2]}/{self.baseline[2:]}/{name}"
-        git(
-            self.main,
-            *("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance"),
-            *(str(self.folder), f"+{ref}:{ref}"),
-        )
+        git(self.main, *plain, *_FETCH, str(self.folder), f"+HEAD:{ref}")
+        git(self.folder, "reset", "--quiet", "--soft", self.baseline)
         return git(self.main, "rev-parse", ref)
 
     def json(self, path: str) -> dict[str, Any]:
