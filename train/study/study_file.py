@@ -3,6 +3,7 @@
 ```yaml
 # What this study asks, in one line.
 base: mini                          # a preset, merged over `mini`; or a list of them
+params: {train.batch_tokens: 2048}  # keys for all variants
 variants:                           # name -> the keys in which it differs, of any section
   raw: {}
   dedup: {curate.exact_duplicates: true}
@@ -70,6 +71,9 @@ class StudyParams(Section):
 
     base: str | list[str] = "mini"
     """A preset, or several, merged in this order over `mini`."""
+
+    params: dict[str, Any] = Field(default={})
+    """Keys of all variants, merged over the base; written as those of a variant."""
 
     variants: dict[str, dict[str, Any]] = Field(min_length=2, max_length=MOST_VARIANTS)
     """Name -> keys, as `section.key: value` or `section: {key: value}`; the first is the one that
@@ -271,6 +275,7 @@ def load(name: str) -> Study:
     base = _merge({}, read_preset("mini"), where)
     for preset in [file.base] if isinstance(file.base, str) else file.base:
         base = _merge(base, read_preset(preset), f"{where}: base")
+    base = _merge(base, _overlay(file.params, f"{where}: params"), where)
     # Part of the parameters: the stage finds the file there, and DVC shows the result.
     base["evaluate"]["held_out"] = _inside(file.held_out, where) if file.held_out else None
     variants = {
@@ -284,7 +289,8 @@ def load(name: str) -> Study:
     return study
 
 
-def _variant(base: Overlay, values: dict[str, Any], where: str) -> Overlay:
+def _overlay(values: dict[str, Any], where: str) -> Overlay:
+    """Sort `section.key: value` and `section: {key: value}` by section."""
     overlay: Overlay = {}
     for key, value in values.items():
         section, dot, rest = key.partition(".")
@@ -298,8 +304,12 @@ def _variant(base: Overlay, values: dict[str, Any], where: str) -> Overlay:
         if fixed in overlay.get("train", {}):
             raise UserError(f"{where}: train.{fixed}: decided by {by} of the study; remove it")
     if "held_out" in overlay.get("evaluate", {}):
-        raise UserError(f"{where}: evaluate.held_out: one for all variants; set held_out")
-    params = _merge(base, overlay, where)
+        raise UserError(f"{where}: evaluate.held_out: decided by held_out of the study; remove it")
+    return overlay
+
+
+def _variant(base: Overlay, values: dict[str, Any], where: str) -> Overlay:
+    params = _merge(base, _overlay(values, where), where)
     params["train"] |= {"seed": 0, "steps": _MANY_STEPS}  # those of a run: `Study.run`
     for section, cls in SECTIONS.items():
         validate(cls, params[section], f"{where}: {section}")

@@ -3,9 +3,9 @@
 `dvc exp run` edits `params.yaml` and stashes what has changed, so a kill would leave the user's
 files changed. A study works in a clone of the last commit instead, below its folder in the store:
 
-    main checkout ── git clone --shared ──► studies/NAME/tree-0 ── dvc repro, git commit ──┐  
-         ▲  refs/exps/... is fetched, nothing else                                           │
-         └───────────────────────────────────────────────────────────────────────────────────┘
+    main checkout ── git clone --shared ──► studies/NAME/tree-0 ── dvc repro, git commit ──┐
+         ▲                                                                                 │
+         └── refs/exps/... is fetched, nothing else ───────────────────────────────────────┘
 
 The clone uses the cache, the store (`$DVC_ROOT`) and `machine.yaml` of the main checkout, has no
 remote, and pushes nothing. It is deleted and made again at each start of a study.
