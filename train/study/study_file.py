@@ -212,7 +212,12 @@ class Study:
         return self.key({**self.variants[variant], "pilot": {}})
 
     def run(self, variant: str, seed: int, seconds_per_step: float | None = None) -> Planned:
-        """Return the run of a variant and a seed; the speed for a budget of seconds.
+        """Return the run of a variant and a seed; the speed for a budget of seconds."""
+        params = self.parameters(variant, seed, seconds_per_step)
+        return Planned(self.name, variant, seed, params, self.key(params))
+
+    def parameters(self, variant: str, seed: int, seconds_per_step: float | None = None) -> Overlay:
+        """Return the complete parameters of a run.
 
         Raises:
             UserError: The budget is less than a step, or impossible.
@@ -223,7 +228,7 @@ class Study:
         params["train"]["steps"] = self._steps(variant, seconds_per_step)
         where = f"{path_of(self.name)}: variants.{variant}: train"
         validate(TrainParams, params["train"], where)
-        return Planned(self.name, variant, seed, params, self.key(params))
+        return params
 
     def _steps(self, variant: str, seconds_per_step: float | None) -> int:
         budget, params = self.file.budget, self.variants[variant]
@@ -363,7 +368,7 @@ def _check(study: Study, where: str) -> None:
                 f"{where}: metric: {file.metric} needs evaluate.{metric.task}; set it in {name}"
             )
         if file.budget.tokens is not None:
-            study.run(name, study.seeds[0])
+            study.parameters(name, study.seeds[0])
 
 
 def _deciding(train: dict[str, Any]) -> dict[str, Any]:
