@@ -260,6 +260,7 @@ COMMANDS = [
     *(f"model.{name}" for name in ("export", "generate", "import_hf")),
     *(f"train.{name}" for name in ("bench", "evaluate", "launch", "plan", "play", "preset")),
     *("pipeline.repair", "pipeline.verify", "train.report", "train.trace", "train.watch", "train"),
+    "train.study",
 ]
 
 

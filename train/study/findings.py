@@ -12,9 +12,9 @@ from pipeline.runtime.errors import UserError
 from train.params import ModelParams, TrainParams
 from train.report.html import number
 from train.study import statistics
+from train.study.definition import Planned, Study, path_of
 from train.study.results import Results, planned
 from train.study.statistics import Comparison
-from train.study.study_file import Planned, Study, path_of
 
 
 @dataclass(frozen=True)

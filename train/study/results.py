@@ -21,7 +21,7 @@ from typing import Any
 
 from pipeline.runtime.machine import Machine, project_root
 from pipeline.store import atomic
-from train.study.study_file import Planned, Study
+from train.study.definition import Planned, Study
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
 from pipeline.store.store import Busy, Store
 from train.evals.held_out import read_documents
+from train.study.definition import OF_THE_MODEL, Planned, Study, path_of
 from train.study.held_out_check import count_shared
 from train.study.results import Results, planned
-from train.study.study_file import OF_THE_MODEL, Planned, Study, path_of
 from train.study.workspace import Diverged, Workspace, check_committed
 
 PILOT_STEPS = 20

@@ -1,4 +1,4 @@
-"""A study: the file `train/studies/NAME.yaml`, and the runs that it stands for.
+"""Read a study, `train/studies/NAME.yaml`, and check all that can be checked before it runs.
 
 ```yaml
 # What this study asks, in one line.
@@ -13,255 +13,29 @@ held_out: data/held-out.jsonl
 ```
 
 A study depends neither on the working `params.yaml` nor on other studies: `mini` has every key.
-The key of a run is the hash of its complete parameters, of the held-out text, and of the code of
-the stages. A run of another definition has another key, so an edited study mixes nothing.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import re
-from dataclasses import dataclass
-from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import Field, field_validator, model_validator
+from typing import Any
 
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.params_file import Section, nearest, read_yaml, validate
+from pipeline.runtime.params_file import nearest, read_yaml, validate
 from pipeline.store import atomic
-from pipeline.store.code_key import modules_key, stage_modules
-from train.params import ModelParams, TrainParams
+from train.params import TrainParams
 from train.preset import SECTIONS, read_preset
-from train.study.metrics import METRICS, Metric
-
-NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,39}")
-STAGES = ("download", "curate", "tokenize", "verify", "train", "evaluate")
-"""The stages that a run needs, in order."""
-OF_THE_MODEL = ("model", "train", "evaluate")
-"""Sections on which no data depends."""
-MOST_VARIANTS = 12
-_MANY_STEPS = 10**9
-
-Overlay = dict[str, dict[str, Any]]
-
-
-class Budget(Section):
-    """`budget`: what each run may spend, the same for all."""
-
-    tokens: int | None = Field(default=None, ge=1)
-    """Tokens to train on, rounded down to whole steps of each variant."""
-
-    seconds: float | None = Field(default=None, gt=0)
-    """Seconds of training on this machine: the steps follow from a measured speed, which is
-    recorded once."""
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> Budget:
-        if (self.tokens is None) == (self.seconds is None):
-            raise ValueError("set either tokens or seconds")
-        return self
-
-
-class StudyParams(Section):
-    """The keys of a study's file."""
-
-    base: str | list[str] = "mini"
-    """A preset, or several, merged in this order over `mini`."""
-
-    params: dict[str, Any] = Field(default={})
-    """Keys of all variants, merged over the base; written as those of a variant."""
-
-    variants: dict[str, dict[str, Any]] = Field(min_length=2, max_length=MOST_VARIANTS)
-    """Name -> keys, as `section.key: value` or `section: {key: value}`; the first is the one that
-    the others are compared with."""
-
-    seeds: int | list[int] = Field(default=5)
-    """How many seeds (1, 2, ...), or their list; the runs of a seed are a pair."""
-
-    pair_seeds: bool = True
-    """Whether each variant has the same seeds. False: each its own, so that variants may be equal
-    (an A/A study, which measures how often noise passes for a result)."""
-
-    metric: str = "bits_per_byte"
-    """What decides: a result of the evaluation."""
-
-    budget: Budget
-    """What each run may spend."""
-
-    held_out: str | None = Field(default=None, min_length=1)
-    """A file of text within the project that no variant trains on; needed where the variants differ
-    in data."""
-
-    compare: Literal["first", "all"] | list[list[str]] = "first"
-    """The comparisons: each variant with the `first`, `all` pairs, or a list of pairs."""
-
-    alpha: float = Field(default=0.01, gt=0, lt=0.5)
-    """Highest corrected p of a claim."""
-
-    resolve: float | None = Field(default=None, gt=0)
-    """The difference that matters, in the metric's unit, for the number of further seeds; null: the
-    one that was measured."""
-
-    @field_validator("seeds")
-    @classmethod
-    def _seeds_are_some(cls, value: int | list[int]) -> int | list[int]:
-        seeds = list(range(1, value + 1)) if isinstance(value, int) else value
-        if not 1 <= len(seeds) <= 1000:
-            raise ValueError("set 1 to 1000 seeds")
-        if len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**31 for seed in seeds):
-            raise ValueError("list each seed once, from 0 to 2^31 - 1")
-        return value
-
-    @field_validator("metric")
-    @classmethod
-    def _metric_is_known(cls, value: str) -> str:
-        if value not in METRICS:
-            raise ValueError(f"{value!r}: unknown; {nearest(value, list(METRICS))}")
-        return value
-
-    @field_validator("variants")
-    @classmethod
-    def _names_are_plain(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for name in value:
-            if not NAME.fullmatch(name) or ".." in name or name.endswith((".", ".lock")):
-                raise ValueError(f"{name[:80]!r}: use lower case letters, digits, - and _ as name")
-        return value
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One run of a study."""
-
-    study: str
-    variant: str
-    seed: int
-    """The seed's name in the study: equal for the runs of a pair."""
-    params: Overlay
-    """All sections, complete."""
-    key: str
-
-    @property
-    def experiment(self) -> str:
-        """Name of the DVC experiment."""
-        return f"{self.study}-{self.variant}-{self.seed}"
-
-
-@dataclass(frozen=True)
-class Study:
-    """A study that has been read and checked."""
-
-    name: str
-    title: str
-    """First line of the file, a comment."""
-    file: StudyParams
-    variants: dict[str, Overlay]
-    """Complete sections of each variant; `train.seed` and `train.steps` are those of a run."""
-
-    @property
-    def seeds(self) -> list[int]:
-        """The seeds' names."""
-        seeds = self.file.seeds
-        return list(range(1, seeds + 1)) if isinstance(seeds, int) else seeds
-
-    @property
-    def metric(self) -> Metric:
-        """What decides."""
-        return METRICS[self.file.metric]
-
-    @cached_property
-    def comparisons(self) -> list[tuple[str, str]]:
-        """The pairs of variants that are compared."""
-        names, asked = list(self.variants), self.file.compare
-        if asked == "first":
-            return [(names[0], name) for name in names[1:]]
-        if asked == "all":
-            return list(itertools.combinations(names, 2))
-        return [(pair[0], pair[1]) for pair in asked]
-
-    @property
-    def same_data(self) -> bool:
-        """Whether all variants have the same parameters of data."""
-        return len({self.data_key(name) for name in self.variants}) == 1
-
-    def data_key(self, variant: str) -> str:
-        """Hash of the parameters on which a variant's data depends."""
-        params = self.variants[variant]
-        return atomic.sha256_json({s: v for s, v in params.items() if s not in OF_THE_MODEL})
-
-    @cached_property
-    def code_key(self) -> str:
-        """Hash of the code of all stages of a run."""
-        return modules_key(sorted({path for stage in STAGES for path in stage_modules(stage)}))
-
-    @cached_property
-    def held_out_sha256(self) -> str | None:
-        """Hash of the held-out text."""
-        return atomic.sha256_file(Path(self.file.held_out)) if self.file.held_out else None
-
-    def key(self, params: Overlay) -> str:
-        """Address of a run's result: the hash of all that decides it."""
-        text = {"held_out": self.held_out_sha256, "code": self.code_key}
-        return atomic.sha256_json({"params": params, **text})
-
-    def speed_key(self, variant: str) -> str:
-        """Address of a variant's measured speed."""
-        return self.key({**self.variants[variant], "pilot": {}})
-
-    def run(self, variant: str, seed: int, seconds_per_step: float | None = None) -> Planned:
-        """Return the run of a variant and a seed; the speed for a budget of seconds."""
-        params = self.parameters(variant, seed, seconds_per_step)
-        return Planned(self.name, variant, seed, params, self.key(params))
-
-    def parameters(self, variant: str, seed: int, seconds_per_step: float | None = None) -> Overlay:
-        """Return the complete parameters of a run.
-
-        Raises:
-            UserError: The budget is less than a step, or impossible.
-        """
-        number = 0 if self.file.pair_seeds else 1 + list(self.variants).index(variant)
-        params = {section: dict(values) for section, values in self.variants[variant].items()}
-        params["train"]["seed"] = seed + number * 1_000_003
-        params["train"]["steps"] = self._steps(variant, seconds_per_step)
-        where = f"{path_of(self.name)}: variants.{variant}: train"
-        validate(TrainParams, params["train"], where)
-        return params
-
-    def _steps(self, variant: str, seconds_per_step: float | None) -> int:
-        budget, params = self.file.budget, self.variants[variant]
-        if budget.seconds is not None:
-            assert seconds_per_step is not None, "measured before"
-            steps = int(budget.seconds / seconds_per_step)
-        else:
-            assert budget.tokens is not None
-            size = ModelParams.model_validate(params["model"]).block_size
-            train = {**params["train"], "steps": _MANY_STEPS}  # it has been validated with them
-            batches = TrainParams.model_validate(train).batches(size)
-            low, high = 0, budget.tokens // (batches.smallest * size) + 1
-            while low + 1 < high:
-                middle = (low + high) // 2
-                inside = batches(middle)[0] * size <= budget.tokens
-                low, high = (middle, high) if inside else (low, middle)
-            steps = low  # the most whose tokens are within the budget
-        if steps < 1:
-            raise UserError(
-                f"{path_of(self.name)}: budget: less than one step of variant {variant}; raise it"
-            )
-        return steps
+from train.study.definition import MANY_STEPS, Overlay, Study, path_of
+from train.study.study_params import NAME, StudyParams
 
 
 def study_files() -> dict[str, Path]:
     """Return the study files by name."""
     folder = Path(str(resources.files("train"))) / "studies"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def path_of(name: str) -> str:
-    """Return the path of a study's file, for messages."""
-    return f"train/studies/{name}.yaml"
 
 
 def load(name: str) -> Study:
@@ -315,7 +89,7 @@ def _overlay(values: dict[str, Any], where: str) -> Overlay:
 
 def _variant(base: Overlay, values: dict[str, Any], where: str) -> Overlay:
     params = _merge(base, _overlay(values, where), where)
-    params["train"] |= {"seed": 0, "steps": _MANY_STEPS}  # those of a run: `Study.run`
+    params["train"] |= {"seed": 0, "steps": MANY_STEPS}  # those of a run: `Study.run`
     for section, cls in SECTIONS.items():
         validate(cls, params[section], f"{where}: {section}")
     return params

@@ -24,7 +24,7 @@ from typing import Any
 from pipeline.runtime.errors import StageFailed, UserError
 from pipeline.store import atomic
 from train.preset import merge
-from train.study.study_file import Overlay
+from train.study.definition import Overlay
 
 # Linux ends the command when this process dies, however it dies; `execvp` keeps the setting.
 _TIED = """

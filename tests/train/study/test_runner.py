@@ -75,7 +75,7 @@ def test_a_killed_study_resumes_and_changes_nothing_of_the_users(tmp_path: Path)
     clone = make(tmp_path / "project", seeds=1)
     head, params = clone.git("rev-parse", "HEAD"), (clone.folder / "params.yaml").read_text()
     before = hashes(clone.folder)
-    assert "0 of 2" in clone.run(*COMMAND, "--status")
+    assert "0 of 2" in clone.run(*COMMAND, "--status", PYTHONDONTWRITEBYTECODE="1")
     assert hashes(clone.folder) == before  # nothing is written
     kill(clone, 1)
     done = finished(clone)

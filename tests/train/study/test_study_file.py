@@ -13,7 +13,7 @@ from pipeline.runtime.errors import UserError
 from tests.support.repo import REPO
 from train.params import TrainParams
 from train.study import study_file
-from train.study.study_file import Study
+from train.study.definition import Study
 
 DATA = {"curate.exact_duplicates": True}  # a key of the data
 VALID: dict[str, Any] = {
