@@ -234,7 +234,8 @@ def _missing(runs: dict[str, list[Finished]], first: str, second: str, result: C
     both = [*runs[first], *runs[second]]
     failed = [one.run.experiment for one in both if one.record and not math.isfinite(one.value)]
     diverged = f": {', '.join(failed)} diverged" if failed else ""
-    return f"; {result.missing} of {result.n + result.missing} seeds are missing{diverged}"
+    are = "is" if result.missing == 1 else "are"
+    return f"; {result.missing} of {result.n + result.missing} seeds {are} missing{diverged}"
 
 
 def _amount(value: float) -> str:

@@ -46,7 +46,7 @@ def load(name: str) -> Study:
             held-out text is missing.
     """
     files = study_files()
-    if not NAME.fullmatch(name) or name not in files:
+    if not NAME.fullmatch(name) or ".." in name or name not in files:
         raise UserError(f"study {name[:80]}: unknown; {nearest(name, list(files))}")
     where = path_of(name)
     _refuse_repeated_names(files[name], where)

@@ -3,9 +3,9 @@
 `dvc exp run` edits `params.yaml` and stashes what has changed, so a kill would leave the user's
 files changed. A study works in a clone of the last commit instead, below its folder in the store:
 
-    main checkout ── git clone --shared ──► studies/NAME/tree-0 ── dvc repro, git commit ──┐
-         ▲                                                                                 │
-         └── refs/exps/... is fetched, nothing else ───────────────────────────────────────┘
+    main checkout ── shared objects ──► studies/NAME/tree-0 ── dvc repro, git commit ──┐
+         ▲                                                                             │
+         └── refs/exps/... is fetched, nothing else ───────────────────────────────────┘
 
 The clone uses the cache, the store (`$DVC_ROOT`) and `machine.yaml` of the main checkout, has no
 remote, and pushes nothing. It is deleted and made again at each start of a study.
@@ -67,9 +67,11 @@ class Workspace:
         atomic.remove(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         log.parent.mkdir(parents=True, exist_ok=True)
-        clone = ("clone", "--quiet", "--shared", "--no-checkout", "--no-tags")
-        git(main, *clone, str(main), str(folder))
-        git(folder, "remote", "remove", "origin")
+        git(main, "init", "--quiet", str(folder))
+        objects = (main / git(main, "rev-parse", "--git-path", "objects")).resolve()
+        atomic.write_bytes(folder / ".git/objects/info/alternates", f"{objects}\n".encode())
+        if (shallow := main / git(main, "rev-parse", "--git-path", "shallow")).is_file():
+            atomic.write_bytes(folder / ".git/shallow", shallow.read_bytes())
         for key in ("user.name", "user.email"):
             git(folder, "config", key, identity(main, key))
         git(folder, "checkout", "--quiet", "--detach", self.baseline)
