@@ -44,11 +44,15 @@ from train.study.statistics import compare
 ORDER = ("clean", "duplicated", "boilerplate", "shuffled", "language")
 CHARS = 1_400_000  # of each corpus
 PIECE = 2_000  # characters per document
-HELD_OUT = 250_000
+HELD_OUT = 80_000
+# Small batches: a step costs as many tokens as it has, nearly all of it in the head.
 MODEL = {
     "model": {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64},
-    "train": {"sample_tokens": 0, "val_every": 1000, "val_tokens": 4096, "checkpoint_every": 1000},
-    "evaluate": {"samples": 0, "val_tokens": 4096},
+    "train": {
+        **{"batch_tokens": 256, "learning_rate": 4e-3, "sample_tokens": 0, "log_every": 20},
+        **{"val_every": 1000, "val_tokens": 2048, "checkpoint_every": 1000},
+    },
+    "evaluate": {"samples": 0, "val_tokens": 2048},
 }
 HEADER = (
     "Home | About | Services | News | Contact us | Log in | Register\nYou are here: Home > News\n"
@@ -167,7 +171,7 @@ def make(folder: Path, seeds: int, tokens: int, groups: int, group: int) -> Clon
             "variants": {"a": {}, "b": {}},
             "pair_seeds": False,
             "seeds": groups * group,
-            "budget": {"tokens": 30 * 1024},
+            "budget": {"tokens": 40 * 256},
             **held,
             "params": {**MODEL, **source(relative / "clean.parquet")},
         },
@@ -215,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the clone is made, or was made before")
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=120 * 1024, help="of each run")
+    parser.add_argument("--tokens", type=int, default=80 * 1024, help="of each run")
     parser.add_argument("--groups", type=int, default=20, help="repetitions of the A/A study")
     parser.add_argument("--group", type=int, default=3, help="seeds per repetition")
     args = parser.parse_args()
