@@ -25,7 +25,6 @@ from train.study.workspace import Diverged, Workspace, check_committed
 
 PILOT_STEPS = 20
 _LOCK_SECONDS = 20.0  # a killed study's commands need some to end
-_DATA_KEYS = ("key", "dataset_key")
 
 
 def run(study: Study, machine: Machine, jobs: int = 1) -> Results:
@@ -133,8 +132,11 @@ def _measure(study: Study, results: Results, space: Workspace, variant: str) -> 
     key = study.speed_key(variant)
     if results.read("speed", key) is not None:
         return
+    # Steps alone: without validation, samples, tasks, and a growing batch.
     quiet = {"warmup_steps": 0, "batch_doublings": 0, "batch_ramp_steps": 0, "sample_tokens": 0}
-    pilot = {**study.variants[variant]["train"], **quiet, "steps": PILOT_STEPS}
+    quiet |= {"val_every": PILOT_STEPS, "val_tokens": 1, "checkpoint_every": PILOT_STEPS}
+    tasks = {"keep_every": None, "hellaswag": None, "hellaswag_every": None}
+    pilot = {**study.variants[variant]["train"], **quiet, **tasks, "steps": PILOT_STEPS}
     try:
         space.reproduce({**study.variants[variant], "train": pilot}, "train")
     except Diverged as error:
@@ -186,11 +188,18 @@ def _run_one(study: Study, results: Results, space: Workspace, run: Planned) -> 
             f"{path_of(study.name)}: held_out: {study.file.held_out}: has changed under its name, "
             "and DVC has results of the old text; give the file a new name"
         )
+    dataset_key = space.json("data/tokens/manifest.json")["dataset_key"]
+    checked = results.read("data", data_key(study, run.variant))
+    if checked is None or checked["dataset_key"] != dataset_key:
+        raise UserError(
+            f"{path_of(study.name)}: variants.{run.variant}: its data has changed since it was "
+            f"checked; remove {results.folder / 'data'} and {results.folder / 'results'}"
+        )
     record = {
         "name": run.experiment,
         "evaluation": evaluation,
         "training": space.json("artifacts/training.json"),
-        "dataset_key": space.json("data/tokens/manifest.json")["dataset_key"],
+        "dataset_key": dataset_key,
         "commit": space.save(run.experiment),
     }
     results.write("results", run.key, record)

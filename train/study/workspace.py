@@ -90,9 +90,10 @@ class Workspace:
         atomic.write_bytes(self.folder / "params.yaml", merge(self._params, params).encode())
         status, output = self._run(sys.executable, "-m", "dvc", "repro", stage)
         if status:
-            unknown, what = self._run(sys.executable, "-c", _FAILURE)
-            if not unknown and what.strip():
-                raise Diverged(what.strip().splitlines()[-1])
+            if "failed to reproduce 'train'" in output:
+                unknown, what = self._run(sys.executable, "-c", _FAILURE)
+                if not unknown and what.strip():
+                    raise Diverged(what.strip().splitlines()[-1])
             raise StageFailed(f"{_reason(output)}; the output is in {self.log}")
         return output
 
