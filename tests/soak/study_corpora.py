@@ -24,6 +24,7 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from itertools import combinations
 from pathlib import Path
@@ -217,13 +218,15 @@ def false_verdicts(report: dict[str, Any], groups: int, group: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where the clone is made, or was made before")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="where the clone is, or is made; none: temporary"
+    )
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=80 * 1024, help="of each run")
     parser.add_argument("--groups", type=int, default=20, help="repetitions of the A/A study")
     parser.add_argument("--group", type=int, default=3, help="seeds per repetition")
     args = parser.parse_args()
-    folder = args.folder.absolute()
+    folder = args.folder.absolute() if args.folder else Path(tempfile.mkdtemp())
     clone = make(folder / "project", args.seeds, args.tokens, args.groups, args.group)
     begin = time.monotonic()
     right = ranked_right(run(clone, "corpora"))
