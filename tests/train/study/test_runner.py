@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline.format import tokenizer
+from pipeline.format.shards import open_shard, read_docs
 from tests.support.clone import Clone, make_clone
 from tests.support.small_data import hashes
 from tests.support.waiting import wait_for
@@ -105,11 +107,13 @@ def test_a_killed_study_resumes_and_changes_nothing_of_the_users(tmp_path: Path)
         *("??", "train/studies/one.yaml"),
     ]
     # Documents of the held-out text that are training documents are refused.
-    text = next((clone.folder / ".work/studies/one/tree-0/data/raw").glob("*.parquet"))
-    (clone.folder / "data/in.parquet").write_bytes(text.read_bytes())
-    write(clone, seeds=1, held_out="data/in.parquet")
+    shard = clone.folder / ".work/studies/one/tree-0/data/tokens/train-00000.bin"
+    first, second = read_docs(shard)[:2, 0]
+    text = tokenizer.decode(open_shard(shard)[first + 1 : second].tolist())
+    (clone.folder / "data/in.jsonl").write_text(json.dumps({"text": text}))
+    write(clone, seeds=1, held_out="data/in.jsonl")
     (line,) = [x for x in clone.run(*COMMAND, status=2).splitlines() if x.startswith("error: ")]
-    assert "data/in.parquet" in line
+    assert "data/in.jsonl" in line
 
 
 @pytest.mark.soak
