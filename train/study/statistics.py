@@ -132,7 +132,7 @@ def seeds_needed(std: float, difference: float, alpha: float) -> int | None:
 def power(n: np.ndarray, std: float, difference: float, alpha: float) -> np.ndarray:
     """Return the probability that the two-sided t test finds a difference with ``n`` pairs."""
     df = n - 1
-    shift = np.sqrt(n) * difference / std
+    shift = np.sqrt(n) * min(difference / std, 1e6)
     limit = stats.t.isf(alpha / 2, df)
     found: np.ndarray = 1 - _nct_cdf(limit, df, shift) + _nct_cdf(-limit, df, shift)
     return np.asarray(found.clip(0, 1))
