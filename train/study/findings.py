@@ -200,11 +200,13 @@ def _found(
         second_wins = (result.mean < 0) == study.metric.lower_is_better
         better, worse = (second, first) if second_wins else (first, second)
         size = f"{_amount(abs(result.mean))} ± {_amount(result.half_width)} {unit}"
-        sentence = f"{better} is better than {worse} by {size} ({_p(p)}, {result.n} seeds){missing}"
+        sentence = (
+            f"{better} is better than {worse} by {size} ({_p(p)}, {_seeds(result.n)}){missing}"
+        )
     elif p is None:
         sentence = (
             f"no difference between {first} and {second} can be claimed: {result.reason} "
-            f"({result.n} seeds){missing}"
+            f"({_seeds(result.n)}){missing}"
         )
     else:
         resolves = study.file.resolve or abs(result.mean)
@@ -223,7 +225,7 @@ def _found(
             seconds = 2 * more * sum(each) / len(each) if each else None
         sentence = (
             f"no difference between {first} and {second} can be claimed ({size}, {_p(p)}, "
-            f"{result.n} seeds); {what} would resolve {_amount(resolves)}{missing}"
+            f"{_seeds(result.n)}); {what} would resolve {_amount(resolves)}{missing}"
         )
     return Found(first, second, result, p, better, more, resolves, seconds, sentence)
 
@@ -236,6 +238,10 @@ def _missing(runs: dict[str, list[Finished]], first: str, second: str, result: C
     diverged = f": {', '.join(failed)} diverged" if failed else ""
     are = "is" if result.missing == 1 else "are"
     return f"; {result.missing} of {result.n + result.missing} seeds {are} missing{diverged}"
+
+
+def _seeds(n: int) -> str:
+    return f"{n} seed{'s' * (n != 1)}"
 
 
 def _amount(value: float) -> str:
