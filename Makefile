@@ -56,6 +56,7 @@ soak: $(VENV)/.installed  ## run the longest tests: many kills, lost hosts, full
 	python -m pytest -m soak
 	python -m tests.reliability --long --dry
 	python -m tests.soak.download
+	python -m tests.soak.study_corpora
 
 rehearse: $(VENV)/.installed  ## rehearse the presets fineweb-10b, one-gpu and one-hour in small sizes: 25 minutes
 	python -m tests.rehearse

@@ -199,7 +199,8 @@ def test_imports_have_no_cycle() -> None:
     assert "train/trainer.py" not in reached("train/plan/__main__.py")
 
 
-WITHOUT_TORCH = ["train.preset", "train.launch", "train.watch", "pipeline.verify", "pipeline.store"]
+WITHOUT_TORCH = ["train.preset", "train.launch", "train.study", "train.watch"]
+WITHOUT_TORCH += ["pipeline.verify", "pipeline.store"]
 
 
 @pytest.mark.parametrize("command", [*WITHOUT_TORCH, "pipeline.convert"])
@@ -265,6 +266,7 @@ COMMANDS = [
         for name in ("audit", "bench", "evaluate", "launch", "plan", "play", "preset")
     ),
     *("pipeline.repair", "pipeline.verify", "train.report", "train.trace", "train.watch", "train"),
+    "train.study",
 ]
 
 

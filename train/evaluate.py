@@ -44,6 +44,7 @@ from train.distributed.rendezvous import process_group
 from train.distributed.torchrun import run_torchrun
 from train.distributed.world import World
 from train.evals import hellaswag, lambada, reference_curve
+from train.evals.held_out import HeldOut
 from train.evals.likelihood import BATCH_TOKENS, Request, score_requests
 from train.evals.task_files import are_clean, with_clean
 from train.params import EvaluateParams
@@ -59,6 +60,7 @@ COMPARED = (
     "val_shards_loss",
     "perplexity",
     "bits_per_byte",
+    "held_out_bits_per_byte",
     "hellaswag_acc_norm",
     "lambada_acc",
 )
@@ -98,6 +100,7 @@ def main(argv: Sequence[str] = ()) -> None:
     train_data, val_data = TokenStream(TOKENS, "train"), TokenStream(TOKENS, "val")
     check_val_tokens("evaluate.val_tokens", val_data, params.val_tokens)
     external = open_val_shards(params) if params.val_shards else None
+    held_out = HeldOut.read(params.held_out) if params.held_out else None
     try:
         state = read_json(CHECKPOINT / STATE, "run python -m train.launch")
     except FormatError as error:
@@ -110,6 +113,8 @@ def main(argv: Sequence[str] = ()) -> None:
     streams: dict[str, Tokens] = {"val_loss": val_data}
     if external is not None:
         streams["val_shards_loss"] = external
+    if held_out is not None:
+        streams["held_out_loss"] = held_out.tokens
     with (
         process_group(machine.device, machine.timeout) as world,
         ShardCheck(world, train_data) as shards,
@@ -140,6 +145,8 @@ def main(argv: Sequence[str] = ()) -> None:
             return
     n_bytes = bytes_per_target(val_data, params.val_tokens, gpt.config.block_size)
     metrics |= loss_metrics(metrics["val_loss"], n_bytes, unigram_entropy(train_data))
+    if held_out is not None:
+        metrics |= held_out.metrics(metrics["held_out_loss"])
     metrics |= compare_with_reference(metrics, state, train_data)
     metrics = {
         name: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
@@ -198,21 +205,21 @@ def measure(
 
     Args:
         streams: Token streams to compute the loss on, by metric name.
-        n: Number of targets, spread over each stream.
+        n: Number of targets, spread over each stream; of a held-out text all count.
         dtype: Of the matrix products in these losses.
         tasks: Benchmark tasks; scored in full float32, like published results.
         batch_size: Windows or requests per batch; None chooses.
-        document_masking: Whether `val_loss` is measured on each document alone; other losses and
-            the tasks are those of a model without masks, as published ones are.
+        document_masking: Whether `val_loss` and `held_out_loss` are measured on each document
+            alone; other losses and the tasks are those of a model without masks, as published.
     """
     numerics.configure(world.device, deterministic=False)
     metrics: dict[str, Any] = {"val_tokens": n}
     for name, stream in streams.items():
-        gpt.document_masking = document_masking and name == "val_loss"
+        gpt.document_masking = document_masking and name in ("val_loss", "held_out_loss")
         metrics[name] = mean_loss(
             partial(_summed_loss, gpt),
             stream,
-            n,
+            len(stream) - 1 if name == "held_out_loss" else n,
             block_size=gpt.config.block_size,
             rows=batch_size or max(1, BATCH_TOKENS // gpt.config.block_size),
             dtype=dtype,
@@ -272,6 +279,11 @@ def summary(metrics: Mapping[str, Any]) -> str:
         f"{metrics['below_unigram']:.4f} below the unigram entropy of "
         f"{metrics['unigram_entropy']:.4f}"
     ]
+    if "held_out_loss" in metrics:
+        parts.append(
+            f"held-out text ({metrics['held_out_bytes']:,} bytes): "
+            f"{metrics['held_out_bits_per_byte']:.4f} bits per byte"
+        )
     if "hellaswag_tasks" in metrics:
         parts.append(
             f"HellaSwag ({metrics['hellaswag_tasks']:,} tasks) acc {metrics['hellaswag_acc']:.4f}, "

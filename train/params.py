@@ -372,6 +372,10 @@ class EvaluateParams(Section):
     """A token file in llm.c's format, such as the FineWeb validation tokens of published runs: the
     loss of its first `val_tokens` tokens is measured as well. Null: none."""
 
+    held_out: str | None = Field(default=None, min_length=1)
+    """A file of text (.txt, .jsonl, .parquet) that no training data contains: bits per byte over
+    all of it, which compare models of any data. Null: none."""
+
     hellaswag: str | None = Field(default=None, min_length=1)
     """HellaSwag tasks: `hub` (all 10,042, downloaded), the path of a .jsonl file, or null."""
 

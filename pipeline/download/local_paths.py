@@ -9,12 +9,13 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.download.left_out import AUXILIARY, OTHER_NAME, LeftOut, is_auxiliary, matches
 from pipeline.runtime.errors import UserError, printable
+from pipeline.runtime.machine import project_root
 
 _WILDCARD = re.compile(r"[*?\[]")
 
@@ -77,7 +78,10 @@ def _start(pattern: str, shown: str) -> tuple[Path, Sequence[str]]:
             return Path(path.parts[0]).expanduser(), path.parts[1:]
         except RuntimeError:
             raise UserError(f"{shown}: no such user or home folder; correct the path") from None
-    return Path.cwd(), path.parts
+    # An experiment's workspace lacks what git ignores: that is in the main checkout.
+    named = takewhile(lambda part: not _WILDCARD.search(part), path.parts)
+    is_here = os.path.lexists(Path.cwd().joinpath(*named))
+    return Path.cwd() if is_here else project_root(), path.parts
 
 
 def _split(above: Path, parts: Sequence[str], shown: str) -> tuple[Path, Sequence[str]]:

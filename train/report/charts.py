@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ class Curve:
     color: str = "c1"  # name in `SERIES`, or "soft"
     faint: bool = False  # whether it is drawn as the background of another curve
     dashed: bool = False  # whether the line is dashed
+    band: Sequence[float] = ()  # half the height of a band around the line, per point
 
 
 def line_chart(
@@ -59,6 +61,16 @@ def line_chart(
 
     figure, axes = _figure(WIDE if wide else WIDTH, HEIGHT * (1.15 if wide else 1))
     for curve in curves:
+        if curve.band:
+            both = list(zip(curve.ys, curve.band, strict=True))
+            axes.fill_between(
+                curve.xs,
+                [y - half for y, half in both],
+                [y + half for y, half in both],
+                color=_HEX[curve.color],
+                alpha=0.18,
+                linewidth=0,
+            )
         xs, ys = _downsample(curve.xs, curve.ys)
         axes.plot(
             xs,
@@ -114,6 +126,27 @@ def bar_chart(labels: Sequence[str], counts: Sequence[int], *, name: str, color:
     axes.grid(False)
     axes.spines["bottom"].set_visible(False)
     axes.set_xticks([])
+    return _svg(figure, name)
+
+
+def dot_chart(
+    labels: Sequence[str], values: Sequence[Sequence[float]], *, name: str, x_label: str
+) -> str:
+    """Draw a row per label: its values as dots, their mean, and a band of a standard deviation."""
+    figure, axes = _figure(WIDE, 0.7 + 0.32 * len(labels))
+    for row, found in enumerate(values):
+        color = _HEX[SERIES[row % len(SERIES)]]
+        if found:
+            mean = statistics.fmean(found)
+            noise = statistics.stdev(found) if len(found) > 1 else 0.0
+            axes.barh(row, 2 * noise, left=mean - noise, height=0.5, color=color, alpha=0.18)
+            axes.plot([mean, mean], [row - 0.3, row + 0.3], color=color, linewidth=1.6)
+            axes.plot(found, [row] * len(found), "o", color=color, markersize=3.5, alpha=0.8)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set(xlabel=x_label)
+    axes.xaxis.set_major_formatter(lambda x, _: tick_label(x))
+    axes.margins(x=0.05)
     return _svg(figure, name)
 
 

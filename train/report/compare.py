@@ -30,6 +30,7 @@ METRICS = (
     ("best_val_loss", "lowest validation loss", min),
     ("perplexity", "perplexity", min),
     ("bits_per_byte", "bits per byte", min),
+    ("held_out_bits_per_byte", "held-out bits per byte", min),
     ("hellaswag_acc_norm", "HellaSwag acc_norm", max),
     ("hellaswag_acc", "HellaSwag acc", max),
     ("lambada_acc", "LAMBADA accuracy", max),

@@ -1,0 +1,165 @@
+"""Tests for studies as users run them: real experiments in a clone, killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline.format import tokenizer
+from pipeline.format.shards import open_shard, read_docs
+from tests.support.clone import Clone, make_clone
+from tests.support.small_data import hashes
+from tests.support.waiting import wait_for
+
+STUDY: dict[str, Any] = {
+    "base": "smoke",
+    "variants": {"cold": {"train.learning_rate": 1e-4}, "warm": {"train.learning_rate": 8e-3}},
+    "params": {"train.sample_tokens": 0, "evaluate.samples": 0},
+    "budget": {"tokens": 6144},
+    "held_out": "data/held-out.txt",
+}
+COMMAND = (sys.executable, "-m", "train.study", "one")
+
+
+def make(folder: Path, **keys: Any) -> Clone:
+    """A clone with a study, and with changes of the user that are not committed."""
+    clone = make_clone(folder, "smoke")
+    write(clone, **keys)
+    (clone.folder / "data").mkdir()
+    (clone.folder / "data/held-out.txt").write_text("The people of the Union are well. " * 60)
+    with open(clone.folder / "params.yaml", "a") as file:
+        file.write("# a line of the user\n")
+    return clone
+
+
+def write(clone: Clone, **keys: Any) -> None:
+    with open(clone.folder / "train/studies/one.yaml", "w") as file:
+        YAML(typ="safe", pure=True).dump({**STUDY, **keys}, file)
+
+
+def finished(clone: Clone) -> dict[str, tuple[int, int]]:
+    """Inode and time of each result: they change if a run is done again."""
+    found = (clone.folder / ".work/studies/one/results").glob("[!.]*.json")
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in found}
+
+
+def kill(clone: Clone, runs: int) -> None:
+    """Start the study, and kill it and all that it started when so many runs are finished."""
+    process = clone.start(*COMMAND)
+    try:
+        wait_for(lambda: len(finished(clone)) >= runs or process.poll() is not None, 500)
+        assert process.poll() is None, clone.log.read_text()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+
+
+def report(clone: Clone) -> dict[str, Any]:
+    """The report as data, without the times of the machine."""
+    found: dict[str, Any] = json.loads(clone.run(*COMMAND, "--json"))
+    del found["training_seconds"]
+    for variant in found["variants"].values():
+        del variant["training_seconds"]
+    return found
+
+
+@pytest.mark.slow
+def test_a_killed_study_resumes_and_changes_nothing_of_the_users(tmp_path: Path) -> None:
+    clone = make(tmp_path / "project", seeds=1)
+    head, params = clone.git("rev-parse", "HEAD"), (clone.folder / "params.yaml").read_text()
+    before = hashes(clone.folder)
+    assert "0 of 2" in clone.run(*COMMAND, "--status", PYTHONDONTWRITEBYTECODE="1")
+    assert hashes(clone.folder) == before  # nothing is written
+    kill(clone, 1)
+    done = finished(clone)
+    output = clone.run(*COMMAND)
+    assert "one-warm-1: " in output
+    assert "one-cold-1: " not in output
+    assert done.items() <= finished(clone).items()
+    assert len(finished(clone)) == 2
+    page = (clone.folder / "artifacts/study.html").read_bytes()
+    assert "one-warm-1: " not in clone.run(*COMMAND)  # all is finished
+    clone.run(*COMMAND, "--report")
+    assert (clone.folder / "artifacts/study.html").read_bytes() == page
+    found = report(clone)
+    results = {name: one["results"][0] for name, one in found["variants"].items()}
+    assert results["warm"] < results["cold"]
+    (comparison,) = found["comparisons"]
+    assert (comparison["n"], comparison["better"]) == (1, None)  # one seed says nothing
+    # Experiments of DVC, and nothing else.
+    shown = json.loads(clone.run("dvc", "exp", "show", "--json"))
+    experiments = {exp["name"]: exp for entry in shown for exp in entry.get("experiments") or []}
+    assert set(experiments) == {"one-cold-1", "one-warm-1"}
+    metrics = experiments["one-warm-1"]["revs"][0]["data"]["metrics"]["metrics/eval.json"]["data"]
+    assert metrics["held_out_bits_per_byte"] == results["warm"]
+    assert clone.git("rev-parse", "HEAD") == head
+    assert (clone.folder / "params.yaml").read_text() == params
+    assert clone.git("stash", "list") == ""
+    assert clone.git("status", "--porcelain").split() == [
+        *("M", "params.yaml"),
+        *("??", "train/studies/one.yaml"),
+    ]
+    # Documents of the held-out text that are training documents are refused.
+    shard = clone.folder / ".work/studies/one/tree-0/data/tokens/train-00000.bin"
+    first, second = read_docs(shard)[:2, 0]
+    text = tokenizer.decode(open_shard(shard)[first + 1 : second].tolist())
+    (clone.folder / "data/in.jsonl").write_text(json.dumps({"text": text}))
+    write(clone, seeds=1, held_out="data/in.jsonl")
+    (line,) = [x for x in clone.run(*COMMAND, status=2).splitlines() if x.startswith("error: ")]
+    assert "data/in.jsonl" in line
+
+
+@pytest.mark.soak
+def test_a_study_killed_twice_gives_the_report_of_one_that_was_not(tmp_path: Path) -> None:
+    variants = {**STUDY["variants"], "dedup": {"curate.exact_duplicates": True}}
+    keys: dict[str, Any] = {"seeds": 2, "variants": variants, "compare": "all"}
+    clone, other = (make(tmp_path / name, **keys) for name in ("killed", "whole"))
+    for runs in (1, 4):
+        kill(clone, runs)
+        done = finished(clone)
+        wait_for(lambda: not clone.is_busy(), 60)
+    process = clone.start(*COMMAND)
+    wait_for(lambda: (clone.folder / ".work/locks/studies-one").exists(), 60)
+    (line,) = clone.run(*COMMAND, status=2).splitlines()  # one at a time
+    assert line.startswith("error: study one: ")
+    assert process.wait(200) == 0
+    assert done.items() <= finished(clone).items()
+    assert len(finished(clone)) == 6
+    other.run(*COMMAND)
+    assert report(clone) == report(other)
+    # Another definition is another study: nothing of the first is mixed in.
+    write(clone, **keys, budget={"tokens": 7168})
+    assert "0 of 6" in clone.run(*COMMAND, "--status")
+    write(clone, **keys)
+    assert "6 of 6" in clone.run(*COMMAND, "--status")
+
+
+@pytest.mark.soak
+def test_a_run_that_diverges_is_named_and_not_repeated(tmp_path: Path) -> None:
+    hot = {"train.optimizer": "adamw", "train.learning_rate": 0.99, "train.grad_clip": None}
+    hot |= {"train.warmup_steps": 0, "train.eps": 1e-30, "train.embeddings_lr_ratio": 1e30}
+    clone = make(tmp_path / "project", seeds=1, variants={"cold": {}, "hot": hot})
+    output = clone.run(*COMMAND)
+    assert "one-hot-1 has no result" in output
+    assert len(finished(clone)) == 2
+    assert report(clone)["comparisons"][0]["missing"] == 1
+    assert "run 1 of" not in clone.run(*COMMAND)
+
+
+@pytest.mark.soak
+def test_seconds_are_a_budget_and_jobs_share_the_machine(tmp_path: Path) -> None:
+    clone = make(tmp_path / "project", seeds=1, budget={"seconds": 4.0})
+    output = clone.run(*COMMAND, "--jobs", "2", GPT2_CORES="1")
+    assert output.count("s per step") == 2
+    found = report(clone)
+    steps = {one["steps"] for one in found["variants"].values()}
+    assert min(steps) >= 1
+    assert found["unfinished"] == 0
+    assert "run 1 of" not in clone.run(*COMMAND)

@@ -1,0 +1,158 @@
+"""Tests for the files of studies: what a run is, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline.runtime.errors import UserError
+from tests.support.repo import REPO
+from train.params import TrainParams
+from train.study import study_file
+from train.study.definition import Study
+
+DATA = {"curate.exact_duplicates": True}  # a key of the data
+VALID: dict[str, Any] = {
+    "base": "smoke",
+    "variants": {"a": {}, "b": {"train.learning_rate": 1e-3}},
+    "seeds": 3,
+    "budget": {"tokens": 20_480},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, in which `write` writes a study."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        study_file, "study_files", lambda: {path.stem: path for path in tmp_path.glob("*.yaml")}
+    )
+    return tmp_path
+
+
+def load(changes: dict[str, Any] | str = {}, name: str = "one") -> Study:  # noqa: B006
+    if isinstance(changes, str):
+        Path(f"{name}.yaml").write_text(changes)
+    else:
+        with open(f"{name}.yaml", "w") as file:
+            YAML(typ="safe", pure=True).dump({**copy.deepcopy(VALID), **changes}, file)
+    return study_file.load(name)
+
+
+def test_a_run_has_all_sections_and_the_tokens_of_the_budget(folder: Path) -> None:
+    study = load({"variants": {"a": {}, "b": {"train": {"batch_tokens": 4096}}}})
+    for name in study.variants:
+        params = study.parameters(name, 2)
+        assert params["train"]["seed"] == 2
+        train = TrainParams.model_validate(params["train"])
+        assert train.batches(params["model"]["block_size"])(train.steps)[0] * 64 == 20_480
+    assert study.parameters("b", 1)["model"]["n_layer"] == 2  # smoke
+    assert study.parameters("b", 1)["tokenize"]["val_per_10k"] == 500  # mini, which has every key
+
+
+def test_the_budget_counts_a_growing_batch(folder: Path) -> None:
+    ramp = {"train": {"batch_doublings": 2, "batch_ramp_steps": 10, "warmup_steps": 0}}
+    study = load({"params": ramp})
+    train = TrainParams.model_validate(study.parameters("a", 1)["train"])
+    tokens = [train.batches(64)(train.steps + more)[0] * 64 for more in (0, 1)]
+    assert tokens[0] <= 20_480 < tokens[1]
+
+
+def test_seeds_are_paired_or_all_different(folder: Path) -> None:
+    def seeds(study: Study) -> list[int]:
+        return [study.parameters(v, s)["train"]["seed"] for v in study.variants for s in (7, 8)]
+
+    assert seeds(load({"seeds": [7, 8]})) == [7, 8, 7, 8]
+    equal = load({"seeds": [7, 8], "pair_seeds": False, "variants": {"a": {}, "b": {}}})
+    assert len({*seeds(equal)}) == 4
+
+
+def test_comparisons(folder: Path) -> None:
+    three = {"a": {}, "b": {"train.beta2": 0.9}, "c": {"train.beta2": 0.8}}
+    assert load({"variants": three}).comparisons == [("a", "b"), ("a", "c")]
+    assert len(load({"variants": three, "compare": "all"}).comparisons) == 3
+    assert load({"variants": three, "compare": [["c", "b"]]}).comparisons == [("c", "b")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"variants": {"a": {}, "b": {"train.learning_rat": 1e-3}}}, "b: train.learning_rat"),
+        ({"variants": {"a": {}, "b": {"train.learning_rate": 2.0}}}, "train.learning_rate"),
+        ({"variants": {"a": {}, "b": {"trian.beta1": 0.5}}}, "trian"),
+        ({"variants": {"a": {}, "b": {"train.seed": 5}}}, "train.seed"),
+        ({"variants": {"a": {}, "b": {"train": {"steps": 5}}}}, "train.steps"),
+        ({"variants": {"a": {}, "b": {"evaluate.held_out": "x.txt"}}}, "evaluate.held_out"),
+        ({"variants": {"a": {}, "b": {}}}, "variants.b"),
+        ({"variants": {"a": {}, "b": {"train.log_every": 7}}}, "variants.b"),  # observes
+        ({"variants": {"a": {}, "b": {"train.beta1": 0.5, "train": {"beta1": 0.6}}}}, "beta1"),
+        ({"variants": {"a": {}}}, "variants"),
+        ({"variants": {"a": {}, "../b": {"train.beta1": 0.5}}}, "../b"),
+        ({"variants": {"a": {}, "b/c": {"train.beta1": 0.5}}}, "b/c"),
+        ({"variants": {"a": {}, "b..c": {"train.beta1": 0.5}}}, "b..c"),
+        ({"variants": {"a": {}, "b": DATA}}, "held_out"),
+        ({"held_out": "../text.txt"}, "held_out"),
+        ({"held_out": "/etc/hostname"}, "held_out"),
+        ({"held_out": "link.txt"}, "held_out"),
+        ({"held_out": "missing.txt"}, "held_out"),
+        ({"base": "smok"}, "smok"),
+        ({"seeds": 0}, "seeds"),
+        ({"seeds": [1, 1]}, "seeds"),
+        ({"budget": {"tokens": 10}}, "budget"),
+        ({"budget": {"tokens": 10_000, "seconds": 3.0}}, "budget"),
+        ({"budget": {"tokens": 4096}}, "warmup_steps"),
+        ({"metric": "loss"}, "metric"),
+        ({"metric": "lambada_acc"}, "evaluate.lambada"),
+        ({"compare": [["a", "a"]]}, "compare"),
+        ({"compare": [["a", "x"]]}, "compare"),
+        ({"compare": [["a", "b"], ["b", "a"]]}, "compare"),
+        ({"alpha": 0.7}, "alpha"),
+        ({"sedes": 3}, "sedes"),
+    ],
+)
+def test_faults_are_refused_in_one_line_that_names_them(
+    folder: Path, changes: dict[str, Any], named: str
+) -> None:
+    (folder / "outside").mkdir(exist_ok=True)
+    Path("link.txt").symlink_to("/etc/hostname")
+    with pytest.raises(UserError) as error:
+        load(changes)
+    assert named in str(error.value)
+    assert str(error.value).count("\n") == 0
+    assert "one.yaml" in str(error.value) or "smok" in named
+
+
+def test_a_name_twice_and_a_strange_study_are_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"one\.yaml"):
+        load("variants: {a: {}, a: {train.beta1: 0.5}, b: {}}\nbudget: {tokens: 9999}\n")
+    for name in ("two", "../one", "/etc/passwd", "one/../one", ""):
+        with pytest.raises(UserError, match="unknown"):
+            study_file.load(name)
+
+
+def test_the_key_follows_all_that_decides(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Study, "code_key", "x")
+    Path("text.txt").write_text("some text")
+
+    def key(changes: dict[str, Any], seed: int = 1) -> str:
+        return load({"held_out": "text.txt", **changes}).run("a", seed).key
+
+    first = key({})
+    assert key({}) == key({"seeds": 9, "compare": "all", "alpha": 0.05}) == first
+    others = [key({}, seed=2), key({"params": DATA}), key({"budget": {"tokens": 30_720}})]
+    Path("text.txt").write_text("other text")
+    assert len({first, *others, key({})}) == 5
+
+
+def test_the_committed_studies_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+    monkeypatch.setattr(study_file, "_inside", lambda name, where: name)  # data is not committed
+    assert len(study_file.study_files()) >= 2
+    for name in study_file.study_files():
+        study = study_file.load(name)
+        assert study.title
+        assert len(study.variants) >= 2

@@ -1,0 +1,207 @@
+"""Run what a study lacks: data first, then seed by seed, each run a DVC experiment.
+
+The order is seed by seed, so that a study that is stopped has pairs. Each run begins only when the
+data of its variant is known to share no document with the held-out text.
+"""
+
+from __future__ import annotations
+
+import queue
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.machine import Machine
+from pipeline.store.store import Busy, Store
+from train.evals.held_out import read_documents
+from train.study.definition import OF_THE_MODEL, Planned, Study, path_of
+from train.study.held_out_check import count_shared
+from train.study.results import Results, planned
+from train.study.workspace import Diverged, Workspace, check_committed
+
+PILOT_STEPS = 20
+_LOCK_SECONDS = 20.0  # a killed study's commands need some to end
+
+
+def run(study: Study, machine: Machine, jobs: int = 1) -> Results:
+    """Run all that is missing; return the results.
+
+    Args:
+        jobs: Runs at the same time, each in a clone of its own.
+
+    Raises:
+        UserError: The study cannot run here, or another process runs it.
+        StageFailed: A run failed for another reason than a non-finite loss.
+    """
+    store, results, main = Store.open(machine), Results.of(study, machine), Path.cwd()
+    check_committed(main)
+    with _lock(store, study.name):
+        todo = missing(study, results)
+        if todo == []:
+            print(f"{study.name}: all runs are finished", flush=True)
+            return results
+        spaces = [
+            Workspace(main, results.folder / f"tree-{i}", results.folder / f"logs/tree-{i}.log")
+            for i in range(min(jobs, len(todo) if todo else jobs))
+        ]
+        try:
+            _prepare(study, results, spaces[0])
+            todo = missing(study, results) or []
+            _run_all(study, results, spaces, todo)
+        finally:
+            for space in spaces:
+                space.terminate()
+    return results
+
+
+def missing(study: Study, results: Results) -> list[Planned] | None:
+    """Return the runs without a result; None if a speed must be measured before they are known."""
+    runs = planned(study, results)
+    return None if runs is None else [r for r in runs if results.read("results", r.key) is None]
+
+
+@contextmanager
+def _lock(store: Store, name: str) -> Iterator[None]:
+    """Hold the study for this process.
+
+    Raises:
+        UserError: Another process runs it.
+    """
+    end = time.monotonic() + _LOCK_SECONDS
+    store.folder("studies", name)
+    while True:
+        lock = store.lock("studies", name, wait=False)
+        try:
+            lock.__enter__()
+            break
+        except Busy:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"study {name}: another process runs it; wait until it ends, or see "
+                    f"python -m train.study {name} --status"
+                ) from None
+            time.sleep(0.5)
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
+
+
+def _prepare(study: Study, results: Results, space: Workspace) -> None:
+    """Make the data of all variants, once for those that share it, and measure missing speeds."""
+    for variant, params in study.variants.items():
+        key = data_key(study, variant)
+        if results.read("data", key) is None:
+            output = space.reproduce(params, "verify")
+            for line in output.splitlines():
+                if re.match(r"(curate|tokenize): .*(kept|chunks|dataset_key)", line):
+                    print(f"{variant}: {line}", flush=True)
+            _check_held_out(study, results, space, variant, key)
+        if study.file.budget.seconds is not None:
+            _measure(study, results, space, variant)
+
+
+def data_key(study: Study, variant: str) -> str:
+    """Address of the record of a variant's data."""
+    params = study.variants[variant]
+    return study.key({name: v for name, v in params.items() if name not in OF_THE_MODEL})
+
+
+def _check_held_out(
+    study: Study, results: Results, space: Workspace, variant: str, key: str
+) -> None:
+    tokens, shared, name = space.folder / "data/tokens", 0, study.file.held_out
+    if name is not None:
+        texts = read_documents(Path(name), f"{path_of(study.name)}: held_out: {name}")
+        if shared := count_shared(tokens, texts):
+            raise UserError(
+                f"{path_of(study.name)}: held_out: {name}: {shared} of its {len(texts)} documents "
+                f"are training documents of variant {variant}; take them out of the source, or set "
+                f"curate.decontaminate: [a .jsonl of the text] and curate.contaminated: drop"
+            )
+    manifest = space.json("data/tokens/manifest.json")
+    results.write("data", key, {"dataset_key": manifest["dataset_key"], "variant": variant})
+
+
+def _measure(study: Study, results: Results, space: Workspace, variant: str) -> None:
+    """Measure the time of a variant's step by a short run, once."""
+    key = study.speed_key(variant)
+    if results.read("speed", key) is not None:
+        return
+    # Steps alone: without validation, samples, tasks, and a growing batch.
+    quiet = {"warmup_steps": 0, "batch_doublings": 0, "batch_ramp_steps": 0, "sample_tokens": 0}
+    quiet |= {"val_every": PILOT_STEPS, "val_tokens": 1, "checkpoint_every": PILOT_STEPS}
+    tasks = {"keep_every": None, "hellaswag": None, "hellaswag_every": None}
+    pilot = {**study.variants[variant]["train"], **quiet, **tasks, "steps": PILOT_STEPS}
+    try:
+        space.reproduce({**study.variants[variant], "train": pilot}, "train")
+    except Diverged as error:
+        raise UserError(f"{path_of(study.name)}: variants.{variant}: {error}; change it") from None
+    training = space.json("artifacts/training.json")
+    seconds = training["seconds"] / PILOT_STEPS
+    record = {"seconds_per_step": seconds, "device": training["device"], "steps": PILOT_STEPS}
+    results.write("speed", key, record)
+    print(f"{variant}: {seconds:.3g} s per step, measured over {PILOT_STEPS} steps", flush=True)
+
+
+def _run_all(study: Study, results: Results, spaces: list[Workspace], todo: list[Planned]) -> None:
+    """Share the runs among the workspaces."""
+    free: queue.SimpleQueue[Workspace] = queue.SimpleQueue()
+    for space in spaces:
+        free.put(space)
+
+    def one(number: int, run: Planned) -> None:
+        space = free.get()
+        try:
+            print(f"{run.experiment}: run {number} of {len(todo)}", flush=True)
+            print(f"{run.experiment}: {_run_one(study, results, space, run)}", flush=True)
+        finally:
+            free.put(space)
+
+    with ThreadPoolExecutor(len(spaces)) as pool:
+        futures = [pool.submit(one, i, run) for i, run in enumerate(todo, 1)]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            for space in spaces:
+                space.terminate()
+            raise
+
+
+def _run_one(study: Study, results: Results, space: Workspace, run: Planned) -> str:
+    try:
+        space.reproduce(run.params, "evaluate")
+    except Diverged as error:
+        results.write("results", run.key, {"name": run.experiment, "failed": str(error)})
+        return f"diverged: {error}"
+    evaluation = space.json("artifacts/evaluation.json")
+    if study.file.held_out and evaluation["held_out_sha256"] != study.held_out_sha256:
+        raise UserError(
+            f"{path_of(study.name)}: held_out: {study.file.held_out}: has changed under its name, "
+            "and DVC has results of the old text; give the file a new name"
+        )
+    dataset_key = space.json("data/tokens/manifest.json")["dataset_key"]
+    checked = results.read("data", data_key(study, run.variant))
+    if checked is None or checked["dataset_key"] != dataset_key:
+        raise UserError(
+            f"{path_of(study.name)}: variants.{run.variant}: its data has changed since it was "
+            f"checked; remove {results.folder / 'data'} and {results.folder / 'results'}"
+        )
+    record = {
+        "name": run.experiment,
+        "evaluation": evaluation,
+        "training": space.json("artifacts/training.json"),
+        "dataset_key": dataset_key,
+        "commit": space.save(run.experiment),
+    }
+    results.write("results", run.key, record)
+    value = study.metric.value(evaluation, bool(study.file.held_out))
+    return f"{value:.5g} {study.metric.unit}, {record['training']['seconds']:.0f} s of training"

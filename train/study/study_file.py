@@ -1,0 +1,176 @@
+"""Read a study, `train/studies/NAME.yaml`, and check all that can be checked before it runs.
+
+```yaml
+# What this study asks, in one line.
+base: mini                          # a preset, merged over `mini`; or a list of them
+params: {train.batch_tokens: 2048}  # keys for all variants
+variants:                           # name -> the keys in which it differs, of any section
+  raw: {}
+  dedup: {curate.exact_duplicates: true}
+seeds: 5
+budget: {tokens: 1_000_000}
+held_out: data/held-out.jsonl
+```
+
+A study depends neither on the working `params.yaml` nor on other studies: `mini` has every key.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.params_file import nearest, read_yaml, validate
+from pipeline.store import atomic
+from train.params import TrainParams
+from train.preset import SECTIONS, read_preset
+from train.study.definition import MANY_STEPS, Overlay, Study, path_of
+from train.study.study_params import NAME, StudyParams
+
+
+def study_files() -> dict[str, Path]:
+    """Return the study files by name."""
+    folder = Path(str(resources.files("train"))) / "studies"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load(name: str) -> Study:
+    """Read a study and check all that can be checked before anything runs.
+
+    Raises:
+        UserError: The study is unknown, a key or value is invalid, two variants are equal, or the
+            held-out text is missing.
+    """
+    files = study_files()
+    if not NAME.fullmatch(name) or ".." in name or name not in files:
+        raise UserError(f"study {name[:80]}: unknown; {nearest(name, list(files))}")
+    where = path_of(name)
+    _refuse_repeated_names(files[name], where)
+    file = validate(StudyParams, read_yaml(files[name]), where)
+    base = _merge({}, read_preset("mini"), where)
+    for preset in [file.base] if isinstance(file.base, str) else file.base:
+        base = _merge(base, read_preset(preset), f"{where}: base")
+    base = _merge(base, _overlay(file.params, f"{where}: params"), where)
+    # Part of the parameters: the stage finds the file there, and DVC shows the result.
+    base["evaluate"]["held_out"] = _inside(file.held_out, where) if file.held_out else None
+    variants = {
+        variant: _variant(base, values, f"{where}: variants.{variant}")
+        for variant, values in file.variants.items()
+    }
+    lines = files[name].read_text(encoding="utf-8").splitlines() or [""]
+    title = lines[0].lstrip("# ") if lines[0].startswith("#") else ""
+    study = Study(name, title, file, variants)
+    _check(study, where)
+    return study
+
+
+def _overlay(values: dict[str, Any], where: str) -> Overlay:
+    """Sort `section.key: value` and `section: {key: value}` by section."""
+    overlay: Overlay = {}
+    for key, value in values.items():
+        section, dot, rest = key.partition(".")
+        if not dot and not isinstance(value, dict):
+            raise UserError(f"{where}.{key}: not a section; write section.key: value")
+        for inner, one in ({rest: value} if dot else value).items():
+            if inner in overlay.setdefault(section, {}):
+                raise UserError(f"{where}: {section}.{inner}: set twice; remove one")
+            overlay[section][inner] = one
+    for fixed, by in (("seed", "seeds"), ("steps", "budget")):
+        if fixed in overlay.get("train", {}):
+            raise UserError(f"{where}: train.{fixed}: decided by {by} of the study; remove it")
+    if "held_out" in overlay.get("evaluate", {}):
+        raise UserError(f"{where}: evaluate.held_out: decided by held_out of the study; remove it")
+    return overlay
+
+
+def _variant(base: Overlay, values: dict[str, Any], where: str) -> Overlay:
+    params = _merge(base, _overlay(values, where), where)
+    params["train"] |= {"seed": 0, "steps": MANY_STEPS}  # those of a run: `Study.run`
+    for section, cls in SECTIONS.items():
+        validate(cls, params[section], f"{where}: {section}")
+    return params
+
+
+def _merge(base: Overlay, overlay: Overlay, where: str) -> Overlay:
+    for section, values in overlay.items():
+        if section not in SECTIONS:
+            raise UserError(
+                f"{where}: {section}: unknown section; {nearest(section, list(SECTIONS))}"
+            )
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: {section}: not a mapping; write key: value")
+    return {section: {**base.get(section, {}), **overlay.get(section, {})} for section in SECTIONS}
+
+
+def _check(study: Study, where: str) -> None:
+    names, file = list(study.variants), study.file
+    decide = {
+        name: atomic.sha256_json({**params, "train": _deciding(params["train"])})
+        for name, params in study.variants.items()
+    }
+    if file.pair_seeds:
+        for a, b in itertools.combinations(names, 2):
+            if decide[a] == decide[b]:
+                raise UserError(
+                    f"{where}: variants.{b}: equal to {a} in all that decides a result; change a "
+                    "key, or set pair_seeds: false to compare seeds only"
+                )
+    pairs = [] if isinstance(file.compare, str) else file.compare
+    for pair in pairs:
+        if len(pair) != 2 or pair[0] == pair[1]:
+            raise UserError(f"{where}: compare: {pair}: not a pair; write [first, second]")
+        for name in pair:
+            if name not in names:
+                raise UserError(f"{where}: compare: {name}: unknown; {nearest(name, names)}")
+    if len({frozenset(pair) for pair in pairs}) < len(pairs) or (pairs == [] == file.compare):
+        raise UserError(f"{where}: compare: list each pair once, at least one")
+    if not file.held_out and not study.same_data:
+        raise UserError(
+            f"{where}: held_out: missing, but the variants differ in data, and so in what they are "
+            "measured on; name a file of text"
+        )
+    metric = study.metric
+    if file.metric == "val_loss" and not study.same_data:
+        raise UserError(f"{where}: metric: val_loss is of each variant's own data; bits_per_byte")
+    for name, params in study.variants.items():
+        if metric.task and not params["evaluate"].get(metric.task):
+            raise UserError(
+                f"{where}: metric: {file.metric} needs evaluate.{metric.task}; set it in {name}"
+            )
+        if file.budget.tokens is not None:
+            study.parameters(name, study.seeds[0])
+
+
+def _deciding(train: dict[str, Any]) -> dict[str, Any]:
+    """The keys of `train` that decide weights; all others only observe."""
+    return TrainParams.model_validate(train).deciding()
+
+
+def _refuse_repeated_names(path: Path, where: str) -> None:
+    """Refuse a key that is there twice: of two variants of one name, YAML would keep one."""
+    # The parser refuses it, in its own words and on several lines; `read_yaml` makes one of them.
+    try:
+        read_yaml(path)
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), where, 1)) from None
+
+
+def _inside(name: str, where: str) -> str:
+    """Return the path of the held-out text, which is a file within the project.
+
+    Raises:
+        UserError: It is absolute, leads out of the project, or is no file.
+    """
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise UserError(f"{where}: held_out: {name!r}: not within the project; use a path in it")
+    root = Path().resolve()
+    if not Path(os.path.realpath(path)).is_relative_to(root):
+        raise UserError(f"{where}: held_out: {name}: a link out of the project; copy the file")
+    if not path.is_file():
+        raise UserError(f"{where}: held_out: {name}: no such file; name a file of text")
+    return path.as_posix()

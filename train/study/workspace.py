@@ -1,0 +1,227 @@
+"""A clone of the project in which the runs of a study become DVC experiments.
+
+`dvc exp run` edits `params.yaml` and stashes what has changed, so a kill would leave the user's
+files changed. A study works in a clone of the last commit instead, below its folder in the store:
+
+    main checkout ── shared objects ──► studies/NAME/tree-0 ── dvc repro, git commit ──┐
+         ▲                                                                             │
+         └── refs/exps/... is fetched, nothing else ───────────────────────────────────┘
+
+The clone uses the cache, the store (`$DVC_ROOT`) and `machine.yaml` of the main checkout, has no
+remote, and pushes nothing. It is deleted and made again at each start of a study.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.runtime.errors import StageFailed, UserError
+from pipeline.store import atomic
+from train.preset import merge
+from train.study.definition import Overlay
+
+# Linux ends the command when this process dies, however it dies; `execvp` keeps the setting.
+_TIED = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(3)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+_FETCH = ("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance")
+# Prints why the run of the workspace failed, if its loss or gradient was not finite.
+_FAILURE = """
+from pipeline.store import atomic
+from train.run import FAILED, Run
+try:
+    print(atomic.read_sealed(Run.open().folder / FAILED)["what"])
+except FileNotFoundError:
+    pass
+"""
+
+
+class Diverged(Exception):
+    """A run stopped at a non-finite loss or gradient; the message says where."""
+
+
+class Workspace:
+    """A clone of the last commit of the main checkout.
+
+    Args:
+        folder: Its place; what is there is replaced.
+        log: File of the commands' output, which grows.
+    """
+
+    def __init__(self, main: Path, folder: Path, log: Path) -> None:
+        self.main, self.folder, self.log = main, folder, log
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self.stopped = False
+        self.baseline = git(main, "rev-parse", "HEAD")
+        atomic.remove(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        git(main, "init", "--quiet", str(folder))
+        objects = (main / git(main, "rev-parse", "--git-path", "objects")).resolve()
+        atomic.write_bytes(folder / ".git/objects/info/alternates", f"{objects}\n".encode())
+        if (shallow := main / git(main, "rev-parse", "--git-path", "shallow")).is_file():
+            atomic.write_bytes(folder / ".git/shallow", shallow.read_bytes())
+        for key in ("user.name", "user.email"):
+            git(folder, "config", key, identity(main, key))
+        git(folder, "checkout", "--quiet", "--detach", self.baseline)
+        self._params = (folder / "params.yaml").read_text(encoding="utf-8")
+        if (local := main / ".dvc/config.local").is_file():
+            atomic.write_bytes(folder / ".dvc/config.local", local.read_bytes())
+        self.dvc("config", "--local", "cache.dir", str(_cache(main)))
+
+    def reproduce(self, params: Overlay, stage: str) -> str:
+        """Run the pipeline with these parameters up to a stage; return its output.
+
+        Raises:
+            Diverged: The loss or a gradient was not finite.
+            StageFailed: A stage failed otherwise; its last line.
+        """
+        atomic.write_bytes(self.folder / "params.yaml", merge(self._params, params).encode())
+        status, output = self._run(sys.executable, "-m", "dvc", "repro", stage)
+        if status:
+            if "failed to reproduce 'train'" in output:
+                unknown, what = self._run(sys.executable, "-c", _FAILURE)
+                if not unknown and what.strip():
+                    raise Diverged(what.strip().splitlines()[-1])
+            raise StageFailed(f"{_reason(output)}; the output is in {self.log}")
+        return output
+
+    def save(self, name: str) -> str:
+        """Save the workspace as an experiment of the main checkout; return its commit.
+
+        An experiment is a commit on the baseline with a ref of its own. `dvc exp save` would need
+        the outs of all stages, also of those that a study does not run.
+        """
+        plain = ("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgSign=false")
+        git(self.folder, "add", "--all")
+        git(self.folder, *plain, "commit", "--quiet", "--allow-empty", "-m", f"Experiment {name}")
+        ref = f"refs/exps/{self.baseline[:2]}/{self.baseline[2:]}/{name}"
+        git(self.main, *plain, *_FETCH, str(self.folder), f"+HEAD:{ref}")
+        git(self.folder, "reset", "--quiet", "--soft", self.baseline)
+        return git(self.main, "rev-parse", ref)
+
+    def json(self, path: str) -> dict[str, Any]:
+        """Read a JSON file of the workspace."""
+        return atomic.read_sealed(self.folder / path)
+
+    def dvc(self, *args: str) -> None:
+        """Run a command of DVC.
+
+        Raises:
+            StageFailed: It failed; its last line.
+        """
+        status, output = self._run(sys.executable, "-m", "dvc", *args)
+        if status:
+            raise StageFailed(f"dvc {args[0]}: {_reason(output)}; the output is in {self.log}")
+
+    def terminate(self) -> None:
+        """End the running command; no other one starts."""
+        self.stopped = True
+        for process in list(self._processes):
+            process.terminate()
+
+    def _run(self, *command: str) -> tuple[int, str]:
+        if self.stopped:
+            raise KeyboardInterrupt
+        tied = (sys.executable, "-c", _TIED, str(os.getpid()), *command)
+        with open(self.log, "ab") as log:
+            start = log.seek(0, io.SEEK_END)
+            process = subprocess.Popen(
+                tied, cwd=self.folder, env=_environment(self.main), stdout=log, stderr=log
+            )
+            self._processes.add(process)
+            try:
+                status = process.wait()
+            finally:
+                self._processes.discard(process)
+        if self.stopped:
+            raise KeyboardInterrupt
+        with open(self.log, "rb") as file:
+            file.seek(start)
+            return status, file.read().decode(errors="replace")
+
+
+def git(folder: Path, *args: str) -> str:
+    """Run git in a folder; return its output.
+
+    Raises:
+        UserError: It failed; its last line.
+    """
+    command = ["git", "-C", str(folder), *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=_without_git(os.environ))
+    except FileNotFoundError:
+        raise UserError("git: not installed; experiments are commits") from None
+    if done.returncode:
+        raise UserError(f"git {args[0]}: {_reason(done.stderr)}; correct it in {folder}")
+    return done.stdout.strip()
+
+
+def identity(main: Path, key: str) -> str:
+    """Return the name or address for commits.
+
+    Raises:
+        UserError: Git has none.
+    """
+    try:
+        return git(main, "config", key)
+    except UserError:
+        raise UserError(f"git: {key}: not set; git config {key} VALUE") from None
+
+
+def check_committed(main: Path) -> None:
+    """Refuse to run where the code is not that of the last commit, which the experiments belong to.
+
+    Raises:
+        UserError: There is no commit, or the code differs from it.
+    """
+    if Path(git(main, "rev-parse", "--show-toplevel")).resolve() != main.resolve():
+        raise UserError(f"{main}: not the top of a git repository; run this there")
+    git(main, "rev-parse", "--verify", "HEAD^{commit}")
+    code = ("dvc.yaml", *(f":(glob){room}/**/*.py" for room in ("pipeline", "model", "train")))
+    if changed := git(main, "status", "--porcelain", "--", *code).splitlines():
+        raise UserError(
+            f"{changed[0][2:].strip()}: differs from the last commit, which the experiments of a "
+            "study belong to; commit it, or git stash"
+        )
+
+
+def _cache(main: Path) -> Path:
+    from dvc.repo import Repo  # here: an import of a second
+
+    with Repo(str(main)) as repo:
+        return Path(repo.cache.local.path)
+
+
+def _environment(main: Path) -> dict[str, str]:
+    binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return _without_git(os.environ) | {
+        "PATH": binaries,
+        "DVC_ROOT": str(main),  # its store and machine.yaml
+        "DVC_EXP_AUTO_PUSH": "false",
+        "DVC_STUDIO_OFFLINE": "true",
+    }
+
+
+def _without_git(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without git's variables, by which a hook would name another repository."""
+    kept = ("GIT_CONFIG", "GIT_SSL", "GIT_SSH")
+    return {k: v for k, v in environment.items() if not k.startswith("GIT_") or k.startswith(kept)}
+
+
+def _reason(output: str) -> str:
+    """The line of an output that says what went wrong."""
+    lines: Sequence[str] = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.lower().startswith(("error", "fatal"))]
+    return (errors or lines or ["failed"])[0].removeprefix("error: ").removeprefix("ERROR: ")
