@@ -225,8 +225,7 @@ class TrainParams(ObservingParams):
     """`constant`; or `linear`: from `weight_decay` at step 0 to 0 at the last (nanochat)."""
 
     cautious_decay: bool = False
-    """Decay a weight only where its update has the same sign (Chen et al. 2025); it takes a copy of
-    the weights that decay."""
+    """Decay a weight only where its update has the same sign (Chen et al. 2025); copies weights."""
 
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW: decay of the first moment (0 to below 1)."""

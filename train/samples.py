@@ -11,21 +11,7 @@ from model import GPT
 from pipeline.format import tokenizer
 from pipeline.runtime.errors import UserError, printable
 from train.checkpoint import init_from
-from train.data.loader import Tokens
-from train.params import EvaluateParams, Start, TrainParams
-
-PROMPT_TOKENS = 16  # of the validation text that a sample during training continues
-
-
-def during_training(gpt: GPT, stream: Tokens, params: TrainParams) -> list[int]:
-    """Continue the first tokens of a stream; prompt and continuation, or nothing if not asked for.
-
-    Prompt and random numbers are the same each time: what differs is what the model has learnt.
-    """
-    if not params.sample_tokens:
-        return []
-    prompt = stream[:PROMPT_TOKENS].tolist()
-    return gpt.generate([prompt], params.sample_tokens, 0.8, top_k=50, seed=params.seed)[0]
+from train.params import EvaluateParams, Start
 
 
 def sample(gpt: GPT, params: EvaluateParams) -> list[tuple[str, str]]:

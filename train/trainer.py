@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from model import GPT
 from pipeline import TokenStream
 from pipeline.runtime.errors import UserError
-from train import attention_kernels, numerics, samples
+from train import attention_kernels, numerics
 from train.checkpoint import directory, init_from
 from train.checkpoint.chain import Chain, shards_hash
 from train.checkpoint.directory import Keep
@@ -35,6 +35,8 @@ from train.optim.param_groups import (
 from train.plan import fit
 from train.run import Run
 from train.validation import WINDOWS, mean_loss
+
+SAMPLE_PROMPT = 16  # tokens of validation text that a sample continues
 
 
 class Trainer:
@@ -125,12 +127,7 @@ class Trainer:
         if folder is None or state is None:
             self.chain.begin(done := self._start(), self.conditions())
             return done
-        if state["dataset_key"] != self.run.dataset_key:
-            raise UserError(
-                f"{folder}: was trained on other data ({state['dataset_key'][:12]}) than "
-                f"data/tokens ({self.run.dataset_key[:12]}); restore that data, or start from "
-                "scratch with GPT2_FRESH=1"
-            )
+        directory.check_data(folder, state["dataset_key"], self.run.dataset_key)
         self._report_changes(state)
         weights, moments = directory.load_tensors(folder)
         self.gpt.load_state_dict(weights)
@@ -325,10 +322,17 @@ class Trainer:
         )
 
     def sample(self) -> list[int]:
-        """Continue the first tokens of the validation split, on rank 0; empty elsewhere."""
-        if not self.world.first:
+        """Continue the first tokens of the validation split, on rank 0; empty elsewhere.
+
+        Prompt (`SAMPLE_PROMPT` tokens) and random numbers are the same each time: what differs is
+        what the model has learnt.
+        """
+        if not self.world.first or not self.params.sample_tokens:
             return []
-        return samples.during_training(self.gpt, self.run.val_data, self.params)
+        prompt = self.run.val_data[:SAMPLE_PROMPT].tolist()
+        return self.gpt.generate(
+            [prompt], self.params.sample_tokens, 0.8, top_k=50, seed=self.params.seed
+        )[0]
 
     def replicas(self) -> dict[str, Tensor]:
         """Tensors of which every rank has the same: the weights, and the momenta of Muon."""

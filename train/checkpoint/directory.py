@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model.files import save_tensors
-from pipeline.runtime.errors import printable
+from pipeline.runtime.errors import UserError, printable
 from pipeline.store import atomic
 from pipeline.store.store import mark_damaged
 from train.checkpoint import chain
@@ -252,3 +252,20 @@ def _losses(run: Path) -> dict[Path, float | None]:
 def load_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Load weights and flat optimizer state of a verified checkpoint, on the CPU."""
     return load_file(folder / MODEL), load_file(folder / OPTIMIZER)
+
+
+def check_data(folder: Path, trained_on: str, here: str) -> None:
+    """Refuse to resume on other data than a checkpoint was trained on.
+
+    Args:
+        trained_on: Its dataset_key.
+        here: That of `data/tokens`.
+
+    Raises:
+        UserError: They differ.
+    """
+    if trained_on != here:
+        raise UserError(
+            f"{folder}: was trained on other data ({trained_on[:12]}) than data/tokens "
+            f"({here[:12]}); restore that data, or start from scratch with GPT2_FRESH=1"
+        )

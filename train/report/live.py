@@ -23,7 +23,7 @@ from train.report import html, run_charts
 from train.report.run_log import Log, LogReader, sample_text
 
 MOST_RUNS = 50
-SAMPLE_PROMPT = 16  # tokens of the prompt of a logged sample (train/samples.py)
+SAMPLE_PROMPT = 16  # tokens of the prompt of a logged sample (train/trainer.py)
 
 
 @dataclass(frozen=True)

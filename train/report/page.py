@@ -52,7 +52,7 @@ MADE_BY = {
 
 ACTIVATION_TOKENS = 2048  # of the validation split, to measure activations
 PROMPTS = 2  # of evaluate.prompts, shown token by token
-SAMPLE_PROMPT = 16  # tokens of the prompt of a logged sample (train/samples.py)
+SAMPLE_PROMPT = 16  # tokens of the prompt of a logged sample (train/trainer.py)
 
 EVALUATION_METRICS = {
     "val_loss": ("validation loss", "nats per token, mean over {val_tokens} tokens"),
