@@ -93,6 +93,14 @@ def test_mistake_is_named(
 PHASES = [{"until": 0.5, "weights": {"main": 1}}, {"until": 1.0, "weights": {"main": 2.5}}]
 
 
+@pytest.mark.parametrize("mixture", [{"main": 0.7}, PHASES])
+def test_fractions_in_params_yaml_can_be_merged_again(mixture: Any) -> None:
+    text = merge(committed(), {"train": {"mixture": mixture}})
+    assert merge(text, {"train": {"mixture": mixture}}) == text
+    text = merge(text, {"train": {"log_every": 7}})
+    assert values(text)["train"]["mixture"] == mixture
+
+
 def test_sources_are_merged_by_name_and_a_mixture_is_replaced() -> None:
     two = merge(committed(), {"sources": {"web": {"kind": "hub"}}})
     assert values(merge(two, {"sources": {"main": {"files": 1}}}))["sources"]["web"] == {
