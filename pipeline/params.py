@@ -1,7 +1,8 @@
 """Sections `sources`, `curate`, `tokenize` and `verify` of `params.yaml`."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,6 +106,23 @@ def load_sources(path: Path = PARAMS) -> Sources:
         UserError: A missing file or section, or an invalid name, key or value.
     """
     return validate_sources(load_values("sources", path), f"{path}: sources")
+
+
+_FIELDS = "|".join(SourceParams.model_fields)
+# Keys in a message: at the start of a line, or in the fix, which follows the last semicolon.
+_SOURCE_KEY = re.compile(
+    rf"(?m)^source\.(?=(?:{_FIELDS}): )|(?<= )source\.(?=(?:{_FIELDS})(?![\w./-])(?!.*; ))"
+)
+
+
+@contextmanager
+def errors_of_source(name: str) -> Iterator[None]:
+    """Give the keys that an error names as `source.KEY`, at its start or in its fix, their name."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (_SOURCE_KEY.sub(f"sources.{name}.", str(error)),)
+        raise
 
 
 SIGNATURE_HASHES = 112

@@ -178,7 +178,8 @@ def _check_splits(source: RawManifest, records: Sequence[Record], params: Tokeni
         found = [record["splits"] for record in records if record["source"]["source"] == name]
         if not any(found):
             raise UserError(
-                f"data/raw: no document has text; check sources.{name}.text_column and the source"
+                f"data/raw: no document has text; check sources.{name}.text_column, the source, "
+                "and what section curate drops of it"
             )
     splits = [record["splits"] for record in records]
     train, val = (sum(s[name]["tokens"] for s in splits if name in s) for name in SPLITS)
