@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from pipeline.runtime.errors import UserError, printable
+from pipeline.format.manifest import check_source_name
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.params_file import PARAMS, Section, load_values, validate
 
 
@@ -72,8 +73,6 @@ class SourceParams(Section):
 Sources = dict[str, SourceParams]
 """Section `sources`: by name, sorted."""
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
-
 
 def validate_sources(values: Mapping[Any, Any], where: str) -> Sources:
     """Validate section `sources`; ``where`` is its name in messages: `params.yaml: sources`.
@@ -86,12 +85,12 @@ def validate_sources(values: Mapping[Any, Any], where: str) -> Sources:
     if not values:
         raise UserError(f"{where}: names no source; add one, such as main: {{kind: sample}}")
     for name, entry in values.items():
-        shown = printable(str(name))[:40]
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise UserError(
-                f"{where}: {shown}: not a name; use 1 to 32 of a-z, 0-9, _ and -, and begin with a "
-                "letter or digit"
-            )
+        try:
+            if not isinstance(name, str):
+                raise ValueError(f"{name}: not text; write the name in quotes")
+            check_source_name(name)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from None
         if not isinstance(entry, dict):
             raise UserError(f"{where}.{name}: not a source; write {name}: {{kind: sample}} or more")
     return {
