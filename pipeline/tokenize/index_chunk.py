@@ -31,7 +31,7 @@ def index_key(chunk: Chunk, code_key: str) -> str:
         {
             "file": chunk.file.sha256,
             "source": chunk.file.source,  # the record names it
-            "path": chunk.file.path,  # decides the split
+            "split": split_of_file(chunk.file.path),
             "file_index": chunk.file_index,
             "tokens": [chunk.start, chunk.stop],
             "ranks": tokenizer.RANKS_SHA256,

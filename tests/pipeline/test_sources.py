@@ -112,6 +112,23 @@ def test_a_further_source_leaves_the_chunks_of_the_others_alone() -> None:
     assert len({two.dataset_key, three.dataset_key}) == 2
 
 
+@pytest.mark.parametrize("first", ["web", "tokens"])
+@pytest.mark.parametrize("kind", ["documents", "position"])
+def test_a_second_source_leaves_the_chunks_of_the_first_alone(first: str, kind: Any) -> None:
+    split = SPLIT.model_copy(
+        update={"val_split": kind, "val_per_10k": 0 if first == "tokens" else 1500}
+    )
+    rules = {"exact_duplicates": first != "tokens"}
+    alone = build(sources(first), split, **rules)
+    before = piece_times()
+    both = build(sources(first, "code"), split, **rules)
+    assert before.items() <= piece_times().items()
+    of_first = [chunk for chunk in both.chunks if chunk.source == first]
+    assert [chunk.sha256 for chunk in of_first] == [chunk.sha256 for chunk in alone.chunks]
+    paths = {part.path for shard in both.shards if shard.source == first for part in shard.parts}
+    assert paths == {f"{first}/{file.path}" for file in alone.source.files}
+
+
 def test_the_name_of_a_single_source_is_in_no_path_and_not_in_the_dataset_key() -> None:
     keys = {build({name: sources("web")["web"]}, SPLIT).dataset_key for name in ("main", "other")}
     assert len(keys) == 1
