@@ -38,6 +38,7 @@ from fractions import Fraction
 import numpy as np
 
 from train.data.order import Int64Array, UInt64Array, mix, round_keys
+from train.data.phase_counts import whole_shares
 
 
 @dataclass(frozen=True)
@@ -175,32 +176,27 @@ class Mixture:
     def __init__(
         self, phases: Sequence[tuple[float, Sequence[float]]], samples: int, seed: int
     ) -> None:
-        weights = [[Fraction(repr(weight)) for weight in of_phase] for _, of_phase in phases]
         borders = [0, *(round(Fraction(repr(until)) * samples) for until, _ in phases[:-1])]
-        before = (0,) * len(weights[0])
-        ideal = [Fraction(0)] * len(before)
+        exact = [[Fraction(repr(weight)) for weight in weights] for _, weights in phases]
+        bounded = [  # a phase of a short run may be empty
+            (number, first, end)
+            for number, (first, end) in enumerate(itertools.pairwise(borders))
+            if first < end
+        ]
+        ideal = [[w / sum(exact[n]) * (end - first) for w in exact[n]] for n, first, end in bounded]
+        before, ahead = (0,) * len(exact[0]), [Fraction(0)] * len(exact[0])
         self._phases: list[_Phase] = []
-        for number, (first, of_phase) in enumerate(zip(borders, weights, strict=True)):
-            ahead = [Fraction(n) - goal for n, goal in zip(before, ideal, strict=True)]
-            keys = round_keys(seed, number, "mixture")
-            unit = math.lcm(*(weight.denominator for weight in of_phase))
-            shares, end = [int(weight * unit) for weight in of_phase], None
-            if number + 1 < len(phases):
-                end = borders[number + 1]
-                if first == end:  # of a short run
-                    continue
-                ideal = [
-                    done + weight / sum(of_phase) * (end - first)
-                    for done, weight in zip(ideal, of_phase, strict=True)
-                ]
-                allowed = [weight > 0 for weight in of_phase]
-                shares = _whole(ideal, before, allowed, end - first)
-            after = tuple(a + b for a, b in zip(before, shares, strict=True))
-            if end is not None:  # the mean of its begin and its end
-                at_end = [n - goal for n, goal in zip(after, ideal, strict=True)]
-                ahead = [(a + b) / 2 for a, b in zip(ahead, at_end, strict=True)]
-            self._phases.append(_Phase(first, end, before, _shifted(_tree(shares), ahead), keys))
-            before = after
+        shares = whole_shares(ideal)
+        for (number, first, end), goals, found in zip(bounded, ideal, shares, strict=True):
+            at_end = [a + n - goal for a, n, goal in zip(ahead, found, goals, strict=True)]
+            middle = [(a + b) / 2 for a, b in zip(ahead, at_end, strict=True)]
+            tree, keys = _shifted(_tree(found), middle), round_keys(seed, number, "mixture")
+            self._phases.append(_Phase(first, end, before, tree, keys))
+            before, ahead = tuple(a + b for a, b in zip(before, found, strict=True)), at_end
+        unit = math.lcm(*(weight.denominator for weight in exact[-1]))
+        tree = _shifted(_tree([int(weight * unit) for weight in exact[-1]]), ahead)
+        keys = round_keys(seed, len(phases) - 1, "mixture")
+        self._phases.append(_Phase(borders[-1], None, before, tree, keys))
 
     def samples(self, start: int, count: int) -> tuple[Int64Array, Int64Array]:
         """Return the samples [start, start + count) of the run: source, and its own number.
@@ -226,23 +222,3 @@ class Mixture:
         if done % 2:
             counts[int(phase.samples(done - 1, 1)[0][0])] += 1
         return counts
-
-
-def _whole(
-    ideal: Sequence[Fraction], before: Sequence[int], allowed: Sequence[bool], samples: int
-) -> list[int]:
-    """Share samples so that the counts of the sources are as near to the ideal as possible."""
-    shares = [
-        max(0, math.floor(goal - done)) if may else 0
-        for goal, done, may in zip(ideal, before, allowed, strict=True)
-    ]
-
-    def behind(source: int) -> Fraction:
-        return ideal[source] - before[source] - shares[source]
-
-    chosen = [source for source, may in enumerate(allowed) if may]
-    while sum(shares) < samples:
-        shares[max(chosen, key=behind)] += 1
-    while sum(shares) > samples:
-        shares[min((s for s in chosen if shares[s]), key=behind)] -= 1
-    return shares
