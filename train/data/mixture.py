@@ -183,7 +183,7 @@ class Mixture:
             for number, (first, end) in enumerate(itertools.pairwise(borders))
             if first < end
         ]
-        ideal = [[w / sum(exact[n]) * (end - first) for w in exact[n]] for n, first, end in bounded]
+        ideal = [_ideal(exact[number], end - first) for number, first, end in bounded]
         before, ahead = (0,) * len(exact[0]), [Fraction(0)] * len(exact[0])
         self._phases: list[_Phase] = []
         shares = whole_shares(ideal)
@@ -222,3 +222,9 @@ class Mixture:
         if done % 2:
             counts[int(phase.samples(done - 1, 1)[0][0])] += 1
         return counts
+
+
+def _ideal(weights: Sequence[Fraction], samples: int) -> list[Fraction]:
+    """Return the share of each source in some samples."""
+    per_weight = samples / sum(weights, Fraction(0))
+    return [weight * per_weight for weight in weights]

@@ -19,6 +19,7 @@ always.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections import deque
@@ -75,14 +76,16 @@ def _between(ends: Sequence[Sequence[Fraction]], limit: Fraction) -> list[_Sampl
         ends: Ideal counts at the borders, from 0.
         limit: Largest distance of a count from the ideal one at a border.
     """
-    samples = []
-    for source, counts in enumerate(zip(*ends, strict=True)):
-        for k in sorted({math.ceil(count) for count in counts if count.denominator > 1}):
-            far = {}
-            for phase, (first, end) in enumerate(zip(counts, [*counts[1:], k], strict=True)):
-                if first < min(end, k) and end > k - 1 and k - end <= limit >= first - k + 1:
-                    middle = k - Fraction(1, 2)
-                    far[phase] = max(first - middle, middle - end, Fraction(0))
+    samples, half = [], Fraction(1, 2)
+    for source, borders in enumerate(zip(*ends, strict=True)):
+        for k in sorted({math.ceil(count) for count in borders if count.denominator > 1}):
+            start = bisect.bisect_right(borders, k - 1) - 1
+            counts = [*borders[start : bisect.bisect_left(borders, k) + 1], Fraction(k)]
+            far = {
+                phase: max(first - k + half, k - half - end)
+                for phase, (first, end) in enumerate(itertools.pairwise(counts), start)
+                if first < end and k - end <= limit >= first - k + 1
+            }
             samples.append(_Sample(source, sorted(far, key=far.__getitem__)))
     return samples
 
