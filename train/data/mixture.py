@@ -31,14 +31,18 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
 
 from train.data.order import Int64Array, UInt64Array, mix, round_keys
 from train.data.phase_counts import whole_shares
+
+
+HALF = Fraction(1, 2)
+BOUND = 2  # a count that swaps could take farther from its ideal is left as it is
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,23 @@ class _Node:
     source: int = -1
     left: _Node | None = None
     right: _Node | None = None
+    step: int = 0
     offset: int = 0
+    unit: int = 1
+    error: Fraction = Fraction(0)  # of a source: it is never farther from its ideal, before swaps
 
     def left_counts(self, first: int, count: int) -> list[int]:
         """Return how many of the node's first samples, in ``count`` steps, the left child has."""
-        assert self.left is not None
-        value, step = first * self.left.weight + self.offset, self.left.weight
-        return [(value + i * step) // self.weight for i in range(count)]
+        value = first * self.step + self.offset
+        return [(value + i * self.step) // self.unit for i in range(count)]
+
+    def leaves(self) -> Iterator[_Node]:
+        """Yield the nodes of the sources."""
+        if self.left is None or self.right is None:
+            yield self
+        else:
+            yield from self.left.leaves()
+            yield from self.right.leaves()
 
 
 def _tree(weights: Sequence[int]) -> _Node:
@@ -72,37 +86,61 @@ def _tree(weights: Sequence[int]) -> _Node:
     raise AssertionError
 
 
-def _shifted(node: _Node, ahead: Sequence[Fraction]) -> _Node:
+def _shifted(
+    node: _Node,
+    begin: Sequence[Fraction],
+    end: Sequence[Fraction],
+    off: Fraction = Fraction(0),
+    error: Fraction = Fraction(0),
+) -> _Node:
     """Return the tree with offsets that let sources wait which are ahead of their ideal counts.
 
     Args:
-        ahead: Count minus ideal count of each source.
+        begin: Count minus ideal count of each source at the first sample of the phase.
+        end: The same at the end of the phase; in between it is on the straight line.
+        off: Bound of the distance of the node's count from its weight times the time.
+        error: The part of it which does not come from the offsets.
     """
-    if node.left is None or node.right is None:
-        return node
-    shift = (_mean(node.right, ahead) - _mean(node.left, ahead)) / 2
-    offset = min(max(0, math.floor((Fraction(1, 2) + shift) * node.weight)), node.weight - 1)
-    shift, moved = Fraction(offset, node.weight) - Fraction(1, 2), list(ahead)
-    _move(node.left, shift, moved)
-    _move(node.right, -shift, moved)
-    return _Node(node.weight, -1, _shifted(node.left, moved), _shifted(node.right, moved), offset)
+    weight, left, right = node.weight, node.left, node.right
+    if left is None or right is None:
+        return replace(node, error=error + max(abs(begin[node.source]), abs(end[node.source])))
+    offsets, moved = [], []
+    for ahead in (begin, end):
+        shift = HALF + (_mean(right, ahead) - _mean(left, ahead)) / 2
+        offsets.append(min(max(0, math.floor(shift * weight)), weight - 1))
+        shift = Fraction(2 * offsets[-1] + 1, 2 * weight) - HALF
+        moved.append(_moved(right, -shift, _moved(left, shift, ahead)))
+    drift = offsets[1] - offsets[0]
+    values = (left.weight * weight + drift, offsets[0] * weight, weight * weight)
+    step, offset, unit = (value // math.gcd(*values) for value in values)
+    # The node's own time, its count / its weight, differs from the phase's by off / weight.
+    late = Fraction(abs(drift), weight) * min(1, off / weight)
+    far = HALF + max(abs(Fraction(2 * n + 1, 2 * weight) - HALF) for n in offsets)
+    children = [
+        _shifted(
+            child,
+            *moved,
+            off * child.weight / weight + far,
+            error * child.weight / weight + HALF + late,
+        )
+        for child in (left, right)
+    ]
+    return _Node(weight, -1, *children, step, offset, unit)
 
 
 def _mean(node: _Node, ahead: Sequence[Fraction]) -> Fraction:
     """Return the mean of the sources of a node, by weight."""
-    if node.left is None or node.right is None:
-        return ahead[node.source]
-    parts = [_mean(child, ahead) * child.weight for child in (node.left, node.right)]
-    return sum(parts, Fraction(0)) / node.weight
+    return (
+        sum((ahead[leaf.source] * leaf.weight for leaf in node.leaves()), Fraction(0)) / node.weight
+    )
 
 
-def _move(node: _Node, shift: Fraction, ahead: list[Fraction]) -> None:
+def _moved(node: _Node, shift: Fraction, ahead: Sequence[Fraction]) -> list[Fraction]:
     """Add to the sources of a node their shares of a shift of its samples."""
-    if node.left is None or node.right is None:
-        ahead[node.source] += shift
-    else:
-        for child in (node.left, node.right):
-            _move(child, shift * child.weight / node.weight, ahead)
+    moved = list(ahead)
+    for leaf in node.leaves():
+        moved[leaf.source] += shift * leaf.weight / node.weight
+    return moved
 
 
 def _sources(node: _Node, first: int, count: int) -> Int64Array:
@@ -152,7 +190,10 @@ class _Phase:
         sources = _sources(self.tree, begin, end - begin)
         pairs = sources[: len(sources) // 2 * 2].reshape(-1, 2)  # a view
         numbers = np.arange(len(pairs), dtype=np.uint64) + np.uint64(begin // 2)
-        is_swapped = mix(mix(numbers + self.keys[0]) ^ self.keys[1]) % np.uint64(2) == 1
+        movable = np.zeros(len(self.before), bool)
+        movable[[leaf.source for leaf in self.tree.leaves() if leaf.error + HALF <= BOUND]] = True
+        is_swapped = movable[pairs].all(1)
+        is_swapped &= mix(mix(numbers + self.keys[0]) ^ self.keys[1]) % np.uint64(2) == 1
         pairs[is_swapped] = pairs[is_swapped, ::-1]
 
         own, counts = np.empty_like(sources), self.counts(begin)
@@ -189,12 +230,11 @@ class Mixture:
         shares = whole_shares(ideal)
         for (number, first, end), goals, found in zip(bounded, ideal, shares, strict=True):
             at_end = [a + n - goal for a, n, goal in zip(ahead, found, goals, strict=True)]
-            middle = [(a + b) / 2 for a, b in zip(ahead, at_end, strict=True)]
-            tree, keys = _shifted(_tree(found), middle), round_keys(seed, number, "mixture")
+            tree, keys = _shifted(_tree(found), ahead, at_end), round_keys(seed, number, "mixture")
             self._phases.append(_Phase(first, end, before, tree, keys))
             before, ahead = tuple(a + b for a, b in zip(before, found, strict=True)), at_end
         unit = math.lcm(*(weight.denominator for weight in exact[-1]))
-        tree = _shifted(_tree([int(weight * unit) for weight in exact[-1]]), ahead)
+        tree = _shifted(_tree([int(weight * unit) for weight in exact[-1]]), ahead, ahead)
         keys = round_keys(seed, len(phases) - 1, "mixture")
         self._phases.append(_Phase(borders[-1], None, before, tree, keys))
 
