@@ -4,8 +4,8 @@ r"""Sampling order of a mixture of sources, as a stateless function.
 
 **Phases.** The run's samples are cut into phases, each with a weight per source. The ideal count of
 a source after n samples is the sum of its shares (weight / sum of weights) of the samples so far. A
-phase but the last has a whole number of samples of each source, those that bring all sources as
-near to their ideal counts as possible; a source of weight 0 has none.
+phase but the last has a whole number of samples of each source, so that all counts are within 1 of
+the ideal at each border (`train.data.phase_counts`); a source of weight 0 has none.
 
 **In a phase.** A binary tree over the sources (Huffman, by weight) divides the samples:
 
@@ -15,15 +15,21 @@ near to their ideal counts as possible; a source of weight 0 has none.
                               /          \
                       code: 2 of 3    books: 1 of 3
 
-so any sample is found by one division per level. The offset is V / 2, which rounds to the nearest;
-in later phases it is moved so that sources wait which are ahead of their ideal counts. A node's
+so any sample is found by one division per level. The offset is V / 2, which rounds to the nearest.
+With phases it is moved so that sources wait which are ahead of their ideal counts; as these
+distances differ at a phase's begin and end, the offset grows or falls evenly in between. A node's
 rounding error is at most 1/2, and its children inherit it times their fractions: so no source is
-far from its share (docs/mixtures.md has the bound).
+far from its share.
 
 **Pairs.** Such a sequence repeats itself, as `web web code web`. So the two samples of each pair
-are swapped or not, by a hash of the seed and the pair's number. Pairs begin where the phase does.
+are swapped or not, by a hash of the seed and the pair's number. Pairs begin where the phase does. A
+swap moves a count by at most 1/2 beyond its largest error; sources that this could take farther
+than 2 from the ideal are not swapped.
 
-All numbers are integers of any size, so no count drifts, at any length of run.
+**Bound.** `Mixture.bound` is a proven bound of the distance of any count from its ideal, at any
+prefix: 2 with one phase, and with several the largest error before swaps, if that is above 2.
+
+All numbers are integers or fractions of any size, so no count drifts, at any length of run.
 """
 
 from __future__ import annotations
@@ -39,7 +45,6 @@ import numpy as np
 
 from train.data.order import Int64Array, UInt64Array, mix, round_keys
 from train.data.phase_counts import whole_shares
-
 
 HALF = Fraction(1, 2)
 BOUND = 2  # a count that swaps could take farther from its ideal is left as it is
@@ -104,28 +109,29 @@ def _shifted(
     weight, left, right = node.weight, node.left, node.right
     if left is None or right is None:
         return replace(node, error=error + max(abs(begin[node.source]), abs(end[node.source])))
-    offsets, moved = [], []
-    for ahead in (begin, end):
-        shift = HALF + (_mean(right, ahead) - _mean(left, ahead)) / 2
-        offsets.append(min(max(0, math.floor(shift * weight)), weight - 1))
-        shift = Fraction(2 * offsets[-1] + 1, 2 * weight) - HALF
-        moved.append(_moved(right, -shift, _moved(left, shift, ahead)))
-    drift = offsets[1] - offsets[0]
-    values = (left.weight * weight + drift, offsets[0] * weight, weight * weight)
+    shifts = [HALF + (_mean(right, ahead) - _mean(left, ahead)) / 2 for ahead in (begin, end)]
+    first, last = (min(max(0, math.floor(shift * weight)), weight - 1) for shift in shifts)
+    values = (left.weight * weight + last - first, first * weight, weight * weight)
     step, offset, unit = (value // math.gcd(*values) for value in values)
+    shifts = [Fraction(n, weight) + Fraction(1, 2 * unit) - HALF for n in (first, last)]
+    moved = [
+        _moved(right, -shift, _moved(left, shift, ahead))
+        for shift, ahead in zip(shifts, (begin, end), strict=True)
+    ]
     # The node's own time, its count / its weight, differs from the phase's by off / weight.
-    late = Fraction(abs(drift), weight) * min(1, off / weight)
-    far = HALF + max(abs(Fraction(2 * n + 1, 2 * weight) - HALF) for n in offsets)
-    children = [
+    late = abs(shifts[1] - shifts[0]) * min(Fraction(1), off / weight)
+    far = HALF + max(map(abs, shifts))
+    left, right = (
         _shifted(
             child,
-            *moved,
+            moved[0],
+            moved[1],
             off * child.weight / weight + far,
             error * child.weight / weight + HALF + late,
         )
         for child in (left, right)
-    ]
-    return _Node(weight, -1, *children, step, offset, unit)
+    )
+    return _Node(weight, -1, left, right, step, offset, unit)
 
 
 def _mean(node: _Node, ahead: Sequence[Fraction]) -> Fraction:
@@ -237,6 +243,8 @@ class Mixture:
         tree = _shifted(_tree([int(weight * unit) for weight in exact[-1]]), ahead, ahead)
         keys = round_keys(seed, len(phases) - 1, "mixture")
         self._phases.append(_Phase(borders[-1], None, before, tree, keys))
+        errors = [leaf.error for phase in self._phases for leaf in phase.tree.leaves()]
+        self.bound = float(max(Fraction(BOUND), *errors))  # no count is ever farther from its ideal
 
     def samples(self, start: int, count: int) -> tuple[Int64Array, Int64Array]:
         """Return the samples [start, start + count) of the run: source, and its own number.

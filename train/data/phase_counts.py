@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-LIMITS = [Fraction(n, 8) for n in (4, 5, 6, 7, 8)]
+LIMITS = (4, 5, 6, 7, 8)  # eighths of a sample
 
 
 @dataclass(eq=False)
@@ -49,16 +49,20 @@ def whole_shares(ideal: Sequence[Sequence[Fraction]]) -> list[list[int]]:
         Per phase the samples of each source, none where the ideal is 0. The sums of the phases are
         kept, and the count of a source is within 1 of its ideal at the end of each phase.
     """
-    ends = [[Fraction(0)] * len(ideal[0])] if ideal else []
+    if not ideal:
+        return []
+    unit = 8 * math.lcm(*(share.denominator for of_phase in ideal for share in of_phase))
+    ends = [[0] * len(ideal[0])]  # in units, as whole numbers of this size are faster
     for of_phase in ideal:
-        ends.append([done + share for done, share in zip(ends[-1], of_phase, strict=True)])
+        grown = [share.numerator * (unit // share.denominator) for share in of_phase]
+        ends.append([done + share for done, share in zip(ends[-1], grown, strict=True)])
     shares = [
-        [max(0, math.floor(end) - math.ceil(first)) for first, end in zip(*pair, strict=True)]
+        [max(0, end // unit + -first // unit) for first, end in zip(*pair, strict=True)]
         for pair in itertools.pairwise(ends)
     ]
     room = [int(sum(goal)) - sum(found) for goal, found in zip(ideal, shares, strict=True)]
     for limit in LIMITS:
-        samples = _place(_between(ends, limit), room)
+        samples = _place(_between(ends, unit, unit // 8 * limit), room)
         if samples is not None:
             break
     else:
@@ -69,22 +73,24 @@ def whole_shares(ideal: Sequence[Sequence[Fraction]]) -> list[list[int]]:
     return shares
 
 
-def _between(ends: Sequence[Sequence[Fraction]], limit: Fraction) -> list[_Sample]:
+def _between(ends: Sequence[Sequence[int]], unit: int, limit: int) -> list[_Sample]:
     """Return the samples that several phases could have, with a phase for what comes after all.
 
     Args:
-        ends: Ideal counts at the borders, from 0.
-        limit: Largest distance of a count from the ideal one at a border.
+        ends: Ideal counts at the borders, from 0, in units.
+        unit: Units of one sample.
+        limit: Largest distance of a count from the ideal one at a border, in units.
     """
-    samples, half = [], Fraction(1, 2)
+    samples = []
     for source, borders in enumerate(zip(*ends, strict=True)):
-        for k in sorted({math.ceil(count) for count in borders if count.denominator > 1}):
-            start = bisect.bisect_right(borders, k - 1) - 1
-            counts = [*borders[start : bisect.bisect_left(borders, k) + 1], Fraction(k)]
+        for k in sorted({-(-count // unit) for count in borders if count % unit}):
+            begin, middle, done = (k - 1) * unit, k * unit - unit // 2, k * unit
+            start = bisect.bisect_right(borders, begin) - 1
+            counts = [*borders[start : bisect.bisect_left(borders, done) + 1], done]
             far = {
-                phase: max(first - k + half, k - half - end)
+                phase: max(first - middle, middle - end)
                 for phase, (first, end) in enumerate(itertools.pairwise(counts), start)
-                if first < end and k - end <= limit >= first - k + 1
+                if first < end and done - end <= limit >= first - begin
             }
             samples.append(_Sample(source, sorted(far, key=far.__getitem__)))
     return samples
