@@ -4,8 +4,8 @@ r"""Sampling order of a mixture of sources, as a stateless function.
 
 **Phases.** The run's samples are cut into phases, each with a weight per source. The ideal count of
 a source after n samples is the sum of its shares (weight / sum of weights) of the samples so far. A
-phase but the last has a whole number of samples of each source, those that bring all sources as
-near to their ideal counts as possible; a source of weight 0 has none.
+phase but the last has a whole number of samples of each source, so that all counts are within 1 of
+the ideal at each border (`train.data.phase_counts`); a source of weight 0 has none.
 
 **In a phase.** A binary tree over the sources (Huffman, by weight) divides the samples:
 
@@ -15,15 +15,21 @@ near to their ideal counts as possible; a source of weight 0 has none.
                               /          \
                       code: 2 of 3    books: 1 of 3
 
-so any sample is found by one division per level. The offset is V / 2, which rounds to the nearest;
-in later phases it is moved so that sources wait which are ahead of their ideal counts. A node's
+so any sample is found by one division per level. The offset is V / 2, which rounds to the nearest.
+With phases it is moved so that sources wait which are ahead of their ideal counts; as these
+distances differ at a phase's begin and end, the offset grows or falls evenly in between. A node's
 rounding error is at most 1/2, and its children inherit it times their fractions: so no source is
-far from its share (docs/mixtures.md has the bound).
+far from its share.
 
 **Pairs.** Such a sequence repeats itself, as `web web code web`. So the two samples of each pair
-are swapped or not, by a hash of the seed and the pair's number. Pairs begin where the phase does.
+are swapped or not, by a hash of the seed and the pair's number. Pairs begin where the phase does. A
+swap moves a count by at most 1/2 beyond its largest error; sources that this could take farther
+than 2 from the ideal are not swapped.
 
-All numbers are integers of any size, so no count drifts, at any length of run.
+**Bound.** `Mixture.bound` is a proven bound of the distance of any count from its ideal, at any
+prefix: 2 with one phase, and with several the largest error before swaps, if that is above 2.
+
+All numbers are integers or fractions of any size, so no count drifts, at any length of run.
 """
 
 from __future__ import annotations
@@ -31,13 +37,17 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
 
 from train.data.order import Int64Array, UInt64Array, mix, round_keys
+from train.data.phase_counts import whole_shares
+
+HALF = Fraction(1, 2)
+BOUND = 2  # a count that swaps could take farther from its ideal is left as it is
 
 
 @dataclass(frozen=True)
@@ -48,13 +58,23 @@ class _Node:
     source: int = -1
     left: _Node | None = None
     right: _Node | None = None
+    step: int = 0
     offset: int = 0
+    unit: int = 1
+    error: Fraction = Fraction(0)  # of a source: it is never farther from its ideal, before swaps
 
     def left_counts(self, first: int, count: int) -> list[int]:
         """Return how many of the node's first samples, in ``count`` steps, the left child has."""
-        assert self.left is not None
-        value, step = first * self.left.weight + self.offset, self.left.weight
-        return [(value + i * step) // self.weight for i in range(count)]
+        value = first * self.step + self.offset
+        return [(value + i * self.step) // self.unit for i in range(count)]
+
+    def leaves(self) -> Iterator[_Node]:
+        """Yield the nodes of the sources."""
+        if self.left is None or self.right is None:
+            yield self
+        else:
+            yield from self.left.leaves()
+            yield from self.right.leaves()
 
 
 def _tree(weights: Sequence[int]) -> _Node:
@@ -71,37 +91,62 @@ def _tree(weights: Sequence[int]) -> _Node:
     raise AssertionError
 
 
-def _shifted(node: _Node, ahead: Sequence[Fraction]) -> _Node:
+def _shifted(
+    node: _Node,
+    begin: Sequence[Fraction],
+    end: Sequence[Fraction],
+    off: Fraction = Fraction(0),
+    error: Fraction = Fraction(0),
+) -> _Node:
     """Return the tree with offsets that let sources wait which are ahead of their ideal counts.
 
     Args:
-        ahead: Count minus ideal count of each source.
+        begin: Count minus ideal count of each source at the first sample of the phase.
+        end: The same at the end of the phase; in between it is on the straight line.
+        off: Bound of the distance of the node's count from its weight times the time.
+        error: The part of it which does not come from the offsets.
     """
-    if node.left is None or node.right is None:
-        return node
-    shift = (_mean(node.right, ahead) - _mean(node.left, ahead)) / 2
-    offset = min(max(0, math.floor((Fraction(1, 2) + shift) * node.weight)), node.weight - 1)
-    shift, moved = Fraction(offset, node.weight) - Fraction(1, 2), list(ahead)
-    _move(node.left, shift, moved)
-    _move(node.right, -shift, moved)
-    return _Node(node.weight, -1, _shifted(node.left, moved), _shifted(node.right, moved), offset)
+    weight, left, right = node.weight, node.left, node.right
+    if left is None or right is None:
+        return replace(node, error=error + max(abs(begin[node.source]), abs(end[node.source])))
+    shifts = [HALF + (_mean(right, ahead) - _mean(left, ahead)) / 2 for ahead in (begin, end)]
+    first, last = (min(max(0, math.floor(shift * weight)), weight - 1) for shift in shifts)
+    values = (left.weight * weight + last - first, first * weight, weight * weight)
+    step, offset, unit = (value // math.gcd(*values) for value in values)
+    shifts = [Fraction(n, weight) + Fraction(1, 2 * unit) - HALF for n in (first, last)]
+    moved = [
+        _moved(right, -shift, _moved(left, shift, ahead))
+        for shift, ahead in zip(shifts, (begin, end), strict=True)
+    ]
+    # The node's own time, its count / its weight, differs from the phase's by off / weight.
+    late = abs(shifts[1] - shifts[0]) * min(Fraction(1), off / weight)
+    far = HALF + max(map(abs, shifts))
+    left, right = (
+        _shifted(
+            child,
+            moved[0],
+            moved[1],
+            off * child.weight / weight + far,
+            error * child.weight / weight + HALF + late,
+        )
+        for child in (left, right)
+    )
+    return _Node(weight, -1, left, right, step, offset, unit)
 
 
 def _mean(node: _Node, ahead: Sequence[Fraction]) -> Fraction:
     """Return the mean of the sources of a node, by weight."""
-    if node.left is None or node.right is None:
-        return ahead[node.source]
-    parts = [_mean(child, ahead) * child.weight for child in (node.left, node.right)]
-    return sum(parts, Fraction(0)) / node.weight
+    return (
+        sum((ahead[leaf.source] * leaf.weight for leaf in node.leaves()), Fraction(0)) / node.weight
+    )
 
 
-def _move(node: _Node, shift: Fraction, ahead: list[Fraction]) -> None:
+def _moved(node: _Node, shift: Fraction, ahead: Sequence[Fraction]) -> list[Fraction]:
     """Add to the sources of a node their shares of a shift of its samples."""
-    if node.left is None or node.right is None:
-        ahead[node.source] += shift
-    else:
-        for child in (node.left, node.right):
-            _move(child, shift * child.weight / node.weight, ahead)
+    moved = list(ahead)
+    for leaf in node.leaves():
+        moved[leaf.source] += shift * leaf.weight / node.weight
+    return moved
 
 
 def _sources(node: _Node, first: int, count: int) -> Int64Array:
@@ -151,7 +196,10 @@ class _Phase:
         sources = _sources(self.tree, begin, end - begin)
         pairs = sources[: len(sources) // 2 * 2].reshape(-1, 2)  # a view
         numbers = np.arange(len(pairs), dtype=np.uint64) + np.uint64(begin // 2)
-        is_swapped = mix(mix(numbers + self.keys[0]) ^ self.keys[1]) % np.uint64(2) == 1
+        movable = np.zeros(len(self.before), bool)
+        movable[[leaf.source for leaf in self.tree.leaves() if leaf.error + HALF <= BOUND]] = True
+        is_swapped = movable[pairs].all(1)
+        is_swapped &= mix(mix(numbers + self.keys[0]) ^ self.keys[1]) % np.uint64(2) == 1
         pairs[is_swapped] = pairs[is_swapped, ::-1]
 
         own, counts = np.empty_like(sources), self.counts(begin)
@@ -175,32 +223,28 @@ class Mixture:
     def __init__(
         self, phases: Sequence[tuple[float, Sequence[float]]], samples: int, seed: int
     ) -> None:
-        weights = [[Fraction(repr(weight)) for weight in of_phase] for _, of_phase in phases]
         borders = [0, *(round(Fraction(repr(until)) * samples) for until, _ in phases[:-1])]
-        before = (0,) * len(weights[0])
-        ideal = [Fraction(0)] * len(before)
+        exact = [[Fraction(repr(weight)) for weight in weights] for _, weights in phases]
+        bounded = [  # a phase of a short run may be empty
+            (number, first, end)
+            for number, (first, end) in enumerate(itertools.pairwise(borders))
+            if first < end
+        ]
+        ideal = [_ideal(exact[number], end - first) for number, first, end in bounded]
+        before, ahead = (0,) * len(exact[0]), [Fraction(0)] * len(exact[0])
         self._phases: list[_Phase] = []
-        for number, (first, of_phase) in enumerate(zip(borders, weights, strict=True)):
-            ahead = [Fraction(n) - goal for n, goal in zip(before, ideal, strict=True)]
-            keys = round_keys(seed, number, "mixture")
-            unit = math.lcm(*(weight.denominator for weight in of_phase))
-            shares, end = [int(weight * unit) for weight in of_phase], None
-            if number + 1 < len(phases):
-                end = borders[number + 1]
-                if first == end:  # of a short run
-                    continue
-                ideal = [
-                    done + weight / sum(of_phase) * (end - first)
-                    for done, weight in zip(ideal, of_phase, strict=True)
-                ]
-                allowed = [weight > 0 for weight in of_phase]
-                shares = _whole(ideal, before, allowed, end - first)
-            after = tuple(a + b for a, b in zip(before, shares, strict=True))
-            if end is not None:  # the mean of its begin and its end
-                at_end = [n - goal for n, goal in zip(after, ideal, strict=True)]
-                ahead = [(a + b) / 2 for a, b in zip(ahead, at_end, strict=True)]
-            self._phases.append(_Phase(first, end, before, _shifted(_tree(shares), ahead), keys))
-            before = after
+        shares = whole_shares(ideal)
+        for (number, first, end), goals, found in zip(bounded, ideal, shares, strict=True):
+            at_end = [a + n - goal for a, n, goal in zip(ahead, found, goals, strict=True)]
+            tree, keys = _shifted(_tree(found), ahead, at_end), round_keys(seed, number, "mixture")
+            self._phases.append(_Phase(first, end, before, tree, keys))
+            before, ahead = tuple(a + b for a, b in zip(before, found, strict=True)), at_end
+        unit = math.lcm(*(weight.denominator for weight in exact[-1]))
+        tree = _shifted(_tree([int(weight * unit) for weight in exact[-1]]), ahead, ahead)
+        keys = round_keys(seed, len(phases) - 1, "mixture")
+        self._phases.append(_Phase(borders[-1], None, before, tree, keys))
+        errors = [leaf.error for phase in self._phases for leaf in phase.tree.leaves()]
+        self.bound = float(max(Fraction(BOUND), *errors))  # no count is ever farther from its ideal
 
     def samples(self, start: int, count: int) -> tuple[Int64Array, Int64Array]:
         """Return the samples [start, start + count) of the run: source, and its own number.
@@ -228,21 +272,7 @@ class Mixture:
         return counts
 
 
-def _whole(
-    ideal: Sequence[Fraction], before: Sequence[int], allowed: Sequence[bool], samples: int
-) -> list[int]:
-    """Share samples so that the counts of the sources are as near to the ideal as possible."""
-    shares = [
-        max(0, math.floor(goal - done)) if may else 0
-        for goal, done, may in zip(ideal, before, allowed, strict=True)
-    ]
-
-    def behind(source: int) -> Fraction:
-        return ideal[source] - before[source] - shares[source]
-
-    chosen = [source for source, may in enumerate(allowed) if may]
-    while sum(shares) < samples:
-        shares[max(chosen, key=behind)] += 1
-    while sum(shares) > samples:
-        shares[min((s for s in chosen if shares[s]), key=behind)] -= 1
-    return shares
+def _ideal(weights: Sequence[Fraction], samples: int) -> list[Fraction]:
+    """Return the share of each source in some samples."""
+    per_weight = samples / sum(weights, Fraction(0))
+    return [weight * per_weight for weight in weights]
