@@ -383,7 +383,7 @@ class Trainer:
             "identity": self.run.identity,
             "shards": shards_hash(self.run.train_data.manifest.shards),
             "arithmetic": self.arithmetic(),
-            "environment": numerics.environment(self.world.device),
+            "environment": numerics.environment(self.world.device, compiled=self.compiled),
         }
 
     def arithmetic(self) -> dict[str, Any]:

@@ -90,8 +90,7 @@ def test_another_processor_is_refused_or_recorded(
     for folder in directory.checkpoints(run.folder)[1:]:
         shutil.rmtree(folder)
     (run.folder / "final.json").unlink()
-    monkeypatch.setattr(numerics, "environment", lambda device: {"instructions": "other"})
-    monkeypatch.setattr("train.invariant.environment", lambda device: {"instructions": "other"})
+    monkeypatch.setattr(numerics, "environment", lambda device, compiled: {"instructions": "other"})
     with pytest.raises(UserError, match=r"train\.invariant"):
         train_here()
     monkeypatch.setenv("GPT2_OTHER_ROUNDING", "1")

@@ -49,8 +49,8 @@ def conditions_hash(conditions: Iterable[Mapping[str, Any]], step: int) -> str:
 
 
 def shards_hash(shards: Iterable[Shard]) -> str:
-    """Hash the names and hashes of all shards of the data."""
-    return atomic.sha256_json([[shard.name, shard.sha256] for shard in shards])
+    """Hash the names, sources and hashes of all shards of the data, in their order."""
+    return atomic.sha256_json([[shard.name, shard.source, shard.sha256] for shard in shards])
 
 
 def link_hash(link: Mapping[str, Any], before: str | None) -> str:
