@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -15,10 +16,10 @@ import torch
 
 from model.files import save_tensors
 from pipeline.runtime import command
-from pipeline.runtime.errors import UserError
+from pipeline.runtime.errors import Stopped, UserError
 from pipeline.store import atomic
 from tests.support.forge import TRAIN, match_again
-from tests.support.training import Project, stop_in, train_here
+from tests.support.training import Project, train_here
 from train.audit import __main__ as audit
 from train.audit.judge import Judge
 from train.audit.run_folder import Audited
@@ -305,9 +306,12 @@ def test_honest_runs_with_a_skipped_step_or_other_val_tokens_are_equal(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, optimize, current = InvariantTrainer.step, InvariantTrainer.optimize, [0]
+    stops = iter([4])  # once, after the validation
 
     def note(self: InvariantTrainer, number: int, *rest: Any) -> Any:
         current[0] = number
+        if number == 4 and next(stops, None):
+            os.kill(os.getpid(), signal.SIGTERM)
         return step(self, number, *rest)
 
     def poison(self: InvariantTrainer, loss: torch.Tensor) -> torch.Tensor:
@@ -317,11 +321,13 @@ def test_honest_runs_with_a_skipped_step_or_other_val_tokens_are_equal(
     with monkeypatch.context() as patch:
         patch.setattr(InvariantTrainer, "step", note)
         patch.setattr(InvariantTrainer, "optimize", poison)
-        stop_in(patch, "validate", 1)
+        with pytest.raises(Stopped):
+            train_here()
         project.write(train={**TRAIN, "non_finite": "skip", "val_tokens": 160})
         folder = train_here().folder
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         assert [r["step"] for r in log if "skipped" in r] == [3]
+        assert [r["val_tokens"] for r in log if "val/loss" in r] == [200, 160, 160]
         assert audit_all(folder) == EQUAL
     # Here the step is finite.
     assert audit_all(folder) == audit.DIFFERS
