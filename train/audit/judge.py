@@ -18,6 +18,7 @@ from train.audit.replay import LOGGED_STEP, Job, Replayed, prepare, replay
 from train.audit.run_folder import Audited
 from train.audit.segments import Segment
 from train.checkpoint.chain import shards_hash
+from train.monitor.history import SOURCE_LOSS
 from train.numerics import environment
 
 Answer = Literal["equal", "differs", "cannot judge"]
@@ -148,10 +149,11 @@ class Judge:
             step = record["step"]
             now: dict[str, Any] = dict(zip(LOGGED_STEP, found.steps[step], strict=True))
             if "val/loss" in record:
-                now["val/loss"] = found.validations[step, record["val_tokens"]]
-            for name, value in now.items():
-                if name in record and record[name] != value:
-                    return f"{name} of step {step}: {record[name]} in the log, {value} here"
+                now |= found.validations[step, record["val_tokens"]]
+            for name, value in record.items():
+                is_compared = name in now or name.startswith(SOURCE_LOSS)
+                if is_compared and value != now.get(name):
+                    return f"{name} of step {step}: {value} in the log, {now.get(name)} here"
         skipped = {record["step"] for record in records if "skipped" in record}
         if differs := skipped ^ {step for step, row in found.steps.items() if None in row}:
             step = min(differs)

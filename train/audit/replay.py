@@ -33,10 +33,12 @@ from train.distributed.rendezvous import process_group
 from train.distributed.torchrun import run_torchrun
 from train.distributed.world import World
 from train.invariant import InvariantTrainer
+from train.monitor.history import SOURCE_LOSS
 from train.optim.param_groups import flat_state
 from train.params import ModelParams, TrainParams
 from train.run import TOKENS, Run
 from train.trainer import Trainer
+from train.validation import source_parts
 
 RESULT = "replayed.json"
 FIXED = ("micro_batch", "loss_chunk", "compile", "overlap", "attention")
@@ -95,13 +97,13 @@ class Replayed:
 
     Attributes:
         steps: Step -> the numbers of `LOGGED_STEP`; None: non-finite.
-        validations: (step, `val_tokens`) -> loss, None: non-finite.
+        validations: (step, `val_tokens`) -> losses by their name in the log; None: non-finite.
         samples: Seen after the last step.
         files: Hashes of weights and optimizer state after the last step.
     """
 
     steps: dict[int, list[float | None]]
-    validations: dict[tuple[int, int], float | None]
+    validations: dict[tuple[int, int], dict[str, float | None]]
     samples: int
     files: dict[str, str]
 
@@ -110,7 +112,7 @@ class Replayed:
         """Read what `steps_again` returned."""
         return cls(
             {step: row for step, *row in found["steps"]},
-            {(step, n): loss for step, n, loss in found["validations"]},
+            {(step, n): losses for step, n, losses in found["validations"]},
             found["samples"],
             found["files"],
         )
@@ -194,15 +196,18 @@ def steps_again(job: Job, world: World) -> dict[str, Any]:
         device=world.device,
     )
     steps: list[list[float | None]] = []
-    validations: list[tuple[int, int, float | None]] = []
+    validations: list[tuple[int, int, dict[str, float | None]]] = []
     with batches, Interrupt(world) as interrupt:
         for step in range(job.first, job.stop):
             rate, numbers = trainer.step(step, batches, interrupt)
             row = [run.tokens(step + 1), rate, *numbers.tolist()]
             steps.append([step + 1, *map(_finite, row)])
             for n in [n for at, n in job.validations if at == step + 1]:
-                loss = trainer.loss_on(run.val_data, n, interrupt)
-                validations.append((step + 1, n, _finite(loss)))
+                texts = {"val/loss": (run.val_data, n)}
+                for name, part in source_parts(run.val_data, n).items():
+                    texts[f"{SOURCE_LOSS}{name}"] = part
+                losses = {k: _finite(trainer.loss_on(*v, interrupt)) for k, v in texts.items()}
+                validations.append((step + 1, n, losses))
     if not world.first:
         return {}
     state = trainer.state(job.stop)
