@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pipeline.runtime.errors import UserError
+from train import numerics
 from train.checkpoint.chain import Chain
 from train.data.loader import Batches
 from train.distributed.interrupt import Interrupt
@@ -57,7 +58,7 @@ class InvariantTrainer(Trainer):
         Raises:
             UserError: On all ranks.
         """
-        ranks = self.world.gather((process_name(self.world.rank), _flat(self.conditions())))
+        ranks = self.world.gather((process_name(self.world.rank), self._rounding()))
         (_, first), *others = ranks
         for name, found in others:
             if differs := [key for key in {**first, **found} if found.get(key) != first.get(key)]:
@@ -74,7 +75,8 @@ class InvariantTrainer(Trainer):
         """
         if self.world.broadcast(self.run.machine.other_rounding) or "chain" not in state:
             return
-        before, now = _flat(Chain.of(state).conditions[-1]), _flat(self.conditions())
+        last, now = Chain.of(state).conditions[-1], self._rounding()
+        before = {**last["arithmetic"], **last["environment"]}
         for name in {**before, **now}:
             then, here = before.get(name), now.get(name)
             if then != here:
@@ -83,6 +85,13 @@ class InvariantTrainer(Trainer):
                     "here, which rounds differently; resume where it is the same, or set "
                     "GPT2_OTHER_ROUNDING=1 to continue as a run that is not invariant"
                 )
+
+    def _rounding(self) -> dict[str, Any]:
+        """What decides the bits in addition to parameters, code and data."""
+        device = self.world.device
+        found = {**self.arithmetic(), **numerics.environment(device, compiled=self.compiled)}
+        del found["world_size"]
+        return found
 
     def conditions(self) -> dict[str, Any]:
         """All that decides the bits of the next steps; not the number of processes."""
@@ -146,8 +155,3 @@ class InvariantTrainer(Trainer):
     def _add(self, left: Tensor, right: Tensor) -> Tensor:
         self._free.append(right)
         return left.add_(right)
-
-
-def _flat(conditions: dict[str, Any]) -> dict[str, Any]:
-    """What decides the rounding, by name; code and data are compared elsewhere."""
-    return {**conditions["arithmetic"], **conditions["environment"]}
