@@ -205,7 +205,11 @@ def test_malformed_folders_end_in_one_line(honest: Path) -> None:
         return edit
 
     def replace(name: str) -> Callable[[Path], object]:
-        return lambda folder: ((folder / name).unlink(), (folder / name).mkdir())
+        def edit(folder: Path) -> None:
+            (folder / name).unlink()
+            (folder / name).mkdir()
+
+        return edit
 
     for edit, expected in (
         (state(lambda found: found.update(chain=[1])), REFUSED),
