@@ -173,12 +173,11 @@ def test_chains_that_are_right_in_themselves_are_not_all_equal(
     project: Project, honest: Path
 ) -> None:
     """Every hash matches, and the head is pinned."""
-    assert audit_all(edited(honest, lambda found, folder: None)) == EQUAL
+    assert audit_all(edited(honest, pipes_in_checkpoints)) == EQUAL
     for edit, expected in (
         (other_rate_in_the_middle, audit.DIFFERS),
         (begins_after_step_2, audit.CANNOT_JUDGE),
         (identity(dataset_key="f" * 64), audit.DIFFERS),
-        (identity(starts_from="f" * 64), audit.CANNOT_JUDGE),
         (train(unknown=1), audit.CANNOT_JUDGE),
         (train(init="checkpoint /etc"), audit.CANNOT_JUDGE),
         (train(dtype="float16"), audit.CANNOT_JUDGE),
@@ -189,7 +188,6 @@ def test_chains_that_are_right_in_themselves_are_not_all_equal(
         (many_processes, audit.CANNOT_JUDGE),
         (lambda found, folder: found.conditions[0].update(since=10**9), audit.DIFFERS),
         (large_validations, audit.CANNOT_JUDGE),
-        (pipes_in_checkpoints, EQUAL),
         (links_for_weights, audit.CANNOT_JUDGE),
     ):
         assert audit_all(edited(honest, edit)) == expected, edit
@@ -291,6 +289,7 @@ def test_figures_outside_of_the_links_are_compared(honest: Path) -> None:
     assert status(honest, "--chain", "--head", head) == EQUAL
     shutil.copy(directory.checkpoints(honest)[0] / directory.MODEL, "artifacts/checkpoint")
     assert status(honest, "--chain", "--head", head) == audit.DIFFERS
+    shutil.rmtree("artifacts/checkpoint")
 
 
 def test_deleting_checkpoints_does_not_change_what_is_drawn(
