@@ -51,8 +51,8 @@ def test_an_honest_run_is_equal_and_another_processor_cannot_judge(
 
 
 def test_forgeries_are_found_where_they_are(project: Project, honest: Path) -> None:
-    """One of each kind; 200 are planted by tests.soak.audit."""
-    for seed, kind in enumerate(KINDS):
+    """Of every other kind; 200 of all are planted by tests.soak.audit."""
+    for seed, kind in enumerate(KINDS[::2]):
         forgery = Forgery(kind, 3, seed)  # the last segment: the fewest steps to train
         run = Audited.open(forge(project, honest, forgery))
         assert not problems(run, run.chain.head)
@@ -63,7 +63,7 @@ def test_forgeries_are_found_where_they_are(project: Project, honest: Path) -> N
 def test_edits_are_found_without_running_anything(project: Project, honest: Path) -> None:
     run = Audited.open(honest)
     assert not problems(run, run.chain.head)
-    for seed in range(20):
+    for seed in range(12):
         copy = project.folder / "edited" / honest.name
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(honest, copy)

@@ -129,6 +129,17 @@ def other_rate_in_the_middle(found: Chain, folder: Path) -> None:
     found.conditions.append(later)
 
 
+def other_code_in_the_middle(found: Chain, folder: Path) -> None:
+    found.conditions.append({**deepcopy(found.conditions[0]), "since": 2})
+    found.conditions[0]["identity"]["code_key"] = "0" * 64
+
+
+def adopted_in_the_middle(found: Chain, folder: Path) -> None:
+    other_code_in_the_middle(found, folder)
+    key = atomic.sha256_json(found.conditions[0]["identity"])
+    reseal(folder / RECORD, adopted=[{"run_key": key, "code_key": "0" * 64, "step": 2}])
+
+
 def begins_after_step_2(found: Chain, folder: Path) -> None:
     del found.links[0]
     found.start = found.conditions[0]["since"] = 2
@@ -176,6 +187,8 @@ def test_chains_that_are_right_in_themselves_are_not_all_equal(
     assert audit_all(edited(honest, pipes_in_checkpoints)) == EQUAL
     for edit, expected in (
         (other_rate_in_the_middle, audit.DIFFERS),
+        (other_code_in_the_middle, audit.DIFFERS),
+        (adopted_in_the_middle, audit.CANNOT_JUDGE),
         (begins_after_step_2, audit.CANNOT_JUDGE),
         (identity(dataset_key="f" * 64), audit.DIFFERS),
         (train(unknown=1), audit.CANNOT_JUDGE),
