@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from pipeline.runtime.errors import UserError
+from train import numerics
 from train.checkpoint.chain import Chain
 from train.data.loader import Batches
 from train.distributed.interrupt import Interrupt
 from train.distributed.world import World, process_name
 from train.evals import hellaswag
-from train.numerics import environment, summed_loss
+from train.numerics import summed_loss
 from train.optim.param_groups import set_rates
 from train.run import Run
 from train.summation import Counter, most_nodes, sum_over_ranks
@@ -46,44 +47,51 @@ class InvariantTrainer(Trainer):
             from torch._inductor import config
 
             config.deterministic = True
-        self._check_same_environment()
+        self._check_same_conditions()
         # A flat buffer that any bucket can be cut from: one slice per rank.
         self._size = -(-sum(p.numel() for p in self.named.values()) // world.size) * world.size
         self._free: list[Tensor] = []
 
-    def _check_same_environment(self) -> None:
-        """Refuse ranks of other processors or libraries than rank 0.
+    def _check_same_conditions(self) -> None:
+        """Refuse ranks of other processors, libraries or settings than rank 0.
 
         Raises:
             UserError: On all ranks.
         """
-        ranks = self.world.gather((process_name(self.world.rank), environment(self.world.device)))
+        ranks = self.world.gather((process_name(self.world.rank), self._rounding()))
         (_, first), *others = ranks
         for name, found in others:
             if differs := [key for key in {**first, **found} if found.get(key) != first.get(key)]:
                 raise UserError(
                     f"train.invariant: {name}: {', '.join(differs)}: not as on rank 0; use nodes "
-                    "of one kind, or invariant: null"
+                    "of one kind and setting, or invariant: null"
                 )
 
     def compare_arithmetic(self, state: dict[str, Any]) -> None:
         """Refuse to resume where the next steps would round differently than those before.
 
         Raises:
-            UserError: On all ranks, unless `other_rounding` of machine.yaml allows it.
+            UserError: On all ranks, unless `other_rounding` of rank 0's machine.yaml allows it.
         """
-        if self.run.machine.other_rounding or "chain" not in state:
+        if self.world.broadcast(self.run.machine.other_rounding) or "chain" not in state:
             return
-        before, now = Chain.of(state).conditions[-1], self.conditions()
-        for part in ("arithmetic", "environment"):
-            for name in {**before[part], **now[part]}:
-                then, here = before[part].get(name), now[part].get(name)
-                if then != here:
-                    raise UserError(
-                        f"train.invariant: {name}: {then} up to step {state['step']}, but {here} "
-                        "here, which rounds differently; resume where it is the same, or set "
-                        "GPT2_OTHER_ROUNDING=1 to continue as a run that is not invariant"
-                    )
+        last, now = Chain.of(state).conditions[-1], self._rounding()
+        before = {**last["arithmetic"], **last["environment"]}
+        for name in {**before, **now}:
+            then, here = before.get(name), now.get(name)
+            if then != here:
+                raise UserError(
+                    f"train.invariant: {name}: {then} up to step {state['step']}, but {here} "
+                    "here, which rounds differently; resume where it is the same, or set "
+                    "GPT2_OTHER_ROUNDING=1 to continue as a run that is not invariant"
+                )
+
+    def _rounding(self) -> dict[str, Any]:
+        """What decides the bits in addition to parameters, code and data."""
+        device = self.world.device
+        found = {**self.arithmetic(), **numerics.environment(device, compiled=self.compiled)}
+        del found["world_size"]
+        return found
 
     def conditions(self) -> dict[str, Any]:
         """All that decides the bits of the next steps; not the number of processes."""

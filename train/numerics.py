@@ -17,6 +17,8 @@ import safetensors
 import torch
 from torch import Tensor
 
+from train.distributed import compiler
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 # Values of ONEDNN_MAX_CPU_ISA that leave a CPU its instructions for bfloat16 (oneDNN, "CPU
@@ -184,28 +186,42 @@ _MATH_SETTINGS = (
 )  # fmt: skip
 
 
-def environment(device: torch.device) -> dict[str, str]:
+def environment(device: torch.device, *, compiled: bool = False) -> dict[str, str]:
     """What the last bits depend on in addition to parameters, samples and settings of a run.
 
     Returns:
-        Version of PyTorch, which brings its libraries; the processor, or the GPU with its
+        Versions of PyTorch, which brings its libraries, of the C library, whose cosine the schedule
+        uses, and of safetensors, because files are hashed; the processor, or the GPU with its
         libraries; on a CPU the instructions that PyTorch uses, and the variables that limit MKL's
-        and oneDNN's.
+        and oneDNN's; of a compiled model the variables of Inductor and, on a CPU, the compiler.
     """
+    found = {
+        "torch": torch.__version__,
+        "safetensors": safetensors.__version__,
+        "libc": " ".join(platform.libc_ver()),
+    }
+    if compiled:
+        prefix, no_matter = "TORCHINDUCTOR_", ("CACHE_DIR", "COMPILE_THREADS")
+        found |= {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(prefix) and name.removeprefix(prefix) not in no_matter
+        }
     if device.type == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         return {
-            "torch": torch.__version__,
+            **found,
             "gpu": f"{torch.cuda.get_device_name(device)} ({capability})",
             "cuda": str(torch.version.cuda),
             "cudnn": str(torch.backends.cudnn.version()),
         }
     return {
-        "torch": torch.__version__,
+        **found,
         "cpu": _cpu_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "flags": _simd_flags(),
         **{name: os.environ[name] for name in _MATH_SETTINGS if name in os.environ},
+        **({"compiler": compiler.version()} if compiled else {}),
     }
 
 

@@ -200,9 +200,8 @@ class Trainer:
         except RuntimeError as error:
             if not numerics.is_out_of_memory(error):
                 raise
-            raise UserError(
-                fit.out_of_memory(self.split.micro_batch, self.run.model.block_size, device)
-            ) from None
+            fixed = self.params.invariant is not None
+            raise UserError(fit.out_of_memory(*shape, device, invariant=fixed)) from None
         del moments
 
     def dry_passes(self, inputs: Tensor, targets: Tensor) -> None:
@@ -383,7 +382,7 @@ class Trainer:
             "identity": self.run.identity,
             "shards": shards_hash(self.run.train_data.manifest.shards),
             "arithmetic": self.arithmetic(),
-            "environment": numerics.environment(self.world.device),
+            "environment": numerics.environment(self.world.device, compiled=self.compiled),
         }
 
     def arithmetic(self) -> dict[str, Any]:

@@ -24,8 +24,10 @@ from random import Random
 
 from tests.support.forge import KINDS, TRAIN, Forgery, edit, forge
 from tests.support.training import Project, make_project, train_here
+from train.audit.checks import problems
 from train.audit.judge import Judge
-from train.audit.segments import Audited, draw, problems
+from train.audit.run_folder import Audited
+from train.audit.segments import draw, segments
 
 
 def plant(project: Project, honest: Path, forgeries: int) -> int:
@@ -37,9 +39,9 @@ def plant(project: Project, honest: Path, forgeries: int) -> int:
         forgery = Forgery(KINDS[seed % len(KINDS)], rng.randrange(4), seed)
         with contextlib.redirect_stdout(io.StringIO()):
             run = Audited.open(forge(project, honest, forgery))
-            judge, segments = Judge(run, project.folder), run.segments()
+            judge, parts = Judge(run, project.folder), segments(run)
             pinned = problems(run, run.chain.head)
-            verdicts = {n: judge(segments[n]) for n in draw(4, 2, f"soak {seed}")}
+            verdicts = {n: judge(parts[n]) for n in draw(4, 2, f"soak {seed}")}
         if pinned:
             print(f"{forgery}: its own chain is wrong: {pinned}", flush=True)
             wrong += 1

@@ -22,6 +22,9 @@ from train.invariant import InvariantTrainer
 from train.monitor import history
 
 KINDS = ("weight bit", "document", "rate", "skipped step", "swapped checkpoint", "edited loss")
+EDITS = (
+    "log", "record", "summary", "link", "condition", "order", "weights", "swap", "shorten"
+)  # fmt: skip
 SEGMENT = 2  # steps
 TRAIN: dict[str, Any] = {
     "invariant": 2, "batch_tokens": 8 * 16, "steps": 8, "checkpoint_every": SEGMENT,
@@ -137,16 +140,29 @@ def edit(folder: Path, rng: Random) -> str:
         What was edited.
     """
     checkpoints = directory.checkpoints(folder)
-    what = rng.choice(("log", "link", "condition", "order", "weights", "swap", "shorten"))
+    what = rng.choice(EDITS)
     newest = checkpoints[-1] / directory.STATE
     state = atomic.read_sealed(newest)
     found = chain.Chain.of(state)
     if what == "log":
         path = folder / "log.jsonl"
         records = history.parse(path.read_bytes())
-        record = rng.choice([record for record in records if "train/loss" in record])
-        record[rng.choice(["train/loss", "grad_norm", "lr"])] *= 1 + 1e-7
+        numbers = ("train/loss", "grad_norm", "lr", "val/loss")
+        record, name = rng.choice([(r, n) for r in records for n in numbers if n in r])
+        record[name] *= 1 + 1e-7
         path.write_text("".join(history._line(record) for record in records))
+    elif what == "record":
+        path = folder / "log.jsonl"
+        records = history.parse(path.read_bytes())
+        if rng.random() < 0.5:
+            del records[rng.randrange(len(records))]
+        else:
+            records.append({"step": rng.randrange(12), "train/loss": rng.random()})
+        path.write_text("".join(history._line(record) for record in records))
+    elif what == "summary":
+        summary = atomic.read_sealed(folder / "final.json")
+        summary[rng.choice(["loss", "val_loss", "best_val_loss"])] *= 1 - 1e-7
+        atomic.write_json(folder / "final.json", atomic.sealed(summary))
     elif what in ("link", "condition", "order"):
         if what == "link":
             link = rng.choice(found.links)
@@ -165,8 +181,8 @@ def edit(folder: Path, rng: Random) -> str:
         (folder / "other").rename(b)
     else:
         shutil.rmtree(checkpoints[-1])
-    if what in ("log", "link", "condition", "order", "weights") and rng.random() < 0.5:
-        _match_again(folder, found)
+    if what in ("log", "record", "link", "condition", "order", "weights") and rng.random() < 0.5:
+        match_again(folder, found)
         what += ", all hashes made to match"
     elif what in ("link", "condition", "order"):
         state["chain"] = found.as_json()
@@ -180,7 +196,7 @@ def _flip(path: Path, rng: Random) -> None:
     path.write_bytes(data)
 
 
-def _match_again(folder: Path, found: chain.Chain) -> None:
+def match_again(folder: Path, found: chain.Chain) -> None:
     """Recompute all hashes of a run: only the head gives it away."""
     records, before = history.parse((folder / "log.jsonl").read_bytes()), None
     by_step = {directory.step_of(path): path for path in directory.checkpoints(folder)}

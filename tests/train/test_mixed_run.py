@@ -18,6 +18,9 @@ from pipeline.runtime.machine import Machine
 from tests.support.small_data import tokenize_here, write_sources
 from tests.support.training import Project, records, stop_in, train_here
 from train import trace
+from train.audit.judge import Judge
+from train.audit.run_folder import Audited
+from train.audit.segments import segments
 from train.data.loader import Batches
 from train.data.mixed_order import MixedOrder
 from train.data.split import Split
@@ -67,6 +70,10 @@ def test_stopped_in_either_phase_and_resumed_it_ends_with_the_same_bits(
     assert mixed.published() == files
     for name in ("train/loss", "val/loss", "val/source/land", "val/source/sea"):
         assert records(resumed, name) == records(uninterrupted, name) != {}
+    judge, parts = Judge(run := Audited.open(resumed.folder), mixed.folder), segments(run)
+    answers = [judge(part).answer for part in parts if not part.missing]
+    assert len(answers) > 1
+    assert set(answers) == {"equal"}
 
     summary = mixed.results()
     samples = uninterrupted.samples(8)

@@ -1,10 +1,12 @@
 """`python -m train.audit RUN`: check a training run that somebody else has done.
 
 First the chain: the links, the log and the files of all checkpoints against each other and against
-the head that was pinned (`--head`). Then K segments between checkpoints, drawn by a seed, are run
-again. The seed must be chosen after the head was published, else segments that are never drawn can
-be forged. Exit status: 0 all equal; 1 something differs; 4 nothing differs, but this machine cannot
-judge a segment, because it would round differently.
+the head that was pinned (`--head`). Then K segments, drawn by a seed among those of the chain, are
+run again. The seed must be chosen after the head was published, else segments that are never drawn
+can be forged.
+
+Exit status: 0 all equal; 5 something differs; 4 nothing differs, but a segment could not be judged;
+1 the audit itself failed, which says nothing about the run.
 """
 
 from __future__ import annotations
@@ -12,12 +14,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from model.command import count
 from pipeline.runtime import command
-from pipeline.runtime.errors import UserError
+from pipeline.runtime.errors import UserError, printable
 
-CANNOT_JUDGE = 4
+if TYPE_CHECKING:
+    from train.audit.run_folder import Audited
+
+CANNOT_JUDGE, DIFFERS = 4, 5
 
 
 def main(argv: Sequence[str] = ()) -> None:
@@ -26,46 +32,82 @@ def main(argv: Sequence[str] = ()) -> None:
     # torch takes seconds to import, for which --help need not wait.
     from pipeline.runtime.machine import Machine
     from pipeline.store.store import Store
+    from train.audit.checks import problems, published_problem
     from train.audit.judge import Judge
-    from train.audit.segments import Audited, chances, draw, problems
+    from train.audit.run_folder import Audited
+    from train.audit.segments import draw, segments
 
     run = Audited.open(args.run)
-    if found := problems(run, args.head):
+    found = problems(run, args.head)
+    if not found and args.head and (published := published_problem(run)):
+        found = [published]
+    if found:
         for line in found:
-            print(f"differs: {line}", flush=True)
-        sys.exit(command.FAULT)
-    segments = run.segments()
-    pinned = "as pinned" if args.head else "not compared with a pinned one (--head)"
-    print(
-        f"chain: {len(run.links)} links up to step {run.links[-1]['step']:,}, consistent with the "
-        f"log and {len(segments)} checkpoints; head {run.chain.head}, {pinned}",
-        flush=True,
-    )
-    if args.chain:
-        return
-    if not 1 <= args.segments <= len(segments):
-        raise UserError(f"--segments {args.segments}: the run has {len(segments)}; use 1 to that")
-    if args.seed is None:
-        raise UserError("--seed: missing; choose one that the author of the run cannot know")
-    drawn = draw(len(segments), args.segments, args.seed)
-    for forged, probability in chances(len(segments), args.segments):
-        print(
-            f"a forgery of {forged} of {len(segments)} segments is found with probability "
-            f"{probability:.1%}",
-            flush=True,
-        )
-    judge = Judge(run, Store.open(Machine.load()).root, args.processes)
-    answers = []
-    for number in drawn:
-        verdict = judge(segments[number])
-        answers.append(verdict.answer)
-        steps = f"steps {verdict.segment.first + 1:,} to {verdict.segment.stop:,}"
-        why = f" ({verdict.why})" if verdict.why else ""
-        print(f"segment {number}, {steps}: {verdict.answer}{why}", flush=True)
+            _say(f"differs: {line}")
+        sys.exit(DIFFERS)
+    _describe(run, pinned=args.head is not None)
+    answers = ["cannot judge"] if run.uncovered else []
+    if not args.chain:
+        all_of = segments(run)
+        if not 1 <= args.segments <= len(all_of):
+            raise UserError(f"--segments {args.segments}: the run has {len(all_of)}; use 1 to that")
+        if args.seed is None:
+            raise UserError("--seed: missing; choose one that the author of the run cannot know")
+        missing = sum(segment.missing for segment in all_of)
+        _print_chances(len(all_of), missing, args.segments)
+        judge = Judge(run, Store.open(Machine.load()).root, args.processes)
+        for number in draw(len(all_of), args.segments, args.seed):
+            verdict = judge(all_of[number])
+            answers.append(verdict.answer)
+            steps = f"steps {verdict.segment.first + 1:,} to {verdict.segment.stop:,}"
+            why = f" ({verdict.why})" if verdict.why else ""
+            _say(f"segment {number}, {steps}: {verdict.answer}{why}")
     if "differs" in answers:
-        sys.exit(command.FAULT)
+        sys.exit(DIFFERS)
     if "cannot judge" in answers:
         sys.exit(CANNOT_JUDGE)
+
+
+def _say(line: str) -> None:
+    """Print a line, in which text of the run's folder may be."""
+    print(printable(line), flush=True)
+
+
+def _describe(run: Audited, *, pinned: bool) -> None:
+    """Print what run the chain is about, and what changed on its way."""
+    link, identity = run.links[-1], run.identity
+    _say(
+        f"chain: {len(run.links)} links up to step {link['step']:,}, consistent with the log and "
+        f"{len(run.kept)} checkpoints; head {run.chain.head}, "
+        + ("as pinned" if pinned else "not compared with a pinned one (--head)")
+    )
+    _say(
+        f"run {run.folder.name[:12]}: dataset_key {identity['dataset_key']}, code "
+        f"{identity['code_key'][:12]}, init {identity['train'].get('init')}"
+    )
+    _say(f"weights of step {link['step']:,}: sha256 {link['files']['model.safetensors']}")
+    for step, changes in run.changes():
+        _say(f"since step {step:,}: {changes}")
+    if run.uncovered:
+        _say(f"steps 1 to {run.uncovered:,} are not covered: the chain begins after them")
+    elif run.chain.start:
+        _say(f"begins with the checkpoint of step {run.chain.start:,} of another run (train.init)")
+
+
+def _print_chances(total: int, missing: int, drawn: int) -> None:
+    """Print what the draw can find."""
+    from train.audit.segments import chances
+
+    if missing:
+        _say(
+            f"{missing} of {total} segments cannot be judged, as their first checkpoint is "
+            "missing: a forgery there is not found"
+        )
+    for forged, probability in chances(total, drawn, total - missing):
+        _say(
+            f"a forgery of {forged} of the {total - missing} segments that can be run again is "
+            f"found with probability {probability:.1%}"
+        )
 
 
 def _parser() -> command.Parser:

@@ -9,10 +9,12 @@ one process of a part.
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +33,16 @@ from train.distributed.rendezvous import process_group
 from train.distributed.torchrun import run_torchrun
 from train.distributed.world import World
 from train.invariant import InvariantTrainer
+from train.monitor.history import SOURCE_LOSS
 from train.optim.param_groups import flat_state
 from train.params import ModelParams, TrainParams
 from train.run import TOKENS, Run
 from train.trainer import Trainer
+from train.validation import source_parts
 
 RESULT = "replayed.json"
 FIXED = ("micro_batch", "loss_chunk", "compile", "overlap", "attention")
+LOGGED_STEP = ("tokens", "lr", "train/loss", "grad_norm")  # of a replayed step, in its order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +51,14 @@ class Job:
 
     Attributes:
         conditions: Of the chain.
-        observed: Values of the keys of `train` that only observe.
-        validations: Step -> `val_tokens` of the validations to repeat.
+        validations: (step, `val_tokens`) of the validations to repeat, in order.
         work_dir: Store in which the part finds its beginning and leaves its end.
     """
 
     first: int
     stop: int
     conditions: dict[str, Any]
-    observed: dict[str, Any]
-    validations: dict[int, int]
+    validations: Sequence[tuple[int, int]]
     work_dir: str
 
     def run(self) -> Run:
@@ -74,31 +77,84 @@ class Job:
             loggers=[],
             other_rounding=True,  # conditions are compared by the audit
         )
+        # A run that stops at a non-finite step has none in its log; skipping changes no other.
+        observing = {"val_tokens": 1, "non_finite": "skip"}
         run = Run(
             model=ModelParams.model_validate(identity["model"]),
-            params=TrainParams.model_validate({**self.observed, **identity["train"]}),
+            params=TrainParams.model_validate({**identity["train"], **observing}),
             machine=machine,
             train_data=TokenStream(TOKENS, "train"),
             val_data=TokenStream(TOKENS, "val"),
             code_key=identity["code_key"],
         )
-        vars(run)["identity"] = identity  # not computed again: `train.init` may be elsewhere now
+        vars(run)["identity"] = identity  # not computed again: that would read `train.init`
         return run
 
 
-def prepare(job: Job, begin: Path | None) -> Path:
-    """Copy the checkpoint that a part begins with into its store; return the run's folder there."""
-    folder = job.run().folder
-    if begin is not None:
-        shutil.copytree(begin, folder / directory.folder_name(job.first))
-    return folder
+@dataclass(frozen=True)
+class Replayed:
+    """What a part has computed.
+
+    Attributes:
+        steps: Step -> the numbers of `LOGGED_STEP`; None: non-finite.
+        validations: (step, `val_tokens`) -> losses by their name in the log; None: non-finite.
+        samples: Seen after the last step.
+        files: Hashes of weights and optimizer state after the last step.
+    """
+
+    steps: dict[int, list[float | None]]
+    validations: dict[tuple[int, int], dict[str, float | None]]
+    samples: int
+    files: dict[str, str]
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Replayed:
+        """Read what `steps_again` returned."""
+        return cls(
+            {step: row for step, *row in found["steps"]},
+            {(step, n): losses for step, n, losses in found["validations"]},
+            found["samples"],
+            found["files"],
+        )
 
 
-def replay(job: Job, processes: int) -> dict[str, Any]:
+def prepare(job: Job, begin: Path | None, files: Mapping[str, str]) -> Path:
+    """Copy the checkpoint that a part begins with into its store; return the run's folder there.
+
+    Only weights and optimizer state are copied, and compared with ``files``, their hashes in the
+    chain. `state.json` is written again: no link has all that the run's says.
+
+    Raises:
+        OSError: A file is not a regular one.
+        BrokenCheckpoint: It has another content.
+    """
+    run = job.run()
+    if begin is None:
+        return run.folder
+    folder = run.folder / directory.folder_name(job.first)
+    folder.mkdir(parents=True)
+    for name in (directory.MODEL, directory.OPTIMIZER):
+        if (begin / name).is_symlink():
+            raise OSError(errno.EINVAL, "not a regular file", str(begin / name))
+        atomic.check_regular(begin / name)
+        shutil.copyfile(begin / name, folder / name)
+        if atomic.sha256_file(folder / name) != files[name]:
+            raise directory.BrokenCheckpoint(f"{begin / name}: does not match its link")
+    state = {
+        "schema_version": directory.SCHEMA_VERSION,
+        "step": job.first,
+        "samples": run.samples(job.first),
+        "dataset_key": run.dataset_key,
+        "train": run.params.model_dump(mode="json"),
+        "arithmetic": job.conditions["arithmetic"],
+        "sha256": dict(files),
+    }
+    atomic.write_json(folder / directory.STATE, atomic.sealed(state))
+    return run.folder
+
+
+def replay(job: Job, processes: int) -> Replayed:
     """Run a part in processes of their own, or in this one if it is one.
-
-    Returns:
-        "steps": step -> learning rate, loss, norm; "validations": step -> loss; "files": hashes.
 
     Raises:
         SystemExit: A process failed, and has reported its error.
@@ -109,15 +165,12 @@ def replay(job: Job, processes: int) -> dict[str, Any]:
         main([str(path)])
     else:
         run_torchrun(processes, module="train.audit.replay", arguments=[str(path)])
-    found: dict[str, Any] = json.loads((Path(job.work_dir) / RESULT).read_text())
-    return found
+    return Replayed.of(json.loads((Path(job.work_dir) / RESULT).read_text()))
 
 
 def main(argv: Sequence[str]) -> None:
     """Run one process of a part."""
-    values = json.loads(Path(argv[0]).read_text())
-    values["validations"] = {int(step): n for step, n in values["validations"].items()}
-    job = Job(**values)
+    job = Job(**json.loads(Path(argv[0]).read_text()))
     with process_group(job.conditions["arithmetic"]["device"]) as world:
         threads = job.conditions["arithmetic"]["threads"]
         if world.device.type == "cpu":
@@ -142,14 +195,19 @@ def steps_again(job: Job, world: World) -> dict[str, Any]:
         spans=run.batches.spans(job.first, job.stop),
         device=world.device,
     )
-    steps, validations = {}, {}
+    steps: list[list[float | None]] = []
+    validations: list[tuple[int, int, dict[str, float | None]]] = []
     with batches, Interrupt(world) as interrupt:
         for step in range(job.first, job.stop):
             rate, numbers = trainer.step(step, batches, interrupt)
-            steps[step + 1] = [rate, *numbers.tolist()]
-            if n := job.validations.get(step + 1):
-                trainer.params = run.params.model_copy(update={"val_tokens": n})
-                validations[step + 1] = trainer.validate(interrupt)
+            row = [run.tokens(step + 1), rate, *numbers.tolist()]
+            steps.append([step + 1, *map(_finite, row)])
+            for n in [n for at, n in job.validations if at == step + 1]:
+                texts = {"val/loss": (run.val_data, n)}
+                for name, part in source_parts(run.val_data, n).items():
+                    texts[f"{SOURCE_LOSS}{name}"] = part
+                losses = {k: _finite(trainer.loss_on(*v, interrupt)) for k, v in texts.items()}
+                validations.append((step + 1, n, losses))
     if not world.first:
         return {}
     state = trainer.state(job.stop)
@@ -165,7 +223,17 @@ def steps_again(job: Job, world: World) -> dict[str, Any]:
         keep=Keep(last=2),
     )
     files = directory.read_state(saved)["sha256"]
-    return {"steps": steps, "validations": validations, "files": files}
+    return {
+        "steps": steps,
+        "validations": validations,
+        "samples": run.samples(job.stop),
+        "files": files,
+    }
+
+
+def _finite(number: float) -> float | None:
+    """The number for JSON, which has none that is not finite."""
+    return number if math.isfinite(number) else None
 
 
 if __name__ == "__main__":

@@ -1,163 +1,59 @@
-"""A run's chain and files, checked against each other, and the segments between its checkpoints.
+"""The segments of a run, one per link of its chain, and which of them are drawn.
 
-    chain in the newest state.json      links recomputed; head against the pinned one
-    log.jsonl                           its numbers against the hash in each link
-    step-*/                             files against the hashes in the links, chains against it
-    run.json, the folder's name         against the run's identity in the chain
-
-Nothing is executed. A segment lies between two checkpoints that are kept, or the start and the
-first: `train.keep_every` decides how many there are.
+The head binds the links, not the checkpoints that are kept. So the draw is over the links: nobody
+can change what is drawn by deleting checkpoints. A segment whose first checkpoint is missing cannot
+be judged.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import comb
 from pathlib import Path
-from typing import Any
 
-from pipeline.runtime.errors import UserError
-from pipeline.store import atomic
-from train.checkpoint import directory
-from train.checkpoint.chain import HASH, Chain, Link, conditions_hash, link_hash, log_hash
-from train.monitor.history import Record, parse
-from train.run import FINAL, RECORD
+from train.audit.run_folder import Audited
+from train.checkpoint.chain import Link
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Steps first + 1 to ``stop`` of a run; ``begin`` is the checkpoint, None: the start."""
-
-    first: int
-    stop: int
-    begin: Path | None
-    end: Path
-
-
-@dataclass(frozen=True)
-class Audited:
-    """A run's folder, read once.
+    """The steps of a link: from the end of the link before, or from the start of the run.
 
     Attributes:
-        state: Of the newest checkpoint.
-        kept: Checkpoints by step.
-        records: The log; damaged lines are left out, and so missed by the chain.
+        link: Link in which it ends.
+        before: Link in which it begins; None: the start of the run, whatever is in the folder.
+        begin: Checkpoint of ``before``; None: missing, or the start.
     """
 
-    folder: Path
-    state: dict[str, Any]
-    chain: Chain
-    kept: dict[int, Path]
-    records: list[Record]
-
-    @classmethod
-    def open(cls, folder: Path) -> Audited:
-        """Read a run.
-
-        Raises:
-            UserError: It has no checkpoint with a chain that can be read.
-        """
-        kept = {directory.step_of(path): path for path in directory.checkpoints(folder)}
-        if not kept:
-            raise UserError(f"{folder}: has no checkpoint; name a run's folder, .work/runs/KEY")
-        newest = kept[max(kept)]
-        try:
-            state = directory.read_state(newest)
-            log = atomic.read_bytes(folder / "log.jsonl")
-        except (directory.BrokenCheckpoint, OSError) as error:
-            raise UserError(f"{newest}: cannot be read ({error}); restore the run") from None
-        chain = Chain.of(state)
-        if not chain.links:
-            raise UserError(f"{newest / directory.STATE}: no chain; earlier code wrote this run")
-        return cls(folder, state, chain, kept, parse(log))
-
-    def segments(self) -> list[Segment]:
-        """The segments, oldest first."""
-        steps = [step for step in sorted(self.kept) if step in {k["step"] for k in self.links}]
-        start = [self.chain.start] if self.chain.start not in steps else []
-        ends = [*start, *steps]
-        return [Segment(a, b, self.kept.get(a), self.kept[b]) for a, b in pairwise(ends)]
+    link: Link
+    before: Link | None
+    begin: Path | None
 
     @property
-    def links(self) -> list[Link]:
-        """Links of the chain, oldest first."""
-        return self.chain.links
+    def first(self) -> int:
+        """Complete steps before the segment."""
+        return int(self.link["first"])
 
-    def link(self, step: int) -> Link:
-        """The link of a checkpoint."""
-        return next(link for link in self.links if link["step"] == step)
+    @property
+    def stop(self) -> int:
+        """Complete steps after the segment."""
+        return int(self.link["step"])
 
-    def conditions(self, first: int, stop: int) -> list[tuple[int, int, dict[str, Any]]]:
-        """Parts (first, stop, conditions) of some steps, in each of which the conditions held."""
-        entries = self.chain.conditions
-        ends = [part["since"] for part in entries[1:]] + [stop]
-        spans = [
-            (max(first, part["since"]), min(stop, end), part)
-            for part, end in zip(entries, ends, strict=True)
-        ]
-        return [(a, b, part) for a, b, part in spans if a < b]
+    @property
+    def missing(self) -> bool:
+        """Whether there is nothing to begin with."""
+        return self.before is not None and self.begin is None
 
 
-def problems(run: Audited, head: str | None) -> list[str]:
-    """Check a run without executing anything; return what is wrong, in words."""
-    try:
-        return [*_chain_problems(run, head), *_file_problems(run)]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        return [f"{run.folder}: the chain is no chain of this program ({error!r})"]
-
-
-def _chain_problems(run: Audited, head: str | None) -> Iterator[str]:
-    chain, before, first = run.chain, None, run.chain.start
-    for link in chain.links:
-        name = f"link of step {link['step']}"
-        if link[HASH] != link_hash(link, before):
-            yield f"{name}: its hash does not match its content"
-        if link["first"] != first:
-            yield f"{name}: begins after step {link['first']}, the one before ends at {first}"
-        if link["conditions"] != conditions_hash(chain.conditions, link["step"]):
-            yield f"{name}: made under other conditions than state.json has"
-        if link["log"] != log_hash(run.records, link["first"], link["step"]):
-            yield f"{name}: log.jsonl has other numbers in its steps"
-        before, first = link[HASH], link["step"]
-    if head is not None and chain.head != head:
-        yield f"head: {chain.head}, but --head is {head}"
-    final = run.folder / FINAL
-    if final.exists() and atomic.read_sealed(final).get("chain", chain.head) != chain.head:
-        yield f"{FINAL}: another head than in the newest checkpoint"
-    identity = chain.conditions[-1]["identity"]
-    if atomic.sha256_json(identity) != run.folder.name:
-        yield f"{run.folder.name}: is not the key of the run in the chain"
-    try:
-        record = atomic.read_sealed(run.folder / RECORD)
-        if {name: record.get(name) for name in identity} != identity:
-            yield f"{RECORD}: another run than in the chain"
-    except (OSError, ValueError) as error:
-        yield f"{RECORD}: {error}"
-
-
-def _file_problems(run: Audited) -> Iterator[str]:
-    by_step = {link["step"]: number for number, link in enumerate(run.links)}
-    validated = {r["step"]: r["val/loss"] for r in run.records if "val/loss" in r}
-    for step, folder in run.kept.items():
-        if step not in by_step:
-            continue  # caused by a signal: no link builds on it
-        try:
-            state = directory.verify(folder)
-        except directory.BrokenCheckpoint as error:
-            yield str(error)
-            continue
-        links = run.links[: by_step[step] + 1]
-        if state["chain"]["links"] != links:
-            yield f"{folder.name}: its chain is not the beginning of the newest one"
-        if state["sha256"] != links[-1]["files"]:
-            yield f"{folder.name}: its weights or optimizer state are not those of its link"
-        if (state["step"], state["samples"]) != (step, links[-1]["samples"]):
-            yield f"{folder.name}: its step or samples are not those of its link"
-        if state.get("val_loss") not in (None, validated.get(step)):
-            yield f"{folder.name}: its validation loss is not that of the log"
+def segments(run: Audited) -> list[Segment]:
+    """The segments of a run whose chain has been checked, oldest first."""
+    befores = [None, *run.links[:-1]]
+    return [
+        Segment(link, before, run.kept.get(before["step"]) if before else None)
+        for before, link in zip(befores, run.links, strict=True)
+    ]
 
 
 def draw(count: int, wanted: int, seed: str) -> list[int]:
@@ -177,7 +73,7 @@ def chance(segments: int, forged: int, drawn: int) -> float:
     return 1 - comb(segments - forged, drawn) / comb(segments, drawn)
 
 
-def chances(segments: int, drawn: int) -> Sequence[tuple[int, float]]:
-    """`chance` for one forged segment, and for a tenth of all, if that is more."""
-    counts = sorted({1, max(1, segments // 10)})
+def chances(segments: int, drawn: int, judged: int) -> Sequence[tuple[int, float]]:
+    """`chance` for one forged segment, and for a tenth of those that can be judged, if more."""
+    counts = sorted({1, judged // 10} - {0}) if judged else []
     return [(forged, chance(segments, forged, drawn)) for forged in counts]

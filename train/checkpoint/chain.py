@@ -23,9 +23,11 @@ from typing import Any
 
 from pipeline.format.manifest import Shard
 from pipeline.store import atomic
+from train.monitor.history import SOURCE_LOSS
 
 LOGGED = ("tokens", "train/loss", "lr", "grad_norm", "val/loss", "val_tokens", "skipped")
-"""Numbers of the log that the chain commits to: those that follow from weights and data."""
+"""Numbers of the log that the chain commits to, with the losses of single sources: those that
+follow from weights and data."""
 
 HASH = "link"  # key of a link's own hash
 STOPPED = "stopped"  # key of a link on which no other builds
@@ -36,11 +38,15 @@ Link = dict[str, Any]
 def log_hash(records: Iterable[Mapping[str, Any]], first: int, step: int) -> str:
     """Hash what the log says of steps first + 1 to ``step``."""
     chosen = (
-        {name: record[name] for name in LOGGED if name in record} | {"step": record["step"]}
+        {name: value for name, value in record.items() if name == "step" or _is_logged(name)}
         for record in records
         if first < record["step"] <= step
     )
     return atomic.sha256_json([record for record in chosen if len(record) > 1])
+
+
+def _is_logged(name: str) -> bool:
+    return name in LOGGED or name.startswith(SOURCE_LOSS)
 
 
 def conditions_hash(conditions: Iterable[Mapping[str, Any]], step: int) -> str:
@@ -49,8 +55,8 @@ def conditions_hash(conditions: Iterable[Mapping[str, Any]], step: int) -> str:
 
 
 def shards_hash(shards: Iterable[Shard]) -> str:
-    """Hash the names and hashes of all shards of the data."""
-    return atomic.sha256_json([[shard.name, shard.sha256] for shard in shards])
+    """Hash the names, sources and hashes of all shards of the data, in their order."""
+    return atomic.sha256_json([[shard.name, shard.source, shard.sha256] for shard in shards])
 
 
 def link_hash(link: Mapping[str, Any], before: str | None) -> str:

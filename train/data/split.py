@@ -74,10 +74,12 @@ class Split:
                 f"{name}; set {_nearest_divisors(batch, leaf)}"
             )
         if batch // leaf < world:
+            fewer = [n for n in divisors(batch) if batch // n >= world]
             raise UserError(
                 f"params.yaml: train.invariant: {name} has {batch // leaf} leaves of {leaf} "
-                f"sequences, too few for {world} processes; set {max(1, batch // world)} or less, "
-                f"or processes (machine.yaml, GPT2_PROCESSES) to {batch // leaf} or less"
+                f"sequences, too few for {world} processes; set "
+                + (f"{fewer[-1]}, or set " if fewer else "")
+                + f"processes (machine.yaml, GPT2_PROCESSES) to {batch // leaf} or less"
             )
         return cls(world=world, micro_batch=leaf, contiguous=True)
 

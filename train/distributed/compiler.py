@@ -77,14 +77,29 @@ def why_not_compile(kind: str) -> str | None:
             f"torch.compile cannot write its cache ({error}); set TORCHINDUCTOR_CACHE_DIR to "
             "another folder"
         )
-    mac = sys.platform == "darwin"
-    compiler = os.environ.get("CXX", "clang++" if mac else "g++")  # as torch._inductor.config.cpp
-    if kind == "cpu" and (reason := _why_no_cpp(compiler, cache)):
+    if kind == "cpu" and (reason := _why_no_cpp(_cpp(), cache)):
         return (
             f"the C++ compiler does not work ({reason}); install it (apt-get install g++ "
             "python3-dev), name another in CXX"
         )
     return None
+
+
+def _cpp() -> str:
+    """The C++ compiler that torch.compile calls (torch._inductor.config.cpp)."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+
+
+@lru_cache
+def version() -> str:
+    """First line of the C++ compiler's version; empty where there is none."""
+    try:
+        done = subprocess.run(
+            [_cpp(), "--version"], capture_output=True, text=True, errors="replace"
+        )
+    except OSError:
+        return ""
+    return done.stdout.partition("\n")[0]
 
 
 @lru_cache

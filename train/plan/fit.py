@@ -109,15 +109,21 @@ def choose(
     return best
 
 
-def out_of_memory(rows: int, block_size: int, device: str) -> str:
+def out_of_memory(rows: int, block_size: int, device: str, *, invariant: bool = False) -> str:
     """Message for a device, by name, that has too little memory for a micro-batch."""
+    key = (
+        "params.yaml: train.invariant"
+        if invariant
+        else "micro_batch (machine.yaml, GPT2_MICRO_BATCH)"
+    )
     smaller = [n for n in divisors(rows) if n < rows]
+    result = "another run, which rounds differently" if invariant else "the same result"
     fix = (
-        f"set {smaller[-1]} (the same result in more micro-steps)"
+        f"set {smaller[-1]} ({result}, in more micro-steps)"
         if smaller
         else "take a smaller model or model.block_size"
     )
     return (
-        f"micro_batch (machine.yaml, GPT2_MICRO_BATCH): {rows} sequences of {block_size} tokens at "
-        f"a time need more memory than {device} has; {fix}"
+        f"{key}: {rows} sequences of {block_size} tokens at a time need more memory than {device} "
+        f"has; {fix}"
     )

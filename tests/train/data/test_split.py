@@ -32,6 +32,10 @@ def test_leaves_are_contiguous_and_shared_as_evenly_as_they_can_be() -> None:
     for leaf, world in ((3, 1), (2, 12)):
         with pytest.raises(UserError, match=r"train\.invariant"):
             Split.of_leaves(22, leaf, world, "batch")
+    with pytest.raises(UserError, match="set 2, or set processes"):
+        Split.of_leaves(32, 4, 9, "batch")
+    with pytest.raises(UserError, match="too few for 40 processes; set processes"):
+        Split.of_leaves(32, 4, 40, "batch")
 
 
 def test_divisors() -> None:
