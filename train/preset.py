@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 
 from pipeline.params import (
     CurateParams,
+    SourceParams,
     Sources,
     TokenizeParams,
     VerifyParams,
@@ -111,22 +112,49 @@ def load(name: str | None = None) -> Parameters:
 
 
 def _apply(params: dict[str, Any], overlay: dict[str, dict[str, Any]]) -> None:
-    """Set the values of an overlay. Sources are merged by name; all other values are replaced."""
+    """Set the values of an overlay. One with its own sources replaces all and their mixture."""
     _check_sections(params)
     check_sections(overlay, "the preset")
+    sources = overlay.get("sources", {})
+    if _replaces(sources):
+        _replace_sources(params["sources"], sources)
+        if params["train"].get("mixture") is not None:
+            params["train"]["mixture"] = None
+    else:
+        for name, keys in sources.items():
+            _update(_existing(params["sources"], name, keys), keys)
     for section, values in overlay.items():
         if section != "sources":
             _update(params[section], values)
-            continue
-        for name, keys in values.items():
-            if name not in params[section]:
-                if "kind" not in keys:
-                    raise UserError(
-                        f"the preset changes {', '.join(keys)} of sources.{name}, which {PARAMS} "
-                        f"does not have; name one of its sources {name}"
-                    )
-                params[section][name] = {}
-            _update(params[section][name], keys)
+
+
+def _replaces(sources: dict[str, dict[str, Any]]) -> bool:
+    """Whether the sources of an overlay are sources of its own, rather than changes of others."""
+    return any("kind" in keys for keys in sources.values())
+
+
+def _replace_sources(sources: dict[str, Any], own: dict[str, dict[str, Any]]) -> None:
+    """Replace all sources; one of the same name keeps its comments, and gets all values."""
+    for name in [name for name in sources if name not in own]:
+        del sources[name]
+    for name, keys in own.items():
+        if not isinstance(sources.get(name), dict):
+            sources[name] = {}
+        fields = SourceParams.model_fields.items()
+        defaults = {k: field.get_default() for k, field in fields if k in sources[name]}
+        for key in [key for key in sources[name] if key not in {**defaults, **keys}]:
+            del sources[name][key]
+        _update(sources[name], {**defaults, **keys})
+
+
+def _existing(sources: dict[str, Any], name: str, keys: dict[str, Any]) -> dict[str, Any]:
+    changed = f"the preset changes {', '.join(keys)} of sources.{name}"
+    if name not in sources:
+        raise UserError(f"{changed}, which {PARAMS} does not have; name one of its sources {name}")
+    if not isinstance(sources[name], dict):
+        raise UserError(f"{PARAMS}: sources.{name}: not a source; write {name}: {{kind: sample}}")
+    found: dict[str, Any] = sources[name]
+    return found
 
 
 def _update(values: dict[str, Any], changes: dict[str, Any]) -> None:
@@ -157,12 +185,17 @@ def _check_sections(params: dict[str, Any]) -> None:
 def flags(overlay: dict[str, dict[str, Any]]) -> str:
     """Format an overlay as flags for `dvc exp run`."""
     sources = overlay.get("sources", {})
-    paths = {f"sources.{n}.{key}": v for n, keys in sources.items() for key, v in keys.items()}
+    values: dict[str, Any] = {}
+    if _replaces(sources):
+        values = {"sources": sources, "train.mixture": None}
+    else:
+        for name, keys in sources.items():
+            values |= {f"sources.{name}.{key}": value for key, value in keys.items()}
     for section in SECTIONS:
-        paths |= {f"{section}.{key}": v for key, v in overlay.get(section, {}).items()}
+        values |= {f"{section}.{key}": value for key, value in overlay.get(section, {}).items()}
     found = []
-    for path, value in paths.items():
-        if path == "train.mixture" and value:
+    for path, value in values.items():
+        if path in ("sources", "train.mixture") and value:
             found.append(f"{path}=null")  # or DVC would merge the new value into the old one
         found.append(f"{path}={value if isinstance(value, str) else _as_flag(value)}")
     return " ".join(f"-S {shlex.quote(flag)}" for flag in found)
@@ -193,11 +226,12 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name:16} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
         return
     overlay = read_preset(args.name)
+    read_yaml(PARAMS)  # raises UserError if the file is missing or not YAML
+    merged = merge(PARAMS.read_text(encoding="utf-8"), overlay)
     if args.flags:
         print(flags(overlay))
         return
-    read_yaml(PARAMS)  # raises UserError if the file is missing or not YAML
-    atomic.write_bytes(PARAMS, merge(PARAMS.read_text(encoding="utf-8"), overlay).encode())
+    atomic.write_bytes(PARAMS, merged.encode())
     print(f"{PARAMS}: preset {args.name} merged; `dvc params diff` shows the changes")
 
 

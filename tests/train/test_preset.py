@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import shutil
@@ -88,16 +89,61 @@ def test_mistake_is_named(
         load(name)
     with pytest.raises(UserError, match=named):
         preset.main([name or "smoke"])
+    with pytest.raises(UserError, match=named):
+        preset.main([name or "smoke", "--flags"])
 
 
 PHASES = [{"until": 0.5, "weights": {"main": 1}}, {"until": 1.0, "weights": {"main": 2.5}}]
 
 
-def test_sources_are_merged_by_name_and_a_mixture_is_replaced() -> None:
-    two = merge(committed(), {"sources": {"web": {"kind": "hub"}}})
-    assert values(merge(two, {"sources": {"main": {"files": 1}}}))["sources"]["web"] == {
-        "kind": "hub"
-    }
+@pytest.mark.parametrize("mixture", [{"main": 0.7}, PHASES])
+def test_fractions_in_params_yaml_can_be_merged_again(mixture: Any) -> None:
+    text = merge(committed(), {"train": {"mixture": mixture}})
+    assert merge(text, {"train": {"mixture": mixture}}) == text
+    text = merge(text, {"train": {"log_every": 7}})
+    assert values(text)["train"]["mixture"] == mixture
+
+
+TWO: dict[str, Any] = {
+    "web": {"kind": "hub"}, "code": {"kind": "files", "paths": ["a b"], "exclude": ["x"]},
+}  # fmt: skip
+
+
+def with_sources(sources: dict[str, Any], mixture: Any = None) -> str:
+    params = values(committed())
+    params["sources"], params["train"]["mixture"] = sources, mixture
+    text = io.StringIO()
+    YAML(typ="safe", pure=True).dump(params, text)
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("mixture", [None, {"web": 1, "code": 0.5}])
+@pytest.mark.parametrize("name", ["muon", "mini"])
+def test_preset_with_its_own_sources_replaces_all_and_the_mixture(name: str, mixture: Any) -> None:
+    own = read_preset(name)["sources"]
+    text = merge(with_sources(TWO, mixture), read_preset(name))
+    assert values(text)["sources"] == own
+    assert values(text)["train"]["mixture"] is None
+    text = merge(with_sources({"main": TWO["code"]}, {"main": 1}), read_preset(name))
+    assert values(text)["sources"] == {"main": {"exclude": []} | own["main"]}
+    assert values(text)["train"]["mixture"] is None
+    mixed = {"sources": TWO, "train": {"mixture": {"web": 2, "code": 1}}}
+    assert values(merge(text, mixed))["train"]["mixture"] == mixed["train"]["mixture"]
+
+
+def test_preset_without_a_kind_changes_a_source_that_exists() -> None:
+    both = {**TWO, "main": {"kind": "sample"}}
+    text = merge(with_sources(both, {"main": 1, "web": 0, "code": 0}), read_preset("smoke"))
+    assert values(text)["sources"] == {**both, "main": {"kind": "sample", "files": 1}}
+    assert values(text)["train"]["mixture"] == {"main": 1, "web": 0, "code": 0}
+    wrong: list[dict[str, Any]] = [TWO, {"main": None}, {"main": [1]}, {"main": "x", **TWO}, {}]
+    for sources in wrong:
+        with pytest.raises(UserError, match=r"sources\.main"):
+            merge(with_sources(sources), read_preset("smoke"))
+
+
+def test_sources_are_changed_by_name_and_a_mixture_is_replaced() -> None:
+    two = with_sources({"main": {"kind": "sample"}, "web": {"kind": "hub"}})
     weights: dict[str, Any] = {"train": {"mixture": {"main": 1, "web": 0}}}
     phased: dict[str, Any] = {
         "train": {"mixture": [{"until": 1.0, "weights": {"main": 1, "web": 2}}]}
@@ -114,6 +160,16 @@ def test_sources_are_merged_by_name_and_a_mixture_is_replaced() -> None:
     ):
         with pytest.raises(UserError, match=named):
             merge(two, overlay)
+
+
+@pytest.mark.parametrize("name", ["muon", "mini"])
+def test_flags_replace_sources_and_their_mixture(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(with_sources({**TWO, "main": TWO["code"]}, {"web": 1, "code": 1, "main": 1}))
+    words = shlex.split(preset.flags(read_preset(name)))
+    apply_overrides(path, [word for word in words if word != "-S"])
+    assert values(path.read_text())["sources"] == read_preset(name)["sources"]
+    assert values(path.read_text())["train"]["mixture"] is None
 
 
 @pytest.mark.parametrize("before", [None, {"main": 3}, PHASES[1:] + PHASES[1:]])

@@ -44,14 +44,14 @@ def parse(value: Any) -> Value:
         if not isinstance(entry, Mapping) or set(entry) != set(_KEYS):
             raise ValueError(f"{number}: not a phase; write {{until: 0.8, weights: {{web: 7}}}}")
         before = phases[-1]["until"] if phases else 0.0
-        until = entry["until"]
-        if type(until) not in (int, float) or not before < until <= 1:
+        until = _number(entry["until"], f"{number}.until")
+        if not before < until <= 1:
             raise ValueError(
-                f"{number}.until: {_shown(until)} is not above {before:g} (where the phase begins) "
-                "and at most 1"
+                f"{number}.until: {until:g} is not above {before:g} (where the phase begins) and "
+                "at most 1"
             )
         weights = _weights(entry["weights"], f"{number}.weights")
-        phases.append({"until": float(until), "weights": weights})
+        phases.append({"until": until, "weights": weights})
     if phases[-1]["until"] != 1:
         last = phases[-1]["until"]
         raise ValueError(f"{len(phases) - 1}.until: {last:g}, but the last phase must end at 1.0")
@@ -62,14 +62,29 @@ def _weights(weights: Any, where: str) -> dict[str, float]:
     of = f"{where}: " if where else ""
     if not isinstance(weights, Mapping) or not weights:
         raise ValueError(f"{of}{_shown(weights)} is no weight per source, such as {{web: 7}}")
+    found = {}
     for name, weight in weights.items():
         key = f"{where}.{_shown(name)}" if where else _shown(name)
-        is_weight = type(weight) in (int, float) and 0 <= weight <= _MAX_WEIGHT
-        if not isinstance(name, str) or not is_weight:
-            raise ValueError(f"{key}: {_shown(weight)} is no weight; give a number from 0 to 1e12")
-    if not any(weights.values()):
+        if not isinstance(name, str):
+            raise ValueError(f'{key}: not the name of a source; a name is text: "{_shown(name)}"')
+        found[name] = _number(weight, key)
+        if not 0 <= found[name] <= _MAX_WEIGHT:
+            raise ValueError(f"{key}: {found[name]:g} is no weight; give a number from 0 to 1e12")
+    if not any(found.values()):
         raise ValueError(f"{of}all weights are 0; give a source a positive one")
-    return {name: float(weights[name]) for name in sorted(weights)}
+    return dict(sorted(found.items()))
+
+
+def _number(value: Any, key: str) -> float:
+    """Return a number as a plain float; that of a YAML parser may be of a class of its own."""
+    if isinstance(value, str):
+        raise ValueError(f"{key}: {_shown(value)!r} is text; write a number, without quotes")
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{key}: {_shown(value)} is not a number; write one")
+    try:
+        return float(value) + 0.0  # -0.0 is 0
+    except OverflowError:
+        raise ValueError(f"{key}: larger than any float; write a smaller number") from None
 
 
 def _shown(value: Any) -> str:
