@@ -23,12 +23,12 @@ from train.study.study_params import StudyParams
 STAGES = ("download", "curate", "tokenize", "verify", "train", "evaluate")
 """The stages that a run needs, in order."""
 OF_THE_MODEL = ("model", "train", "evaluate")
-"""Sections on which no data depends."""
+"""Sections on which no data depends: `train.mixture` weighs the sources of the same data."""
 MANY_STEPS = 10**9
 """In the place of the steps of a run, where the budget has not decided them."""
 
 Overlay = dict[str, dict[str, Any]]
-"""Section -> key -> value."""
+"""Section -> key -> value, and of `sources`: name -> key -> value."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Study:
     title: str
     """First line of the file, a comment."""
     file: StudyParams
+    changes: dict[str, Overlay]
+    """The keys in which each variant differs."""
     variants: dict[str, Overlay]
     """Complete sections of each variant; `train.seed` and `train.steps` are those of a run."""
 

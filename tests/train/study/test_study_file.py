@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 from pipeline.runtime.errors import UserError
 from tests.support.repo import REPO
 from train.params import TrainParams
+from train.preset import merge
 from train.study import study_file
 from train.study.definition import Study
 
@@ -54,6 +55,39 @@ def test_a_run_has_all_sections_and_the_tokens_of_the_budget(folder: Path) -> No
     assert study.parameters("b", 1)["tokenize"]["val_per_10k"] == 500  # mini, which has every key
 
 
+TWO = {"sources.main.kind": "sample", "sources.web": {"kind": "hub", "files": 1}}
+
+
+def test_sources_are_changed_by_name_or_replaced_with_their_mixture(folder: Path) -> None:
+    Path("text.jsonl").write_text('{"text": "some text"}')
+    variants = {
+        "a": {},
+        "less": {"sources.main.files": 2},
+        "own": {"sources": {"code": {"kind": "files", "paths": ["x"]}}},
+        "b": {"sources.web": {"files": 3}, "train.mixture": {"main": 1, "web": 4}},
+    }
+    mixed = {**TWO, "train.mixture": {"main": 1, "web": 1}}
+    study = load({"params": mixed, "variants": variants, "held_out": "text.jsonl"})
+    a, less, own, b = (study.parameters(name, 1) for name in variants)
+    assert [p["sources"]["main"]["files"] for p in (a, less, b)] == [None, 2, None]
+    assert b["sources"]["web"] == {**a["sources"]["web"], "files": 3}
+    assert list(own["sources"]) == ["code"]
+    assert [p["train"]["mixture"] is None for p in (a, less, own, b)] == [False, False, True, False]
+    committed = (REPO / "params.yaml").read_text()  # what a run reads: complete, nothing of before
+    for params in (a, less, own, b):
+        text = merge(committed, params)
+        assert YAML(typ="safe", pure=True).load(text) == params
+    assert len({study.data_key(name) for name in variants}) == 4
+
+
+def test_mixtures_of_the_same_sources_have_the_same_data(folder: Path) -> None:
+    variants = {"even": {}, "uneven": {"train.mixture": {"main": 1, "web": 4}}}
+    mixed = {**TWO, "train.mixture": {"main": 1, "web": 1}}
+    study = load({"params": mixed, "variants": variants, "metric": "val_loss"})
+    assert study.same_data
+    assert study.parameters("uneven", 1)["train"]["mixture"] == {"main": 1, "web": 4}
+
+
 def test_the_budget_counts_a_growing_batch(folder: Path) -> None:
     ramp = {"train": {"batch_doublings": 2, "batch_ramp_steps": 10, "warmup_steps": 0}}
     study = load({"params": ramp})
@@ -81,6 +115,15 @@ def test_comparisons(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
+        ({"variants": {"a": {}, "b": {"sources.web.paths": ["x"]}}}, "sources.web"),
+        ({"variants": {"a": {}, "b": {"sources": {"main": 3}}}}, "main"),
+        ({"variants": {"a": {}, "b": {"sources.main.kinds": "x"}}}, "sources.main.kinds"),
+        ({"variants": {"a": {}, "b": {"sources.main.kind": "x"}}}, "sources.main.kind"),
+        ({"variants": {"a": {}, "b": {"train.mixture": {"web": 1}}}}, "train.mixture.web"),
+        (
+            {"params": {"sources": {"main": {"files": 1}}, "sources.main.files": 2}},
+            "sources.main.files",
+        ),
         ({"variants": {"a": {}, "b": {"train.learning_rat": 1e-3}}}, "b: train.learning_rat"),
         ({"variants": {"a": {}, "b": {"train.learning_rate": 2.0}}}, "train.learning_rate"),
         ({"variants": {"a": {}, "b": {"trian.beta1": 0.5}}}, "trian"),
