@@ -98,6 +98,7 @@ def _row(found: Found) -> dict[str, Any]:
         "p_permutation": "–" if result.p_permutation is None else f"{result.p_permutation:.2g}",
         "n": result.n,
         "better": found.better,
+        "preliminary": found.preliminary,
         "resolves": "" if found.resolves is None else f"{found.resolves:.3g}",
         "more_seeds": found.more_seeds,
         "more_time": "" if found.more_seconds is None else duration(found.more_seconds),

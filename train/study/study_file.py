@@ -31,6 +31,7 @@ from typing import Any
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.params_file import nearest, read_yaml, validate
 from pipeline.store import atomic
+from train.evals.held_out import read_documents
 from train.params import TrainParams
 from train.preset import apply, read_preset, validated
 from train.study.definition import MANY_STEPS, Overlay, Study, path_of
@@ -66,6 +67,12 @@ def load(name: str) -> Study:
         variant: _overlay(values, f"{where}: variants.{variant}")
         for variant, values in file.variants.items()
     }
+    for variant, overlay in changes.items():
+        if "evaluate" in overlay:
+            raise UserError(
+                f"{where}: variants.{variant}: evaluate.{next(iter(overlay['evaluate']), '')}: all "
+                "variants are measured alike; set it in params"
+            )
     variants = {
         variant: _variant(base, overlay, f"{where}: variants.{variant}")
         for variant, overlay in changes.items()
@@ -126,7 +133,7 @@ def _variant(base: Overlay, overlay: Overlay, where: str) -> Overlay:
 def _check(study: Study, where: str) -> None:
     names, file = list(study.variants), study.file
     decide = {
-        name: atomic.sha256_json({**params, "train": _deciding(params["train"])})
+        name: atomic.sha256_json({**params, "train": _deciding(params["train"]), "evaluate": {}})
         for name, params in study.variants.items()
     }
     if file.pair_seeds:
@@ -150,13 +157,25 @@ def _check(study: Study, where: str) -> None:
             f"{where}: held_out: missing, but the variants differ in data, and so in what they are "
             "measured on; name a file of text"
         )
+    if file.held_out:
+        read_documents(Path(file.held_out), f"{where}: held_out: {file.held_out}")
+        if file.held_out.endswith(".txt") and not study.same_data:
+            raise UserError(
+                f"{where}: held_out: {file.held_out}: a .txt is one document, which cannot be "
+                "looked for in the data of variants; write .jsonl"
+            )
+    if not file.held_out and len({p["model"]["block_size"] for p in study.variants.values()}) > 1:
+        raise UserError(
+            f"{where}: held_out: missing, but the variants differ in model.block_size, and so in "
+            "the windows that they are measured on; name a file of text"
+        )
     metric = study.metric
     if file.metric == "val_loss" and not study.same_data:
         raise UserError(f"{where}: metric: val_loss is of each variant's own data; bits_per_byte")
     for name, params in study.variants.items():
         if metric.task and not params["evaluate"].get(metric.task):
             raise UserError(
-                f"{where}: metric: {file.metric} needs evaluate.{metric.task}; set it in {name}"
+                f"{where}: metric: {file.metric} needs evaluate.{metric.task}; set it in params"
             )
         if file.budget.tokens is not None:
             study.parameters(name, study.seeds[0])

@@ -133,11 +133,17 @@ def test_comparisons(folder: Path) -> None:
         ({"variants": {"a": {}, "b": {}}}, "variants.b"),
         ({"variants": {"a": {}, "b": {"train.log_every": 7}}}, "variants.b"),  # observes
         ({"variants": {"a": {}, "b": {"train.beta1": 0.5, "train": {"beta1": 0.6}}}}, "beta1"),
+        ({"variants": {"a": {}, "b": {"evaluate.val_tokens": 1024}}}, "evaluate.val_tokens"),
+        ({"variants": {"a": {}, "b": {"evaluate": {"samples": 3}}}}, "evaluate.samples"),
+        ({"variants": {"a": {}, "b": {"model.block_size": 32}}}, "held_out"),
         ({"variants": {"a": {}}}, "variants"),
         ({"variants": {"a": {}, "../b": {"train.beta1": 0.5}}}, "../b"),
         ({"variants": {"a": {}, "b/c": {"train.beta1": 0.5}}}, "b/c"),
         ({"variants": {"a": {}, "b..c": {"train.beta1": 0.5}}}, "b..c"),
         ({"variants": {"a": {}, "b": DATA}}, "held_out"),
+        ({"variants": {"a": {}, "b": DATA}, "held_out": "one-document.txt"}, "held_out"),
+        ({"held_out": "empty.jsonl"}, "held_out"),
+        ({"held_out": "text.csv"}, "held_out"),
         ({"held_out": "../text.txt"}, "held_out"),
         ({"held_out": "/etc/hostname"}, "held_out"),
         ({"held_out": "link.txt"}, "held_out"),
@@ -162,6 +168,9 @@ def test_faults_are_refused_in_one_line_that_names_them(
 ) -> None:
     (folder / "outside").mkdir(exist_ok=True)
     Path("link.txt").symlink_to("/etc/hostname")
+    Path("empty.jsonl").write_text("{}\n")
+    for name in ("one-document.txt", "text.csv"):
+        Path(name).write_text("some text")
     with pytest.raises(UserError) as error:
         load(changes)
     assert named in str(error.value)
@@ -185,15 +194,38 @@ def test_the_key_follows_all_that_decides(folder: Path, monkeypatch: pytest.Monk
         return load({"held_out": "text.txt", **changes}).run("a", seed).key
 
     first = key({})
+    assert key({"params": {"sources.main.exclude": []}}) == first  # the default
     assert key({}) == key({"seeds": 9, "compare": "all", "alpha": 0.05}) == first
-    others = [key({}, seed=2), key({"params": DATA}), key({"budget": {"tokens": 30_720}})]
+    others = [key({}, seed=2), key({"budget": {"tokens": 30_720}})]
+    others += [key({"params": {"train.mixture": {"main": 2}}}), key({"params": DATA})]
     Path("text.txt").write_text("other text")
-    assert len({first, *others, key({})}) == 5
+    assert len({first, *others, key({})}) == 6
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["curate.decontaminate", "evaluate.hellaswag", "evaluate.lambada", "evaluate.val_shards"],
+)
+def test_the_key_follows_the_content_of_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(Study, "code_key", "x")
+    changes = {"params": {name: ["tasks.jsonl"] if "curate" in name else "tasks.jsonl"}}
+    keys = set()
+    for content in ("one", "another"):
+        Path("tasks.jsonl").write_text(content)
+        study = load(changes)
+        keys.add(study.run("a", 1).key)
+        assert list(study.files) == ["tasks.jsonl"]
+        (machine, other) = ({"cores": 1, "compile": c} for c in (True, False))
+        assert study.speed_key("a", machine) != study.speed_key("a", other)
+    assert len(keys) == 2
 
 
 def test_the_committed_studies_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPO)
     monkeypatch.setattr(study_file, "_inside", lambda name, where: name)  # data is not committed
+    monkeypatch.setattr(study_file, "read_documents", lambda path, where: ["some text"])
     assert len(study_file.study_files()) >= 2
     for name in study_file.study_files():
         study = study_file.load(name)
