@@ -4,6 +4,7 @@
 .work/studies/NAME/results/<key>.json   a finished run, or one that diverged
 .work/studies/NAME/speed/<key>.json     the measured speed of a variant (budget of seconds)
 .work/studies/NAME/data/<key>.json      data of variants, checked against the held-out text
+.work/studies/NAME/files/<key>.json     the hash of a file of text or tasks, when first used
 .work/studies/NAME/logs/                the output of the commands
 .work/studies/NAME/tree-0/              the clone that runs work in (workspace.py)
 ```

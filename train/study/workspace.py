@@ -8,7 +8,7 @@ files changed. A study works in a clone of the last commit instead, below its fo
          └── refs/exps/... is fetched, nothing else ───────────────────────────────────┘
 
 The clone uses the cache, the store (`$DVC_ROOT`) and `machine.yaml` of the main checkout, has no
-remote, and pushes nothing. It is deleted and made again at each start of a study.
+remote, and pushes nothing. It is rebuilt at each start of a study, and removed at its end.
 """
 
 from __future__ import annotations
