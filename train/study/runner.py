@@ -208,7 +208,7 @@ def _run_one(study: Study, results: Results, space: Workspace, run: Planned) -> 
         "evaluation": evaluation,
         "training": space.json("artifacts/training.json"),
         "dataset_key": dataset_key,
-        "environment": environment(results.machine),
+        "environment": environment(results.machine.device),
         "commit": space.save(run.experiment, run.message),
     }
     results.write("results", run.key, record)
