@@ -48,7 +48,7 @@ def describe(budget: float) -> None:
     from train.run import LOG, Run
 
     run, device = Run.open(), device_type(Run.open().machine.device)
-    records = history.parse(Path(LOG).read_bytes())
+    records = [r for r in history.parse(Path(LOG).read_bytes()) if "tokens_per_second" in r]
     # The first record has the time of compilation. The speed has more digits than the step's time.
     speeds = [record["tokens_per_second"] for record in records[1:]]
     speed = statistics.median(speeds)

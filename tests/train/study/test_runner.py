@@ -76,7 +76,7 @@ def report(clone: Clone) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_study_is_experiments_that_dvc_applies_and_changes_nothing_of_the_users(
     tmp_path: Path,
 ) -> None:
