@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
     return Results(tmp_path / "studies", Machine())
 
 
-def find(results: Results, changes: dict[tuple[str, int], dict[str, Any] | None] = {}) -> Findings:  # noqa: B006
+def find(
+    results: Results, changes: Mapping[tuple[str, int], dict[str, Any] | None] = {}
+) -> Findings:
     """Results in which b is better by 0.1; without those of None."""
     study = study_file.load("one")
     for seed in study.seeds:
