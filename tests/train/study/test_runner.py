@@ -189,7 +189,8 @@ def test_a_run_that_diverges_is_named_and_not_repeated(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_seconds_are_a_budget_and_jobs_share_the_machine(tmp_path: Path) -> None:
-    clone = make(tmp_path / "project", seeds=1, budget={"seconds": 4.0})
+    params = {**STUDY["params"], "train.warmup_steps": 0}
+    clone = make(tmp_path / "project", seeds=1, budget={"seconds": 8.0}, params=params)
     output = clone.run(*COMMAND, "--jobs", "2", GPT2_CORES="1")
     assert output.count("s per step") == 2
     found = report(clone)
