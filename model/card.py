@@ -28,6 +28,9 @@ TRAINING = Path("artifacts/training.json")
 EVALUATION = Path("artifacts/evaluation.json")
 MANIFEST = Path("data/tokens/manifest.json")
 
+MANIFEST_VERSION = "2"
+"""Major version of the manifest's `schema_version`."""
+
 RECIPE = (
     *("optimizer", "steps", "batch_tokens", "learning_rate", "schedule", "warmup_steps"),
     *("decay_ratio", "min_lr_ratio", "weight_decay", "beta1", "beta2", "grad_clip", "dtype"),
@@ -87,6 +90,12 @@ def read(folder: Path, project: Path | None) -> Records:
     training = _read(project / TRAINING, "give the folder of the project that trained the model")
     evaluation = _read(project / EVALUATION) if (project / EVALUATION).exists() else {}
     manifest = _read(project / MANIFEST) if (project / MANIFEST).exists() else {}
+    version = str(manifest.get("schema_version", MANIFEST_VERSION))
+    if version.partition(".")[0] != MANIFEST_VERSION:
+        raise FormatError(
+            f"--project {project}: {MANIFEST} is of version {version}, not {MANIFEST_VERSION}; run "
+            "`dvc repro`, or leave out --project"
+        )
     weights = state.get("sha256", {}).get(checkpoint.WEIGHTS)
     for name, record, key, expected in (
         (TRAINING, training, "step", state.get("step")),
@@ -269,7 +278,7 @@ def _metadata(records: Records, title: str, licence: str) -> list[str]:
         values["license"] = licence
     sources = records.manifest["source"]["sources"].values() if records.manifest else []
     if on_hub := [source["repo"] for source in sources if source.get("kind") == "hub"]:
-        values["datasets"] = on_hub
+        values["datasets"] = list(dict.fromkeys(on_hub))
     if sources and all(source.get("repo") in LICENCES for source in sources):
         values["language"] = "en"
     if records.evaluation:

@@ -1,13 +1,15 @@
 """Sections `sources`, `curate`, `tokenize` and `verify` of `params.yaml`."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from pipeline.runtime.errors import UserError, printable
+from pipeline.format.manifest import check_source_name
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.params_file import PARAMS, Section, load_values, validate
 
 
@@ -71,8 +73,6 @@ class SourceParams(Section):
 Sources = dict[str, SourceParams]
 """Section `sources`: by name, sorted."""
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
-
 
 def validate_sources(values: Mapping[Any, Any], where: str) -> Sources:
     """Validate section `sources`; ``where`` is its name in messages: `params.yaml: sources`.
@@ -85,12 +85,12 @@ def validate_sources(values: Mapping[Any, Any], where: str) -> Sources:
     if not values:
         raise UserError(f"{where}: names no source; add one, such as main: {{kind: sample}}")
     for name, entry in values.items():
-        shown = printable(str(name))[:40]
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise UserError(
-                f"{where}: {shown}: not a name; use 1 to 32 of a-z, 0-9, _ and -, and begin with a "
-                "letter or digit"
-            )
+        try:
+            if not isinstance(name, str):
+                raise ValueError(f"{name}: not text; write the name in quotes")
+            check_source_name(name)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from None
         if not isinstance(entry, dict):
             raise UserError(f"{where}.{name}: not a source; write {name}: {{kind: sample}} or more")
     return {
@@ -105,6 +105,23 @@ def load_sources(path: Path = PARAMS) -> Sources:
         UserError: A missing file or section, or an invalid name, key or value.
     """
     return validate_sources(load_values("sources", path), f"{path}: sources")
+
+
+_FIELDS = "|".join(SourceParams.model_fields)
+# Keys in a message: at the start of a line, or in the fix, which follows the last semicolon.
+_SOURCE_KEY = re.compile(
+    rf"(?m)^source\.(?=(?:{_FIELDS}): )|(?<= )source\.(?=(?:{_FIELDS})(?![\w./-])(?!.*; ))"
+)
+
+
+@contextmanager
+def errors_of_source(name: str) -> Iterator[None]:
+    """Give the keys that an error names as `source.KEY`, at its start or in its fix, their name."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (_SOURCE_KEY.sub(f"sources.{name}.", str(error)),)
+        raise
 
 
 SIGNATURE_HASHES = 112

@@ -114,7 +114,9 @@ def explain_refusal(
     return f"{hub} answers HTTP {status}; check source.repo {repo!r} and HF_ENDPOINT"
 
 
-def resolve(params: SourceParams, patience: float) -> tuple[Source, list[HubFile]]:
+def resolve(
+    params: SourceParams, patience: float, source: str = "main"
+) -> tuple[Source, list[HubFile]]:
     """Find the commit that the parameters name, and the configuration's files, sorted by path.
 
     Raises:
@@ -170,7 +172,7 @@ def resolve(params: SourceParams, patience: float) -> tuple[Source, list[HubFile
         return [entry.path for entry in files]
 
     card = call(lambda: _read_text(url(CARD), token))
-    left_out = LeftOut(params.exclude)
+    left_out = LeftOut(params.exclude, source)
     try:
         paths = find_files(read_card(card, repo), params.config, repo, list_folder, left_out)
     finally:
@@ -266,7 +268,7 @@ def _call(
             patience.wait(f"HTTP {status}", retry_after(headers))
         except OfflineModeIsEnabled:
             raise UserError(
-                "HF_HUB_OFFLINE is set, but source.kind hub needs the network; unset it"
+                "source.kind: hub needs the network, but HF_HUB_OFFLINE is set; unset it"
             ) from None
         except httpx2.TransportError as error:
             connects += isinstance(error, httpx2.ConnectError)

@@ -17,9 +17,10 @@ _NAMES = 20
 
 
 class LeftOut:
-    """Applies `exclude`, and collects by reason what a source does not use."""
+    """Applies `exclude` of a source, and collects by reason what a source does not use."""
 
-    def __init__(self, exclude: Sequence[str] = ()) -> None:
+    def __init__(self, exclude: Sequence[str] = (), source: str = "main") -> None:
+        self._source = source
         self._unmatched = dict.fromkeys(exclude)
         self._exclude = list(self._unmatched)
         self._names: dict[str, dict[str, None]] = {}
@@ -49,10 +50,10 @@ class LeftOut:
     def report(self) -> None:
         """Print one line per reason, and one per pattern of `exclude` without a match."""
         for reason, names in self._names.items():
-            print(f"download: left out, {reason}: {_shown(names)}", flush=True)
+            print(f"download: {self._source}: left out, {reason}: {_shown(names)}", flush=True)
         for pattern in self._unmatched:
             print(
-                f"warning: exclude: {printable(pattern)!r} matches no file of the source",
+                f"warning: sources.{self._source}.exclude: {printable(pattern)!r} matches no file",
                 flush=True,
             )
 

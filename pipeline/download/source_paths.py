@@ -119,7 +119,10 @@ def _read(url: str, start: int) -> Iterator[bytes]:
 
 
 def resolve(
-    paths: Sequence[str], formats: Sequence[str] = TEXT_FORMATS, exclude: Sequence[str] = ()
+    paths: Sequence[str],
+    formats: Sequence[str] = TEXT_FORMATS,
+    exclude: Sequence[str] = (),
+    source: str = "main",
 ) -> list[PathFile]:
     """Find the files that the paths name, sorted by their path in `data/raw`.
 
@@ -129,11 +132,12 @@ def resolve(
     Args:
         formats: Suffixes of the files to use.
         exclude: Globs of files to leave out; see `LeftOut.excludes`.
+        source: Name of the source, for what is printed.
 
     Raises:
         UserError: A path names no file, or two files would have the same path.
     """
-    left_out = LeftOut(exclude)
+    left_out = LeftOut(exclude, source)
     found: dict[str, PathFile] = {}
     first: dict[str, PathFile] = {}
     for pattern in paths:

@@ -3,7 +3,6 @@
 The files of a single source are in `data/raw` itself, those of several in a folder per source.
 """
 
-import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from pipeline.download.to_parquet import ReadOptions
 from pipeline.format.foreign_tokens import SUFFIXES, is_token_file, open_token_file, split_of_file
 from pipeline.format.manifest import NAME, RawManifest, Source, SourceFile
 from pipeline.format.parquet import check_text_column
-from pipeline.params import SourceParams, Sources
+from pipeline.params import SourceParams, Sources, errors_of_source
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.progress import Progress
@@ -47,7 +46,6 @@ _TOKEN_BYTES = 2
 # Of a task where any file is on a server: it mostly waits for the network. A local file's computes.
 _REMOTE_CPUS = 0.25
 _LINES = 20  # of a list in a message
-_KEY = re.compile(rf"\bsource\.(?=(?:{'|'.join(SourceParams.model_fields)})\b)")
 
 
 def download(sources: Sources, store: Store, out: Path, machine: Machine) -> RawManifest:
@@ -92,12 +90,10 @@ def fetch_source(
     Raises:
         UserError: The source is unavailable, or its parameters do not match it.
     """
-    try:
+    with errors_of_source(name):
         if params.kind == "sample":
             return sample_source(), _store_sample(name, params, store)
         return _fetch_remote(name, params, store, out, machine)
-    except UserError as error:  # names its keys as `source.KEY`, for any source
-        raise UserError(_KEY.sub(f"sources.{name}.", str(error))) from None
 
 
 def _store_sample(name: str, params: SourceParams, store: Store) -> list[SourceFile]:
@@ -121,7 +117,7 @@ def _fetch_remote(
     name: str, params: SourceParams, store: Store, out: Path, machine: Machine
 ) -> tuple[Source, list[SourceFile]]:
     """Fetch all files that are not in the store; return the source and its files."""
-    source, items = _resolve(params, machine)
+    source, items = _resolve(name, params, machine)
     items = select_items(items, params)
     check_names(items)
     options = ReadOptions(params.text_column, params.text_documents, params.encoding)
@@ -133,7 +129,7 @@ def _fetch_remote(
             remove_partial(items[i], options, store)
     missing = [i for i in range(len(items)) if i not in stored]
     print(
-        f"download: {len(items)} files, {sum(item.size for item in items) / 1e6:,.1f} MB; "
+        f"download: {name}: {len(items)} files, {sum(item.size for item in items) / 1e6:,.1f} MB; "
         f"{len(stored)} already in the store, {len(missing)} to fetch "
         f"({sum(items[i].size for i in missing) / 1e6:,.1f} MB)",
         flush=True,
@@ -217,17 +213,19 @@ def _some(lines: Sequence[str]) -> str:
     return "\n".join([*lines[:_LINES], *([f"and {more:,} more"] if more > 0 else [])])
 
 
-def _resolve(params: SourceParams, machine: Machine) -> tuple[Source, Sequence[SourceItem]]:
+def _resolve(
+    name: str, params: SourceParams, machine: Machine
+) -> tuple[Source, Sequence[SourceItem]]:
     # Imported here: their libraries take seconds to import, and the sample needs none of them.
     if params.kind == "hub":
         from pipeline.download import hub
 
-        return hub.resolve(params, machine.patience)
+        return hub.resolve(params, machine.patience, name)
     if params.kind in ("files", "tokens"):
         from pipeline.download import source_paths
 
         formats = SUFFIXES if params.kind == "tokens" else source_paths.TEXT_FORMATS
-        items = source_paths.resolve(params.paths, formats, params.exclude)
+        items = source_paths.resolve(params.paths, formats, params.exclude, name)
         return Source(kind=params.kind, repo=params.kind, revision=""), items
     raise AssertionError(f"kind {params.kind}: no module in pipeline/download resolves it")
 

@@ -5,6 +5,7 @@ name or absolute path: the same inputs give the same bytes anywhere. Readers ign
 refuse an unknown major ``schema_version``. Each holds its own hash.
 """
 
+import re
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
@@ -25,6 +26,7 @@ from pipeline.store.store import mark_damaged
 NAME = "manifest.json"
 SCHEMA_VERSION = "2.0"  # 2: sources have names
 _MAX_REASON = 200  # characters
+SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
@@ -48,6 +50,21 @@ def _check_printable(path: str) -> str:
     return path
 
 
+def check_source_name(name: str) -> str:
+    """Return ``name`` unchanged; it is a part of paths and of keys.
+
+    Raises:
+        ValueError: It is not a name for a source.
+    """
+    if not SOURCE_NAME.fullmatch(name):
+        raise ValueError(
+            f"{printable(name)[:40]}: not a name; use 1 to 32 of a-z, 0-9, _ and -, and begin with "
+            "a letter or digit"
+        )
+    return name
+
+
+SourceName = Annotated[str, AfterValidator(check_source_name)]
 RelativePath = Annotated[str, AfterValidator(check_relative), AfterValidator(_check_printable)]
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
@@ -100,7 +117,7 @@ class _Manifest(_Record):
 class SourceFile(_Record):
     """A file of `data/raw`: parquet, or a token file of source kind `tokens`."""
 
-    source: str
+    source: SourceName
     """The name of its source in `params.yaml`."""
     path: RelativePath
     bytes: Count
@@ -135,7 +152,7 @@ class Source(_Record):
 class RawManifest(_Manifest):
     """`data/raw/manifest.json`."""
 
-    sources: dict[str, Source]
+    sources: dict[SourceName, Source]
     """By name, sorted."""
     files: list[SourceFile]
     """Source by source, in the order of the names."""
@@ -165,7 +182,7 @@ class RawManifest(_Manifest):
 class SelectedFile(_Record):
     """A source file in `data/selection`."""
 
-    source: str
+    source: SourceName
     path: RelativePath
     sha256: str
     rows: Count
@@ -228,7 +245,7 @@ class Part(_Record):
 class ChunkRecord(_Record):
     """The commit record of a chunk; records are listed in source order."""
 
-    source: str
+    source: SourceName
     name: RelativePath
     chunk_key: str
     sha256: str
@@ -238,7 +255,7 @@ class Shard(_Record):
     """A token file and its document index; its documents are of one source."""
 
     name: RelativePath
-    source: str
+    source: SourceName
     split: Split
     tokens: Count
     docs: Count

@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.format.manifest import RawManifest, SourceFile
 from pipeline.format.parquet import row_groups
 from pipeline.format.selection import Selection, unpack
+from pipeline.params import errors_of_source
 
 # English web text has about 4.5 bytes per GPT-2 token; this only sets the size of a chunk.
 _BYTES_PER_100_TOKENS = 450
@@ -85,7 +86,8 @@ def plan_chunks(
     for index, file in enumerate(source.files):
         if not source.sources[file.source].has_text:
             continue
-        groups = row_groups(folder / file.path, source.column(file))
+        with errors_of_source(file.source):
+            groups = row_groups(folder / file.path, source.column(file))
         rows, size = sum(rows for rows, _ in groups), sum(size for _, size in groups)
         for start, stop in cut_rows(groups, shard_tokens * _BYTES_PER_100_TOKENS // 100):
             tokens = size * (stop - start) // max(1, rows) * 100 // _BYTES_PER_100_TOKENS

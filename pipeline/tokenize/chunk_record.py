@@ -62,7 +62,7 @@ def write_record(
     """
     record = {
         "chunk_key": key,
-        "source": chunk.file.model_dump(),
+        "source": chunk.file.model_dump(exclude={"path"}),  # the path may change: see chunk_key
         "rows": [chunk.start, chunk.stop],
         "skipped": dict(skipped),
         "splits": splits,

@@ -40,14 +40,14 @@ CHECK_FRACTION = 0.002
 def chunk_key(chunk: Chunk, column: str, params: TokenizeParams, code_key: str) -> str:
     """Hash what decides a chunk's bytes: its text, the tokenizer, the parameters and the code.
 
-    The key of a chunk of which all rows are kept does not depend on the selection.
+    The key of a chunk of which all rows are kept does not depend on the selection. No key depends
+    on the file's path, to which a second source adds a folder.
     """
     kept = {} if chunk.bits is None else {"kept": sha256(chunk.bits).hexdigest()}
     return atomic.sha256_json(
         {
             "file": chunk.file.sha256,
-            "source": chunk.file.source,  # the record names it, and the path
-            "path": chunk.file.path,
+            "source": chunk.file.source,  # the record names it
             "file_index": chunk.file_index,
             "rows": [chunk.start, chunk.stop],
             "column": column,

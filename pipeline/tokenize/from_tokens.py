@@ -10,7 +10,7 @@ from pipeline.cluster.tasks import run_tasks
 from pipeline.format.foreign_tokens import open_token_file, split_of_file
 from pipeline.format.manifest import RawManifest
 from pipeline.format.shards import MAX_TOKENS
-from pipeline.params import TokenizeParams
+from pipeline.params import TokenizeParams, errors_of_source
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.progress import Progress
 from pipeline.store.store import Store
@@ -47,7 +47,8 @@ class TokenFileChunks:
             )
         chunks, numbers = [], self.source.numbers()
         for file in files:
-            found = open_token_file(self.raw / file.path, file.path)
+            with errors_of_source(file.source):
+                found = open_token_file(self.raw / file.path, file.path)
             shard_tokens = min(self.params.shard_tokens, MAX_TOKENS)
             count = 1 if found.is_shard else max(1, round(found.tokens / shard_tokens))
             borders = [found.tokens * nth // count for nth in range(count + 1)]

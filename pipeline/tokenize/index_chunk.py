@@ -16,6 +16,7 @@ from pipeline.format import tokenizer
 from pipeline.format.foreign_tokens import TokenFile, open_token_file, split_of_file
 from pipeline.format.shards import ShardWriter, docs_path
 from pipeline.format.tokenizer import EOT, N_VOCAB
+from pipeline.params import errors_of_source
 from pipeline.runtime.errors import UserError
 from pipeline.store import atomic
 from pipeline.store.store import Store, unlink_damaged
@@ -30,7 +31,7 @@ def index_key(chunk: Chunk, code_key: str) -> str:
         {
             "file": chunk.file.sha256,
             "source": chunk.file.source,  # the record names it
-            "path": chunk.file.path,  # decides the split
+            "split": split_of_file(chunk.file.path),
             "file_index": chunk.file_index,
             "tokens": [chunk.start, chunk.stop],
             "ranks": tokenizer.RANKS_SHA256,
@@ -48,7 +49,8 @@ def index_chunk(chunk: Chunk, key: str, raw: Path, store: Store) -> Record:
     """
 
     def build(folder: Path) -> dict[str, str]:
-        file = open_token_file(raw / chunk.file.path, chunk.file.path)
+        with errors_of_source(chunk.file.source):
+            file = open_token_file(raw / chunk.file.path, chunk.file.path)
         split = split_of_file(chunk.file.path)
         shard = folder / f"{split}.bin"
         (_link if file.is_shard else _write)(file, chunk, shard)

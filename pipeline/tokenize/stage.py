@@ -119,11 +119,12 @@ def tokenize(
         ]
     pieces = [store.root / "chunks" / key for _, key in chunks]
     records = [read_record(piece) for piece in pieces]
+    paths = [chunk.file.path for chunk, _ in chunks]
     _check_splits(source, records, params)
     files: dict[str, Path | bytes] = {}
     shards = [
-        *_link_train(pieces, records, files),
-        *_merge_val(pieces, records, params.shard_tokens, store, files),
+        *_link_train(pieces, records, paths, files),
+        *_merge_val(pieces, records, paths, params.shard_tokens, store, files),
     ]
     commits = []
     for index, (chunk, key) in enumerate(chunks):
@@ -178,7 +179,8 @@ def _check_splits(source: RawManifest, records: Sequence[Record], params: Tokeni
         found = [record["splits"] for record in records if record["source"]["source"] == name]
         if not any(found):
             raise UserError(
-                f"data/raw: no document has text; check sources.{name}.text_column and the source"
+                f"data/raw: no document has text; check sources.{name}.text_column, the source, "
+                "and what section curate drops of it"
             )
     splits = [record["splits"] for record in records]
     train, val = (sum(s[name]["tokens"] for s in splits if name in s) for name in SPLITS)
@@ -194,26 +196,28 @@ def _check_splits(source: RawManifest, records: Sequence[Record], params: Tokeni
         )
 
 
-def _part(record: Record, split: Split) -> Part:
+def _part(record: Record, path: str, split: Split) -> Part:
     counts = {key: record["splits"][split][key] for key in ("tokens", "docs")}
-    path, rows = record["source"]["path"], record["rows"]
-    return Part(chunk_key=record["chunk_key"], path=path, rows=rows, **counts)
+    return Part(chunk_key=record["chunk_key"], path=path, rows=record["rows"], **counts)
 
 
 def _link_train(
-    pieces: Sequence[Path], records: Sequence[Record], files: dict[str, Path | bytes]
+    pieces: Sequence[Path],
+    records: Sequence[Record],
+    paths: Sequence[str],
+    files: dict[str, Path | bytes],
 ) -> list[Shard]:
     """Publish the train documents of each chunk as one shard; add its files to ``files``."""
     shards: list[Shard] = []
     keys = ("tokens", "docs", "text_bytes", "sha256", "docs_sha256")
-    for piece, record in zip(pieces, records, strict=True):
+    for piece, record, path in zip(pieces, records, paths, strict=True):
         if (facts := record["splits"].get("train")) is None:
             continue
         shard = Shard(
             name=f"train-{len(shards):05d}.bin",
             source=record["source"]["source"],
             split="train",
-            parts=[_part(record, "train")],
+            parts=[_part(record, path, "train")],
             **{key: facts[key] for key in keys},
         )
         files[shard.name] = piece / "train.bin"
@@ -225,6 +229,7 @@ def _link_train(
 def _merge_val(
     pieces: Sequence[Path],
     records: Sequence[Record],
+    paths: Sequence[str],
     shard_tokens: int,
     store: Store,
     files: dict[str, Path | bytes],
@@ -245,7 +250,7 @@ def _merge_val(
         size += tokens
     shards = []
     for number, group in enumerate(groups):
-        parts = [_part(records[i], "val") for i in group]
+        parts = [_part(records[i], paths[i], "val") for i in group]
         key = merged_key([part.chunk_key for part in parts])
         with store.lock("merged", key):
             if store.fresh or store.find("merged", key) is None:

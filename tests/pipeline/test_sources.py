@@ -11,20 +11,21 @@ import pytest
 from pipeline import Manifest, TokenStream
 from pipeline.curate.stage import curate
 from pipeline.download.restore import restore
-from pipeline.download.stage import download
+from pipeline.download.stage import download, fetch_source
 from pipeline.format.selection import SELECTION
 from pipeline.params import (
     CurateParams,
     SourceParams,
     TokenizeParams,
     VerifyParams,
+    errors_of_source,
     load_sources,
     validate_sources,
 )
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.params_file import load_section
-from pipeline.store.store import Store
+from pipeline.store.store import Busy, Store
 from pipeline.tokenize.stage import tokenize
 from pipeline.verify.stage import verify
 from tests.support.foreign_tokens import write_llm_c
@@ -111,10 +112,38 @@ def test_a_further_source_leaves_the_chunks_of_the_others_alone() -> None:
     assert len({two.dataset_key, three.dataset_key}) == 2
 
 
+@pytest.mark.parametrize("first", ["web", "tokens"])
+@pytest.mark.parametrize("kind", ["documents", "position"])
+def test_a_second_source_leaves_the_chunks_of_the_first_alone(first: str, kind: Any) -> None:
+    split = SPLIT.model_copy(
+        update={"val_split": kind, "val_per_10k": 0 if first == "tokens" else 1500}
+    )
+    rules = {"exact_duplicates": first != "tokens"}
+    alone = build(sources(first), split, **rules)
+    before = piece_times()
+    both = build(sources(first, "code"), split, **rules)
+    assert before.items() <= piece_times().items()
+    of_first = [chunk for chunk in both.chunks if chunk.source == first]
+    assert [chunk.sha256 for chunk in of_first] == [chunk.sha256 for chunk in alone.chunks]
+    paths = {part.path for shard in both.shards if shard.source == first for part in shard.parts}
+    assert paths == {f"{first}/{file.path}" for file in alone.source.files}
+
+
 def test_the_name_of_a_single_source_is_in_no_path_and_not_in_the_dataset_key() -> None:
     keys = {build({name: sources("web")["web"]}, SPLIT).dataset_key for name in ("main", "other")}
     assert len(keys) == 1
     assert (RAW / "a.parquet").exists()
+
+
+def test_a_damaged_token_file_is_named_with_the_key_of_its_source() -> None:
+    build(sources("web", "tokens"), SPLIT)
+    path = (RAW / "tokens/tokens_train.bin").resolve()
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"sources\.tokens\.paths"):
+        tokenize(
+            RAW, Path("again"), SPLIT, Machine(work_dir=Path(".work")), "code of a test", SELECTION
+        )
 
 
 def test_rules_apply_across_sources_in_the_order_of_their_names() -> None:
@@ -133,6 +162,26 @@ def test_an_error_names_the_key_of_its_source() -> None:
     with pytest.raises(UserError, match=r"sources\.gone\.paths"):
         download(chosen, Store.open(machine), RAW, machine)
     assert not RAW.exists()
+
+
+def test_an_error_keeps_its_type_and_the_names_of_files(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    machine, folder = Machine(workers=1, work_dir=Path(".work")), "my source.files; source.exclude"
+    store = Store.open(machine)
+    write_parquet(Path(folder, "source.paths/a.parquet"), some_texts(3, "web"))
+    web = SourceParams(kind="files", paths=[folder], exclude=["z*"], text_column="texts")
+    with pytest.raises(UserError, match=r"set sources\.web\.text_column") as error:
+        fetch_source("web", web, store, RAW, machine)
+    assert "source.paths/a.parquet" in str(error.value)
+    assert "sources.web.exclude: 'z*'" in capsys.readouterr().out
+    missing = web.model_copy(update={"paths": ["/corpus/source.files/no.parquet"]})
+    with pytest.raises(UserError, match=r"^sources\.web\.paths: /corpus/source\.files/no.parquet"):
+        fetch_source("web", missing, store, RAW, machine)
+    message = f"{folder}: locked; set source.kind and source.paths"
+    with pytest.raises(Busy) as busy, errors_of_source("a-b"):
+        raise Busy(message)
+    assert str(busy.value) == f"{folder}: locked; set sources.a-b.kind and sources.a-b.paths"
 
 
 @pytest.mark.parametrize(

@@ -108,3 +108,31 @@ def test_card_of_odd_names_has_no_other_cells_links_or_yaml() -> None:
     assert len(rows) > 10
     assert {row.count("|") for row in rows} == {3}
     assert not any(set("[]<") & set(row) for row in rows)
+
+
+def test_manifest_of_an_earlier_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    for path, value in (
+        (checkpoint / "state.json", {"dataset_key": "0"}),
+        (tmp_path / card.TRAINING, {}),
+        (tmp_path / card.MANIFEST, {"schema_version": "1.2", "dataset_key": "0", "source": {}}),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value))
+    with pytest.raises(FormatError, match=r"data/tokens/manifest\.json") as error:
+        card.read(checkpoint, tmp_path)
+    assert "1.2" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_dataset_of_two_configurations_is_listed_once() -> None:
+    source = {"kind": "hub", "repo": "a/b", "revision": "v"}
+    manifest = {
+        "source": {"sources": {"one": source, "two": source}},
+        "totals": {},
+        "tokenizer": {"name": "gpt2"},
+        "dataset_key": "0",
+    }
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8)
+    found = card.text(config, card.Records({}, manifest=manifest), ".")
+    assert ModelCard(found).data.to_dict()["datasets"] == ["a/b"]

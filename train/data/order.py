@@ -133,7 +133,8 @@ class DataOrder:
             n = min(count - done, self.n_windows - first)
             index = np.arange(first, first + n, dtype=np.int64)
             if self.order == "shuffled":
-                index = permute(index, self.n_windows, round_keys(self.seed, epoch, self.name))
+                salt = f"source {self.name}" if self.name else ""  # no other user of keys has it
+                index = permute(index, self.n_windows, round_keys(self.seed, epoch, salt))
             windows[done : done + n] = index
             done += n
         return windows

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
+from pipeline.format.manifest import SOURCE_NAME
 from pipeline.store import atomic
 from train.monitor.loggers import Loggers
 
@@ -150,7 +151,8 @@ class History:
     def _draw(self, record: Record) -> None:
         self._live.step = record["step"]
         for name, value in record.items():
-            if name in CURVES or name.startswith(SOURCE_LOSS):
+            source = name.removeprefix(SOURCE_LOSS)
+            if name in CURVES or (source != name and SOURCE_NAME.fullmatch(source)):
                 self._live.log_metric(name, value)
 
 

@@ -7,8 +7,9 @@ import socket
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from pipeline.format.manifest import NAME, Manifest, RawManifest
+from pipeline.format.manifest import NAME, ChunkRecord, Manifest, RawManifest, SelectedFile, Shard
 from pipeline.params import TokenizeParams
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
@@ -40,6 +41,27 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, path: str) -> 
 @pytest.mark.parametrize("path", ["a.parquet", "sample/10BT/000_00000.parquet", "..a", "a b"])
 def test_a_path_inside_the_folder_is_accepted(tmp_path: Path, path: str) -> None:
     assert load(tmp_path, raw_value(path)).files[0].path == path
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "a/b", "a\n", "a\nb", "", "A", ".", "a" * 33, "é", "\x1b[2J"]
+)
+def test_a_name_that_is_no_source_is_refused(tmp_path: Path, name: str) -> None:
+    value = raw_value()
+    value["sources"] = {name: value["sources"]["main"]}  # type: ignore[index]
+    value["files"][0]["source"] = name  # type: ignore[index]
+    with pytest.raises(UserError, match=r"manifest\.json: sources") as error:
+        load(tmp_path, value)
+    assert str(error.value).isprintable()
+    for record, fields in (
+        (SelectedFile, {"path": "a", "sha256": "0", "rows": 1, "kept": 1}),
+        (ChunkRecord, {"name": "a", "chunk_key": "0", "sha256": "0"}),
+        (Shard, {"name": "a", "split": "val", "tokens": 1, "docs": 1, "text_bytes": 1,
+                 "sha256": "0", "docs_sha256": "0", "parts": []}),
+    ):  # fmt: skip
+        assert record(source="a-b_0", **fields).source == "a-b_0"
+        with pytest.raises(ValidationError, match="source"):
+            record(source=name, **fields)
 
 
 @pytest.mark.parametrize("key", ["name", "parts.0.path"])

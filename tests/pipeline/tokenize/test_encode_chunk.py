@@ -91,9 +91,10 @@ def chunk_of(file: SourceFile, start: int, stop: int, file_index: int = 0) -> Ch
 def test_chunk_key_covers_all_that_decides_the_bytes(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "a.parquet", some_texts(9))
     other = file.model_copy(update={"sha256": "0" * 64})
-    renamed = file.model_copy(update={"path": "b.parquet"})  # the record names it
+    renamed = file.model_copy(update={"path": "b.parquet"})
+    of_other_source = file.model_copy(update={"source": "b"})  # the record names it
     params, chunk = TokenizeParams(), chunk_of(file, 0, 5)
-    others = [chunk_of(other, 0, 5), chunk_of(renamed, 0, 5), chunk_of(file, 0, 5, 1)]
+    others = [chunk_of(other, 0, 5), chunk_of(of_other_source, 0, 5), chunk_of(file, 0, 5, 1)]
     others += [chunk_of(file, 1, 5), chunk_of(file, 0, 6)]
     keys = [
         *(chunk_key(one, "text", params, "code") for one in (chunk, *others)),
@@ -102,7 +103,9 @@ def test_chunk_key_covers_all_that_decides_the_bytes(tmp_path: Path) -> None:
         chunk_key(chunk, "text", params, "other code"),
     ]
     assert len(set(keys)) == len(keys)
-    # But not shard_tokens, which only cuts: chunks of equal rows are shared.
+    # But not the path, to which a second source adds a folder.
+    assert chunk_key(chunk_of(renamed, 0, 5), "text", params, "code") == keys[0]
+    # Nor shard_tokens, which only cuts: chunks of equal rows are shared.
     recut = params.model_copy(update={"shard_tokens": 5000})
     assert chunk_key(chunk, "text", recut, "code") == keys[0]
 

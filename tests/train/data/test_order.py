@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train import DataOrder
-from train.data.order import permute
+from train.data.order import permute, round_keys
 
 UINT64 = st.integers(0, 2**64 - 1)
 
@@ -90,6 +90,13 @@ def test_seed_and_epoch_are_independent() -> None:
     one = DataOrder(n_tokens=10_001, block_size=10, seed=0).samples(1000, 1000)
     other = DataOrder(n_tokens=10_001, block_size=10, seed=1).samples(0, 1000)
     assert (one != other).mean() > 0.99
+
+
+def test_keys_of_a_source_are_those_of_nothing_else() -> None:
+    """Also of a source named `mixture`: the order of the sources has keys of that name."""
+    order = DataOrder(n_tokens=101, block_size=1, seed=3, name="mixture")
+    others = permute(np.arange(100), 100, round_keys(3, 0, "mixture"))
+    assert not np.array_equal(order.samples(0, 100), others)
 
 
 def test_the_order_looks_random() -> None:

@@ -42,6 +42,15 @@ def test_a_resumed_run_truncates_the_log_and_rewrites_the_curves(tmp_path: Path)
     assert curve(tmp_path / "again", "train/loss") == curve(live, "train/loss")
 
 
+def test_only_losses_of_sources_are_drawn_into_files(tmp_path: Path) -> None:
+    history = History(tmp_path / "log.jsonl", tmp_path / "live")
+    names = ["web", "../../../../../evil", "a/b", "a\n"]
+    history.records = [{"step": 1, **{f"val/source/{name}": 1.0 for name in names}}]
+    history.draw(1)
+    found = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.tsv")]
+    assert found == ["live/plots/metrics/val/source/web.tsv"]
+
+
 def test_a_history_that_is_never_begun_writes_nothing(tmp_path: Path) -> None:
     with History(tmp_path / "log.jsonl", tmp_path / "live") as history:
         assert history.last("seconds") == []
