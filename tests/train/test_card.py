@@ -94,7 +94,9 @@ def test_card_of_odd_names_has_no_other_cells_links_or_yaml() -> None:
         {"step": 1, "tokens": 128, "versions": {odd: odd}},
         {"world_size": 1, "device": odd, "seconds": 1.0},
         manifest={
-            "source": {"source": {"kind": "hub", "repo": odd, "revision": odd, "config": odd}},
+            "source": {
+                "sources": {"main": {"kind": "hub", "repo": odd, "revision": odd, "config": odd}}
+            },
             "totals": {"train": {"tokens": 1, "docs": 1}},
             "tokenizer": {"name": odd},
             "dataset_key": "k",
