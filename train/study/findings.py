@@ -165,9 +165,11 @@ def find(study: Study, results: Results) -> Findings:
         UserError: Nothing is finished, or the data of a variant has changed between seeds.
     """
     runs = planned(study, results)
-    nothing = UserError(f"study {study.name}: no run is finished; python -m train.study NAME")
     if runs is None:
-        raise nothing
+        raise UserError(
+            f"study {study.name}: no speed is measured on this machine with these settings "
+            f"(machine.yaml, GPT2_*); python -m train.study {study.name}"
+        )
     by_variant: dict[str, list[Finished]] = {name: [] for name in study.variants}
     for run in runs:
         record = results.read("results", run.key)
@@ -176,7 +178,9 @@ def find(study: Study, results: Results) -> Findings:
             value = study.metric.value(record["evaluation"], bool(study.file.held_out))
         by_variant[run.variant].append(Finished(run, record, value))
     if all(one.record is None for found in by_variant.values() for one in found):
-        raise nothing
+        raise UserError(
+            f"study {study.name}: no run is finished; python -m train.study {study.name}"
+        )
     data: dict[str, str] = {}
     for name, found in by_variant.items():
         for one in found:
