@@ -93,8 +93,8 @@ def merge(text: str, overlay: dict[str, dict[str, Any]]) -> str:
         type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null")
     )
     params = yaml.load(text)
-    _apply(params, overlay)
-    _validated(params, str(PARAMS))
+    apply(params, overlay)
+    validated(params, str(PARAMS))
     buffer = io.StringIO()
     yaml.dump(params, buffer)
     return buffer.getvalue()
@@ -107,14 +107,23 @@ def load(name: str | None = None) -> Parameters:
         UserError: The preset is unknown, or a section is missing or invalid.
     """
     params = read_yaml(PARAMS)
-    _apply(params, read_preset(name) if name else {})
-    return _validated(params, f"{PARAMS} with preset {name}" if name else str(PARAMS))
+    apply(params, read_preset(name) if name else {})
+    return validated(params, f"{PARAMS} with preset {name}" if name else str(PARAMS))
 
 
-def _apply(params: dict[str, Any], overlay: dict[str, dict[str, Any]]) -> None:
-    """Set the values of an overlay. One with its own sources replaces all and their mixture."""
+def apply(
+    params: dict[str, Any], overlay: dict[str, dict[str, Any]], where: str = "the preset"
+) -> None:
+    """Set the values of an overlay. One with its own sources replaces all and their mixture.
+
+    Args:
+        where: Names the overlay in messages.
+
+    Raises:
+        UserError: A section is missing or unknown, or the overlay changes an unknown source.
+    """
     _check_sections(params)
-    check_sections(overlay, "the preset")
+    check_sections(overlay, where)
     sources = overlay.get("sources", {})
     if _replaces(sources):
         _replace_sources(params["sources"], sources)
@@ -122,7 +131,7 @@ def _apply(params: dict[str, Any], overlay: dict[str, dict[str, Any]]) -> None:
             params["train"]["mixture"] = None
     else:
         for name, keys in sources.items():
-            _update(_existing(params["sources"], name, keys), keys)
+            _update(_existing(params["sources"], name, keys, where), keys)
     for section, values in overlay.items():
         if section != "sources":
             _update(params[section], values)
@@ -147,10 +156,12 @@ def _replace_sources(sources: dict[str, Any], own: dict[str, dict[str, Any]]) ->
         _update(sources[name], {**defaults, **keys})
 
 
-def _existing(sources: dict[str, Any], name: str, keys: dict[str, Any]) -> dict[str, Any]:
-    changed = f"the preset changes {', '.join(keys)} of sources.{name}"
+def _existing(
+    sources: dict[str, Any], name: str, keys: dict[str, Any], where: str
+) -> dict[str, Any]:
+    changed = f"{where} changes {', '.join(keys)} of sources.{name}"
     if name not in sources:
-        raise UserError(f"{changed}, which {PARAMS} does not have; name one of its sources {name}")
+        raise UserError(f"{changed}, but there is none; name a source {name}, or set its kind")
     if not isinstance(sources[name], dict):
         raise UserError(f"{PARAMS}: sources.{name}: not a source; write {name}: {{kind: sample}}")
     found: dict[str, Any] = sources[name]
@@ -164,13 +175,21 @@ def _update(values: dict[str, Any], changes: dict[str, Any]) -> None:
             values[key] = value
 
 
-def _validated(params: dict[str, Any], where: str) -> Parameters:
+def validated(params: dict[str, Any], where: str) -> Parameters:
+    """Validate all sections, and that the mixture is one of the sources.
+
+    Args:
+        where: Names the parameters in messages.
+
+    Raises:
+        UserError: Names the first key that is unknown or has an invalid value.
+    """
     sources = validate_sources(params["sources"], f"{where}: sources")
     found: dict[str, Any] = {
         section: validate(cls, dict(params[section]), f"{where}: {section}")
         for section, cls in SECTIONS.items()
     }
-    check_names(found["train"].mixture, list(sources))
+    check_names(found["train"].mixture, list(sources), where)
     return Parameters(sources=sources, **found)
 
 

@@ -78,10 +78,11 @@ def _start(pattern: str, shown: str) -> tuple[Path, Sequence[str]]:
             return Path(path.parts[0]).expanduser(), path.parts[1:]
         except RuntimeError:
             raise UserError(f"{shown}: no such user or home folder; correct the path") from None
-    # An experiment's workspace lacks what git ignores: that is in the main checkout.
-    named = takewhile(lambda part: not _WILDCARD.search(part), path.parts)
-    is_here = os.path.lexists(Path.cwd().joinpath(*named))
-    return Path.cwd() if is_here else project_root(), path.parts
+    # An experiment's workspace lacks the files that git ignores, and so part of a folder.
+    named = Path(*takewhile(lambda part: not _WILDCARD.search(part), path.parts))
+    is_file = named == path and os.path.lexists(named) and not named.is_dir()
+    is_there = os.path.lexists(project_root() / named)
+    return Path.cwd() if is_file or not is_there else project_root(), path.parts
 
 
 def _split(above: Path, parts: Sequence[str], shown: str) -> tuple[Path, Sequence[str]]:

@@ -99,8 +99,11 @@ def phases_of(mixture: Value) -> list[tuple[float, dict[str, float]]]:
     return [(phase["until"], phase["weights"]) for phase in mixture]
 
 
-def check_names(mixture: Value, sources: Sequence[str]) -> None:
+def check_names(mixture: Value, sources: Sequence[str], where: str = "params.yaml") -> None:
     """Refuse a mixture that does not weigh exactly the sources that there are.
+
+    Args:
+        where: Names the parameters in messages.
 
     Raises:
         UserError: Names the source.
@@ -109,7 +112,7 @@ def check_names(mixture: Value, sources: Sequence[str]) -> None:
         return
     is_list = isinstance(mixture, list)
     for number, (_, weights) in enumerate(phases_of(mixture)):
-        key = "params.yaml: train.mixture" + (f".{number}.weights" if is_list else "")
+        key = f"{where}: train.mixture" + (f".{number}.weights" if is_list else "")
         for name in weights:
             if name not in sources:
                 raise UserError(f"{key}.{name}: no such source; {nearest(name, [*sources])}")

@@ -1,18 +1,20 @@
 """A study and its runs: complete parameters, and the keys by which results are found.
 
-The key of a run is the hash of its complete parameters, of the held-out text, and of the code of
-the stages. A run of another definition has another key, so an edited study mixes nothing.
+The key of a run is the hash of its complete parameters, of the files of text and tasks that they
+name, and of the code of the stages. A run of another definition has another key, so an edited study
+mixes nothing.
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.machine import find_file
 from pipeline.runtime.params_file import validate
 from pipeline.store import atomic
 from pipeline.store.code_key import modules_key, stage_modules
@@ -23,12 +25,12 @@ from train.study.study_params import StudyParams
 STAGES = ("download", "curate", "tokenize", "verify", "train", "evaluate")
 """The stages that a run needs, in order."""
 OF_THE_MODEL = ("model", "train", "evaluate")
-"""Sections on which no data depends."""
+"""Sections on which no data depends: `train.mixture` weighs the sources of the same data."""
 MANY_STEPS = 10**9
 """In the place of the steps of a run, where the budget has not decided them."""
 
 Overlay = dict[str, dict[str, Any]]
-"""Section -> key -> value."""
+"""Section -> key -> value, and of `sources`: name -> key -> value."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Planned:
         """Name of the DVC experiment."""
         return f"{self.study}-{self.variant}-{self.seed}"
 
+    @property
+    def message(self) -> str:
+        """Message of its commit, which tells the experiments of two studies apart."""
+        return _message(self.study, self.variant, self.seed)
+
 
 @dataclass(frozen=True)
 class Study:
@@ -57,6 +64,8 @@ class Study:
     title: str
     """First line of the file, a comment."""
     file: StudyParams
+    changes: dict[str, Overlay]
+    """The keys in which each variant differs."""
     variants: dict[str, Overlay]
     """Complete sections of each variant; `train.seed` and `train.steps` are those of a run."""
 
@@ -65,6 +74,15 @@ class Study:
         """The seeds' names."""
         seeds = self.file.seeds
         return list(range(1, seeds + 1)) if isinstance(seeds, int) else seeds
+
+    @property
+    def messages(self) -> dict[str, str]:
+        """Name of each experiment -> message of its commit."""
+        return {
+            f"{self.name}-{variant}-{seed}": _message(self.name, variant, seed)
+            for variant in self.variants
+            for seed in self.seeds
+        }
 
     @property
     def metric(self) -> Metric:
@@ -101,14 +119,20 @@ class Study:
         """Hash of the held-out text."""
         return atomic.sha256_file(Path(self.file.held_out)) if self.file.held_out else None
 
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """Hashes of the files that parameters name, other than sources, which DVC pins."""
+        return {k: v for params in self.variants.values() for k, v in _files(params).items()}
+
     def key(self, params: Overlay) -> str:
         """Address of a run's result: the hash of all that decides it."""
-        text = {"held_out": self.held_out_sha256, "code": self.code_key}
-        return atomic.sha256_json({"params": params, **text})
+        return atomic.sha256_json(
+            {"params": params, "files": _files(params), "code": self.code_key}
+        )
 
-    def speed_key(self, variant: str) -> str:
-        """Address of a variant's measured speed."""
-        return self.key({**self.variants[variant], "pilot": {}})
+    def speed_key(self, variant: str, settings: dict[str, Any]) -> str:
+        """Address of a variant's measured speed on a machine with these settings."""
+        return self.key({**self.variants[variant], "pilot": settings})
 
     def run(self, variant: str, seed: int, seconds_per_step: float | None = None) -> Planned:
         """Return the run of a variant and a seed; the speed for a budget of seconds."""
@@ -150,6 +174,27 @@ class Study:
                 f"{path_of(self.name)}: budget: less than one step of variant {variant}; raise it"
             )
         return steps
+
+
+def _message(study: str, variant: str, seed: int) -> str:
+    return f"Study {study}, variant {variant}, seed {seed}"
+
+
+def _files(params: Overlay) -> dict[str, str]:
+    evaluate = params.get("evaluate", {})
+    named = [*params.get("curate", {}).get("decontaminate", [])]
+    named += [evaluate.get(key) for key in ("held_out", "hellaswag", "lambada", "val_shards")]
+    found = {name: find_file(name) for name in named if name}  # `hub` is no file
+    return {
+        name: _sha256(path, path.stat().st_mtime_ns)
+        for name, path in found.items()
+        if path.is_file()
+    }
+
+
+@lru_cache
+def _sha256(path: Path, changed: int) -> str:
+    return atomic.sha256_file(path)
 
 
 def path_of(name: str) -> str:

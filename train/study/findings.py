@@ -32,9 +32,19 @@ class Finished:
         return self.record.get("failed") if self.record else None
 
     @property
+    def diverged(self) -> bool:
+        """Whether it has run, and its result is not finite."""
+        return self.record is not None and not math.isfinite(self.value)
+
+    @property
     def training(self) -> dict[str, Any] | None:
         """Its summary of training."""
         return self.record.get("training") if self.record else None
+
+    @property
+    def environment(self) -> dict[str, str] | None:
+        """Its device, versions, and settings of rounding."""
+        return self.record.get("environment") if self.record else None
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,9 @@ class Found:
 
     Attributes:
         p: Corrected for the number of comparisons; None where there is none.
-        better: The variant that is better, if that can be claimed.
+        better: The variant that is better, if that can be claimed: all runs of the study are
+            finished, and none of the variant diverged.
+        preliminary: Whether runs of the study are not finished.
         more_seeds: Further seeds that would resolve `resolves`; None: unknown or more than 1,000.
         resolves: A difference in the metric's unit.
         more_seconds: Training time of these seeds, from the measured ones.
@@ -55,6 +67,7 @@ class Found:
     result: Comparison
     p: float | None
     better: str | None
+    preliminary: bool
     more_seeds: int | None
     resolves: float | None
     more_seconds: float | None
@@ -81,12 +94,7 @@ class Findings:
     @property
     def diverged(self) -> list[Finished]:
         """Runs that stopped at a non-finite loss or gradient, or whose result is not finite."""
-        return [
-            one
-            for runs in self.runs.values()
-            for one in runs
-            if one.record is not None and not math.isfinite(one.value)
-        ]
+        return [one for runs in self.runs.values() for one in runs if one.diverged]
 
     @property
     def seconds(self) -> float:
@@ -95,6 +103,7 @@ class Findings:
 
     def verdicts(self) -> list[str]:
         """One sentence per comparison, and one per run without a result."""
+        all_ = self.environments
         return [
             *(found.sentence for found in self.comparisons),
             *(
@@ -102,7 +111,14 @@ class Findings:
                 for one in self.diverged
             ),
             *([f"{self.unfinished} runs are not finished"] if self.unfinished else []),
+            *([f"the runs are of several machines: {'; '.join(all_)}"] if len(all_) > 1 else []),
         ]
+
+    @property
+    def environments(self) -> list[str]:
+        """The devices and versions of the finished runs."""
+        every = (one.environment for runs in self.runs.values() for one in runs)
+        return sorted({_device(one) for one in every if one})
 
     def as_json(self) -> dict[str, Any]:
         """Return the page as data: NaN is null."""
@@ -117,6 +133,7 @@ class Findings:
             "held_out_sha256": study.held_out_sha256,
             "seeds": study.seeds,
             "unfinished": self.unfinished,
+            "environments": self.environments,
             "training_seconds": self.seconds,
             "variants": {
                 name: {
@@ -148,9 +165,11 @@ def find(study: Study, results: Results) -> Findings:
         UserError: Nothing is finished, or the data of a variant has changed between seeds.
     """
     runs = planned(study, results)
-    nothing = UserError(f"study {study.name}: no run is finished; python -m train.study NAME")
     if runs is None:
-        raise nothing
+        raise UserError(
+            f"study {study.name}: no speed is measured on this machine with these settings "
+            f"(machine.yaml, GPT2_*); python -m train.study {study.name}"
+        )
     by_variant: dict[str, list[Finished]] = {name: [] for name in study.variants}
     for run in runs:
         record = results.read("results", run.key)
@@ -159,14 +178,20 @@ def find(study: Study, results: Results) -> Findings:
             value = study.metric.value(record["evaluation"], bool(study.file.held_out))
         by_variant[run.variant].append(Finished(run, record, value))
     if all(one.record is None for found in by_variant.values() for one in found):
-        raise nothing
+        raise UserError(
+            f"study {study.name}: no run is finished; python -m train.study {study.name}"
+        )
+    data: dict[str, str] = {}
     for name, found in by_variant.items():
-        keys = {one.record["dataset_key"] for one in found if one.record and not one.failed}
-        if len(keys) > 1:
-            raise UserError(
-                f"{path_of(study.name)}: variants.{name}: its data has changed between two seeds; "
-                f"remove {results.folder / 'results'} to run the study again"
-            )
+        for one in found:
+            if one.record is None or one.failed:
+                continue
+            key = one.record["dataset_key"]
+            if data.setdefault(study.data_key(name), key) != key:
+                raise UserError(
+                    f"{path_of(study.name)}: variants.{name}: its data has changed between two "
+                    f"runs; remove {results.folder / 'results'} to run the study again"
+                )
     compared = _compare(study, by_variant, study.comparisons)
     pairs = list(itertools.combinations(study.variants, 2))
     return Findings(study, by_variant, compared, _compare(study, by_variant, pairs))
@@ -175,13 +200,30 @@ def find(study: Study, results: Results) -> Findings:
 def _compare(
     study: Study, runs: dict[str, list[Finished]], pairs: list[tuple[str, str]]
 ) -> list[Found]:
-    values = {name: [one.value for one in found] for name, found in runs.items()}
-    compared = [statistics.compare(values[a], values[b]) for a, b in pairs]
+    compared = [statistics.compare(*_values(runs[a], runs[b])) for a, b in pairs]
     corrected = statistics.holm([one.p for one in compared])
     return [
         _found(study, runs, a, b, result, p, len(pairs))
         for (a, b), result, p in zip(pairs, compared, corrected, strict=True)
     ]
+
+
+def _values(first: list[Finished], second: list[Finished]) -> tuple[list[float], list[float]]:
+    """Return the values by seed; NaN for a pair of runs on different machines."""
+    pairs = [
+        (math.nan, math.nan) if _on_two_machines(a, b) else (a.value, b.value)
+        for a, b in zip(first, second, strict=True)
+    ]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def _on_two_machines(a: Finished, b: Finished) -> bool:
+    return bool(a.environment and b.environment) and a.environment != b.environment
+
+
+def _device(environment: dict[str, str]) -> str:
+    device = environment.get("gpu", environment.get("cpu"))
+    return f"{device}, torch {environment['torch']}"
 
 
 def _found(
@@ -196,13 +238,20 @@ def _found(
     unit, better, more, resolves, seconds = study.metric.unit, None, None, None, None
     size = f"{_amount(result.mean)} ± {_amount(result.half_width)} {unit}"
     missing = _missing(runs, first, second, result)
+    preliminary = any(one.record is None for found in runs.values() for one in found)
     if p is not None and p < study.file.alpha:
         second_wins = (result.mean < 0) == study.metric.lower_is_better
-        better, worse = (second, first) if second_wins else (first, second)
+        best, worse = (second, first) if second_wins else (first, second)
         size = f"{_amount(abs(result.mean))} ± {_amount(result.half_width)} {unit}"
-        sentence = (
-            f"{better} is better than {worse} by {size} ({_p(p)}, {_seeds(result.n)}){missing}"
-        )
+        sentence = f"{best} is better than {worse} by {size} ({_p(p)}, {_seeds(result.n)})"
+        if failed := sum(one.diverged for one in runs[best]):
+            sentence = (
+                f"no claim for {best}, which diverged in {failed} of {_seeds(len(runs[best]))}; in "
+                f"the others {sentence}"
+            )
+        elif not preliminary:
+            better = best
+        sentence += missing
     elif p is None:
         sentence = (
             f"no difference between {first} and {second} can be claimed: {result.reason} "
@@ -227,15 +276,22 @@ def _found(
             f"no difference between {first} and {second} can be claimed ({size}, {_p(p)}, "
             f"{_seeds(result.n)}); {what} would resolve {_amount(resolves)}{missing}"
         )
-    return Found(first, second, result, p, better, more, resolves, seconds, sentence)
+    if preliminary:
+        sentence = f"preliminary: {sentence}"
+    return Found(first, second, result, p, better, preliminary, more, resolves, seconds, sentence)
 
 
 def _missing(runs: dict[str, list[Finished]], first: str, second: str, result: Comparison) -> str:
     if not result.missing:
         return ""
     both = [*runs[first], *runs[second]]
-    failed = [one.run.experiment for one in both if one.record and not math.isfinite(one.value)]
+    failed = [one.run.experiment for one in both if one.diverged]
     diverged = f": {', '.join(failed)} diverged" if failed else ""
+    apart = [
+        a.run.seed for a, b in zip(runs[first], runs[second], strict=True) if _on_two_machines(a, b)
+    ]
+    if apart:
+        diverged += f": {_seeds(len(apart))} ran on two machines ({', '.join(map(str, apart))})"
     are = "is" if result.missing == 1 else "are"
     return f"; {result.missing} of {result.n + result.missing} seeds {are} missing{diverged}"
 
@@ -292,6 +348,7 @@ def _as_json(found: Found) -> dict[str, Any]:
         **asdict(found.result),
         "p_corrected": found.p,
         "better": found.better,
+        "preliminary": found.preliminary,
         "more_seeds": found.more_seeds,
         "resolves": found.resolves,
         "verdict": found.sentence,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from train.report import html
 from train.report.charts import SERIES, Curve, dot_chart, line_chart
 from train.report.html import duration, number
 from train.study import statistics
+from train.study.definition import Overlay
 from train.study.findings import Findings, Finished, Found, tokens_of, training_seconds
 
 OUT = Path("artifacts/study.html")
@@ -62,17 +64,10 @@ def _variant_row(found: Findings, name: str) -> dict[str, Any]:
     runs, study = found.runs[name], found.study
     n, mean, std = statistics.seed_noise([one.value for one in runs])
     steps = runs[0].run.params["train"]["steps"]
-    changed = [
-        f"{section}.{key}" if dot else key
-        for outer, value in study.file.variants[name].items()
-        for section, dot, key in (
-            [outer.partition(".")] if "." in outer else [(outer, ".", key) for key in value]
-        )
-    ]
     return {
         "name": name,
         "color": SERIES[list(found.runs).index(name) % len(SERIES)],
-        "changes": ", ".join(f"{key}: {_value(runs[0], key)}" for key in changed) or "the base",
+        "changes": ", ".join(_changes(study.changes[name])) or "the base",
         "n": n,
         "mean": _round(mean),
         "std": _round(std),
@@ -82,9 +77,13 @@ def _variant_row(found: Findings, name: str) -> dict[str, Any]:
     }
 
 
-def _value(one: Finished, key: str) -> str:
-    section, _, inner = key.partition(".")
-    return json.dumps(one.run.params[section][inner])
+def _changes(overlay: Overlay) -> Iterator[str]:
+    """Yield `section.key: value`, and `sources.name.key: value`."""
+    for section, values in overlay.items():
+        for key, value in values.items():
+            inner = value if section == "sources" else {"": value}
+            for last, one in inner.items():
+                yield f"{'.'.join(filter(None, (section, key, last)))}: {json.dumps(one)}"
 
 
 def _row(found: Found) -> dict[str, Any]:
@@ -99,6 +98,7 @@ def _row(found: Found) -> dict[str, Any]:
         "p_permutation": "–" if result.p_permutation is None else f"{result.p_permutation:.2g}",
         "n": result.n,
         "better": found.better,
+        "preliminary": found.preliminary,
         "resolves": "" if found.resolves is None else f"{found.resolves:.3g}",
         "more_seeds": found.more_seeds,
         "more_time": "" if found.more_seconds is None else duration(found.more_seconds),

@@ -16,14 +16,16 @@ from pathlib import Path
 
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
+from pipeline.store import atomic
 from pipeline.store.store import Busy, Store
 from train.evals.held_out import read_documents
+from train.study import pilot
 from train.study.definition import OF_THE_MODEL, Planned, Study, path_of
+from train.study.environment import environment
 from train.study.held_out_check import count_shared
 from train.study.results import Results, planned
-from train.study.workspace import Diverged, Workspace, check_committed
+from train.study.workspace import Diverged, Workspace, check_committed, check_names
 
-PILOT_STEPS = 20
 _LOCK_SECONDS = 20.0  # a killed study's commands need some to end
 
 
@@ -38,8 +40,10 @@ def run(study: Study, machine: Machine, jobs: int = 1) -> Results:
         StageFailed: A run failed for another reason than a non-finite loss.
     """
     store, results, main = Store.open(machine), Results.of(study, machine), Path.cwd()
-    check_committed(main)
+    check_committed(main, study.files)
+    check_names(main, study.messages)
     with _lock(store, study.name):
+        _check_files(study, results)
         todo = missing(study, results)
         if todo == []:
             print(f"{study.name}: all runs are finished", flush=True)
@@ -55,7 +59,26 @@ def run(study: Study, machine: Machine, jobs: int = 1) -> Results:
         finally:
             for space in spaces:
                 space.terminate()
+        for space in spaces:
+            atomic.remove(space.folder)
     return results
+
+
+def _check_files(study: Study, results: Results) -> None:
+    """Refuse a file of text or tasks that has changed under its name: DVC has results of the old.
+
+    Raises:
+        UserError: Names the file.
+    """
+    for name, sha256 in study.files.items():
+        key = atomic.sha256_json(name)
+        if (record := results.read("files", key)) is None:
+            results.write("files", key, {"name": name, "sha256": sha256})
+        elif record["sha256"] != sha256:
+            raise UserError(
+                f"{path_of(study.name)}: {name}: has changed under its name, and DVC has results "
+                "of the old file; give it a new name"
+            )
 
 
 def missing(study: Study, results: Results) -> list[Planned] | None:
@@ -96,13 +119,13 @@ def _prepare(study: Study, results: Results, space: Workspace) -> None:
     for variant, params in study.variants.items():
         key = data_key(study, variant)
         if results.read("data", key) is None:
-            output = space.reproduce(params, "verify")
+            output = space.reproduce(params, "verify", f"variant {variant}")
             for line in output.splitlines():
                 if re.match(r"(curate|tokenize): .*(kept|chunks|dataset_key)", line):
                     print(f"{variant}: {line}", flush=True)
             _check_held_out(study, results, space, variant, key)
         if study.file.budget.seconds is not None:
-            _measure(study, results, space, variant)
+            pilot.measure(study, results, space, variant)
 
 
 def data_key(study: Study, variant: str) -> str:
@@ -125,27 +148,6 @@ def _check_held_out(
             )
     manifest = space.json("data/tokens/manifest.json")
     results.write("data", key, {"dataset_key": manifest["dataset_key"], "variant": variant})
-
-
-def _measure(study: Study, results: Results, space: Workspace, variant: str) -> None:
-    """Measure the time of a variant's step by a short run, once."""
-    key = study.speed_key(variant)
-    if results.read("speed", key) is not None:
-        return
-    # Steps alone: without validation, samples, tasks, and a growing batch.
-    quiet = {"warmup_steps": 0, "batch_doublings": 0, "batch_ramp_steps": 0, "sample_tokens": 0}
-    quiet |= {"val_every": PILOT_STEPS, "val_tokens": 1, "checkpoint_every": PILOT_STEPS}
-    tasks = {"keep_every": None, "hellaswag": None, "hellaswag_every": None}
-    pilot = {**study.variants[variant]["train"], **quiet, **tasks, "steps": PILOT_STEPS}
-    try:
-        space.reproduce({**study.variants[variant], "train": pilot}, "train")
-    except Diverged as error:
-        raise UserError(f"{path_of(study.name)}: variants.{variant}: {error}; change it") from None
-    training = space.json("artifacts/training.json")
-    seconds = training["seconds"] / PILOT_STEPS
-    record = {"seconds_per_step": seconds, "device": training["device"], "steps": PILOT_STEPS}
-    results.write("speed", key, record)
-    print(f"{variant}: {seconds:.3g} s per step, measured over {PILOT_STEPS} steps", flush=True)
 
 
 def _run_all(study: Study, results: Results, spaces: list[Workspace], todo: list[Planned]) -> None:
@@ -178,7 +180,13 @@ def _run_all(study: Study, results: Results, spaces: list[Workspace], todo: list
 
 def _run_one(study: Study, results: Results, space: Workspace, run: Planned) -> str:
     try:
-        space.reproduce(run.params, "evaluate")
+        speed = results.speed(study, run.variant)
+        space.reproduce(
+            run.params,
+            "evaluate",
+            run.experiment,
+            pilot.compile_setting(speed["compiled"] if speed else None),
+        )
     except Diverged as error:
         results.write("results", run.key, {"name": run.experiment, "failed": str(error)})
         return f"diverged: {error}"
@@ -200,7 +208,8 @@ def _run_one(study: Study, results: Results, space: Workspace, run: Planned) -> 
         "evaluation": evaluation,
         "training": space.json("artifacts/training.json"),
         "dataset_key": dataset_key,
-        "commit": space.save(run.experiment),
+        "environment": environment(results.machine.device),
+        "commit": space.save(run.experiment, run.message),
     }
     results.write("results", run.key, record)
     value = study.metric.value(evaluation, bool(study.file.held_out))

@@ -4,7 +4,7 @@
 # What this study asks, in one line.
 base: mini                          # a preset, merged over `mini`; or a list of them
 params: {train.batch_tokens: 2048}  # keys for all variants
-variants:                           # name -> the keys in which it differs, of any section
+variants:                           # name -> the keys in which it differs
   raw: {}
   dedup: {curate.exact_duplicates: true}
 seeds: 5
@@ -12,13 +12,18 @@ budget: {tokens: 1_000_000}
 held_out: data/held-out.jsonl
 ```
 
+Sources are `sources.NAME.key` or `sources: {NAME: {key: value}}`. As in a preset, those with a
+`kind` replace all sources of the base; without it, keys change a source of the base.
+
 A study depends neither on the working `params.yaml` nor on other studies: `mini` has every key.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,8 +31,9 @@ from typing import Any
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.params_file import nearest, read_yaml, validate
 from pipeline.store import atomic
+from train.evals.held_out import read_documents
 from train.params import TrainParams
-from train.preset import SECTIONS, read_preset
+from train.preset import apply, read_preset, validated
 from train.study.definition import MANY_STEPS, Overlay, Study, path_of
 from train.study.study_params import NAME, StudyParams
 
@@ -51,34 +57,43 @@ def load(name: str) -> Study:
     where = path_of(name)
     _refuse_repeated_names(files[name], where)
     file = validate(StudyParams, read_yaml(files[name]), where)
-    base = _merge({}, read_preset("mini"), where)
+    base: Overlay = read_preset("mini")
     for preset in [file.base] if isinstance(file.base, str) else file.base:
-        base = _merge(base, read_preset(preset), f"{where}: base")
-    base = _merge(base, _overlay(file.params, f"{where}: params"), where)
+        apply(base, read_preset(preset), f"{where}: base")
+    apply(base, _overlay(file.params, f"{where}: params"), f"{where}: params")
     # Part of the parameters: the stage finds the file there, and DVC shows the result.
     base["evaluate"]["held_out"] = _inside(file.held_out, where) if file.held_out else None
-    variants = {
-        variant: _variant(base, values, f"{where}: variants.{variant}")
+    changes = {
+        variant: _overlay(values, f"{where}: variants.{variant}")
         for variant, values in file.variants.items()
+    }
+    for variant, overlay in changes.items():
+        if "evaluate" in overlay:
+            raise UserError(
+                f"{where}: variants.{variant}: evaluate.{next(iter(overlay['evaluate']), '')}: all "
+                "variants are measured alike; set it in params"
+            )
+    variants = {
+        variant: _variant(base, overlay, f"{where}: variants.{variant}")
+        for variant, overlay in changes.items()
     }
     lines = files[name].read_text(encoding="utf-8").splitlines() or [""]
     title = lines[0].lstrip("# ") if lines[0].startswith("#") else ""
-    study = Study(name, title, file, variants)
+    study = Study(name, title, file, changes, variants)
     _check(study, where)
     return study
 
 
 def _overlay(values: dict[str, Any], where: str) -> Overlay:
-    """Sort `section.key: value` and `section: {key: value}` by section."""
+    """Sort `section.key: value` and `section: {key: value}` by section, and sources by name."""
     overlay: Overlay = {}
-    for key, value in values.items():
-        section, dot, rest = key.partition(".")
-        if not dot and not isinstance(value, dict):
-            raise UserError(f"{where}.{key}: not a section; write section.key: value")
-        for inner, one in ({rest: value} if dot else value).items():
-            if inner in overlay.setdefault(section, {}):
-                raise UserError(f"{where}: {section}.{inner}: set twice; remove one")
-            overlay[section][inner] = one
+    for section, key, value in _keys(values, where):
+        if section != "sources":
+            _set(overlay.setdefault(section, {}), key, value, f"{where}: {section}")
+            continue
+        for name, inner, one in _keys({key: value}, f"{where}: sources"):
+            of_source = overlay.setdefault("sources", {}).setdefault(name, {})
+            _set(of_source, inner, one, f"{where}: sources.{name}")
     for fixed, by in (("seed", "seeds"), ("steps", "budget")):
         if fixed in overlay.get("train", {}):
             raise UserError(f"{where}: train.{fixed}: decided by {by} of the study; remove it")
@@ -87,29 +102,38 @@ def _overlay(values: dict[str, Any], where: str) -> Overlay:
     return overlay
 
 
-def _variant(base: Overlay, values: dict[str, Any], where: str) -> Overlay:
-    params = _merge(base, _overlay(values, where), where)
+def _keys(values: dict[str, Any], where: str) -> Iterator[tuple[str, str, Any]]:
+    """Yield (first, rest, value) of `first.rest: value` and of `first: {rest: value}`."""
+    for key, value in values.items():
+        first, dot, rest = str(key).partition(".")
+        if dot:
+            yield first, rest, value
+        elif isinstance(value, dict):
+            yield from ((first, str(inner), one) for inner, one in value.items())
+        else:
+            raise UserError(f"{where}: {first}: not a mapping; write {first}.key: value")
+
+
+def _set(values: dict[str, Any], key: str, value: Any, where: str) -> None:
+    if key in values:
+        raise UserError(f"{where}.{key}: set twice; remove one")
+    values[key] = value
+
+
+def _variant(base: Overlay, overlay: Overlay, where: str) -> Overlay:
+    """Return the complete parameters of a variant; those of a source with all its keys."""
+    params = copy.deepcopy(base)
+    apply(params, overlay, where)
     params["train"] |= {"seed": 0, "steps": MANY_STEPS}  # those of a run: `Study.run`
-    for section, cls in SECTIONS.items():
-        validate(cls, params[section], f"{where}: {section}")
+    sources = validated(params, where).sources
+    params["sources"] = {name: one.model_dump(mode="json") for name, one in sources.items()}
     return params
-
-
-def _merge(base: Overlay, overlay: Overlay, where: str) -> Overlay:
-    for section, values in overlay.items():
-        if section not in SECTIONS:
-            raise UserError(
-                f"{where}: {section}: unknown section; {nearest(section, list(SECTIONS))}"
-            )
-        if not isinstance(values, dict):
-            raise UserError(f"{where}: {section}: not a mapping; write key: value")
-    return {section: {**base.get(section, {}), **overlay.get(section, {})} for section in SECTIONS}
 
 
 def _check(study: Study, where: str) -> None:
     names, file = list(study.variants), study.file
     decide = {
-        name: atomic.sha256_json({**params, "train": _deciding(params["train"])})
+        name: atomic.sha256_json({**params, "train": _deciding(params["train"]), "evaluate": {}})
         for name, params in study.variants.items()
     }
     if file.pair_seeds:
@@ -133,13 +157,25 @@ def _check(study: Study, where: str) -> None:
             f"{where}: held_out: missing, but the variants differ in data, and so in what they are "
             "measured on; name a file of text"
         )
+    if file.held_out:
+        read_documents(Path(file.held_out), f"{where}: held_out: {file.held_out}")
+        if file.held_out.endswith(".txt") and not study.same_data:
+            raise UserError(
+                f"{where}: held_out: {file.held_out}: a .txt is one document, which cannot be "
+                "looked for in the data of variants; write .jsonl"
+            )
+    if not file.held_out and len({p["model"]["block_size"] for p in study.variants.values()}) > 1:
+        raise UserError(
+            f"{where}: held_out: missing, but the variants differ in model.block_size, and so in "
+            "the windows that they are measured on; name a file of text"
+        )
     metric = study.metric
     if file.metric == "val_loss" and not study.same_data:
         raise UserError(f"{where}: metric: val_loss is of each variant's own data; bits_per_byte")
     for name, params in study.variants.items():
         if metric.task and not params["evaluate"].get(metric.task):
             raise UserError(
-                f"{where}: metric: {file.metric} needs evaluate.{metric.task}; set it in {name}"
+                f"{where}: metric: {file.metric} needs evaluate.{metric.task}; set it in params"
             )
         if file.budget.tokens is not None:
             study.parameters(name, study.seeds[0])

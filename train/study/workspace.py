@@ -8,24 +8,31 @@ files changed. A study works in a clone of the last commit instead, below its fo
          └── refs/exps/... is fetched, nothing else ───────────────────────────────────┘
 
 The clone uses the cache, the store (`$DVC_ROOT`) and `machine.yaml` of the main checkout, has no
-remote, and pushes nothing. It is deleted and made again at each start of a study.
+remote, and pushes nothing. It is rebuilt at each start of a study, and removed at its end.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from pipeline.runtime.errors import StageFailed, UserError
+from ruamel.yaml import YAML
+
+from pipeline.runtime.errors import StageFailed, Stopped, UserError
+from pipeline.runtime.params_file import read_yaml
 from pipeline.store import atomic
 from train.preset import merge
-from train.study.definition import Overlay
+from train.study.definition import STAGES, Overlay
 
+EMPTY: Mapping[str, str] = MappingProxyType({})
 # Linux ends the command when this process dies, however it dies; `execvp` keeps the setting.
 _TIED = """
 import ctypes, os, signal, sys
@@ -78,26 +85,41 @@ class Workspace:
         self._params = (folder / "params.yaml").read_text(encoding="utf-8")
         if (local := main / ".dvc/config.local").is_file():
             atomic.write_bytes(folder / ".dvc/config.local", local.read_bytes())
-        self.dvc("config", "--local", "cache.dir", str(_cache(main)))
+        cache = _cache(main)
+        self.dvc("config", "--local", "cache.dir", str(cache))
+        self._empty_other_stages(cache / "files/md5")
 
-    def reproduce(self, params: Overlay, stage: str) -> str:
+    def reproduce(
+        self, params: Overlay, stage: str, name: str, environment: Mapping[str, str] = EMPTY
+    ) -> str:
         """Run the pipeline with these parameters up to a stage; return its output.
+
+        Args:
+            name: Of the run, for messages.
+            environment: Variables in addition to those of this process.
 
         Raises:
             Diverged: The loss or a gradient was not finite.
+            UserError: A stage refused a parameter, a file or a setting.
             StageFailed: A stage failed otherwise; its last line.
         """
         atomic.write_bytes(self.folder / "params.yaml", merge(self._params, params).encode())
-        status, output = self._run(sys.executable, "-m", "dvc", "repro", stage)
+        status, output = self._run("-m", "dvc", "repro", stage, environment=environment)
         if status:
             if "failed to reproduce 'train'" in output:
-                unknown, what = self._run(sys.executable, "-c", _FAILURE)
+                unknown, what = self._run("-c", _FAILURE)
                 if not unknown and what.strip():
                     raise Diverged(what.strip().splitlines()[-1])
-            raise StageFailed(f"{_reason(output)}; the output is in {self.log}")
+            reason = f"{name}: {_reason(output)}; the output is in {self.log}"
+            exited = re.search(r"exited with (\d+)$", output, re.MULTILINE)  # DVC's own is 255
+            if exited and exited[1] == "2":
+                raise UserError(reason)
+            if exited and exited[1] == "3":
+                raise Stopped(reason)
+            raise StageFailed(reason)
         return output
 
-    def save(self, name: str) -> str:
+    def save(self, name: str, message: str) -> str:
         """Save the workspace as an experiment of the main checkout; return its commit.
 
         An experiment is a commit on the baseline with a ref of its own. `dvc exp save` would need
@@ -105,15 +127,47 @@ class Workspace:
         """
         plain = ("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgSign=false")
         git(self.folder, "add", "--all")
-        git(self.folder, *plain, "commit", "--quiet", "--allow-empty", "-m", f"Experiment {name}")
-        ref = f"refs/exps/{self.baseline[:2]}/{self.baseline[2:]}/{name}"
+        git(self.folder, *plain, "commit", "--quiet", "--allow-empty", "-m", message)
+        ref = experiment_ref(self.baseline, name)
         git(self.main, *plain, *_FETCH, str(self.folder), f"+HEAD:{ref}")
         git(self.folder, "reset", "--quiet", "--soft", self.baseline)
         return git(self.main, "rev-parse", ref)
 
+    def _empty_other_stages(self, objects: Path) -> None:
+        """Make the outs of the stages after those of a run empty in dvc.lock.
+
+        Those of the last commit are of another run. Without any, `dvc exp apply` would fail; with
+        these it puts nothing there, and `dvc repro` runs the stages.
+        """
+        path, stages = self.folder / "dvc.lock", read_yaml(self.folder / "dvc.yaml")["stages"]
+        lock: dict[str, Any] = read_yaml(path) if path.is_file() else {"schema": "2.0"}
+        kept = {name: one for name, one in (lock.get("stages") or {}).items() if name in STAGES}
+        for name in [name for name in stages if name not in STAGES]:
+            outs = []
+            for out in filter(lambda out: isinstance(out, str), stages[name].get("outs", [])):
+                content, end = (b"", "") if Path(out).suffix else (b"[]", ".dir")
+                md5 = hashlib.md5(content, usedforsecurity=False).hexdigest() + end
+                if not (place := objects / md5[:2] / md5[2:]).exists():
+                    atomic.write_bytes(place, content)
+                outs.append({"path": out, "hash": "md5", "md5": md5, "size": 0})
+            kept[name] = {"cmd": "", "outs": outs}
+        with open(path, "w", encoding="utf-8") as file:
+            YAML(typ="safe", pure=True).dump({**lock, "stages": kept}, file)
+
     def json(self, path: str) -> dict[str, Any]:
         """Read a JSON file of the workspace."""
         return atomic.read_sealed(self.folder / path)
+
+    def python(self, code: str, *args: str, environment: Mapping[str, str] = EMPTY) -> str:
+        """Run code of Python in the workspace; return its output.
+
+        Raises:
+            StageFailed: It failed; its last line.
+        """
+        status, output = self._run("-c", code, *args, environment=environment)
+        if status:
+            raise StageFailed(f"{_reason(output)}; the output is in {self.log}")
+        return output
 
     def dvc(self, *args: str) -> None:
         """Run a command of DVC.
@@ -121,7 +175,7 @@ class Workspace:
         Raises:
             StageFailed: It failed; its last line.
         """
-        status, output = self._run(sys.executable, "-m", "dvc", *args)
+        status, output = self._run("-m", "dvc", *args)
         if status:
             raise StageFailed(f"dvc {args[0]}: {_reason(output)}; the output is in {self.log}")
 
@@ -131,15 +185,15 @@ class Workspace:
         for process in list(self._processes):
             process.terminate()
 
-    def _run(self, *command: str) -> tuple[int, str]:
+    def _run(self, *args: str, environment: Mapping[str, str] = EMPTY) -> tuple[int, str]:
+        """Run Python with these arguments; return its status and output."""
         if self.stopped:
             raise KeyboardInterrupt
-        tied = (sys.executable, "-c", _TIED, str(os.getpid()), *command)
+        tied = (sys.executable, "-c", _TIED, str(os.getpid()), sys.executable, *args)
         with open(self.log, "ab") as log:
             start = log.seek(0, io.SEEK_END)
-            process = subprocess.Popen(
-                tied, cwd=self.folder, env=_environment(self.main), stdout=log, stderr=log
-            )
+            variables = {**_environment(self.main), **environment}
+            process = subprocess.Popen(tied, cwd=self.folder, env=variables, stdout=log, stderr=log)
             self._processes.add(process)
             try:
                 status = process.wait()
@@ -180,28 +234,61 @@ def identity(main: Path, key: str) -> str:
         raise UserError(f"git: {key}: not set; git config {key} VALUE") from None
 
 
-def check_committed(main: Path) -> None:
+def check_committed(main: Path, files: Iterable[str] = ()) -> None:
     """Refuse to run where the code is not that of the last commit, which the experiments belong to.
 
+    Args:
+        files: Files that the runs read; git may ignore them, or they may be new.
+
     Raises:
-        UserError: There is no commit, or the code differs from it.
+        UserError: There is no commit, or the code or a tracked file differs from it.
     """
     if Path(git(main, "rev-parse", "--show-toplevel")).resolve() != main.resolve():
         raise UserError(f"{main}: not the top of a git repository; run this there")
     git(main, "rev-parse", "--verify", "HEAD^{commit}")
     code = ("dvc.yaml", *(f":(glob){room}/**/*.py" for room in ("pipeline", "model", "train")))
-    if changed := git(main, "status", "--porcelain", "--", *code).splitlines():
+    changed = git(main, "status", "--porcelain", "--", *code).splitlines()
+    if inside := [name for name in files if (main / name).is_relative_to(main)]:
+        status = ("--literal-pathspecs", "status", "--porcelain", "--untracked-files=no", "--")
+        changed += git(main, *status, *inside).splitlines()
+    if changed:
         raise UserError(
             f"{changed[0][2:].strip()}: differs from the last commit, which the experiments of a "
             "study belong to; commit it, or git stash"
         )
 
 
+def experiment_ref(baseline: str, name: str) -> str:
+    """Return the ref of an experiment of DVC on a commit."""
+    return f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}"
+
+
+def check_names(main: Path, messages: Mapping[str, str]) -> None:
+    """Refuse to replace an experiment of another study, or of the user.
+
+    Args:
+        messages: Of the commits, by the names of the experiments.
+
+    Raises:
+        UserError: There is an experiment of the name whose commit has another message.
+    """
+    refs = experiment_ref(git(main, "rev-parse", "HEAD"), "")
+    there = git(main, "for-each-ref", "--format=%(refname) %(contents:subject)", refs)
+    for line in there.splitlines():
+        ref, _, subject = line.partition(" ")
+        name = ref.removeprefix(refs)
+        if name in messages and subject != messages[name]:
+            raise UserError(
+                f"experiment {name}: there is one that is not of this study; rename the study, or "
+                f"dvc exp remove {name}"
+            )
+
+
 def _cache(main: Path) -> Path:
     from dvc.repo import Repo  # here: an import of a second
 
     with Repo(str(main)) as repo:
-        return Path(repo.cache.local.path)
+        return Path(repo.cache.local_cache_dir)
 
 
 def _environment(main: Path) -> dict[str, str]:

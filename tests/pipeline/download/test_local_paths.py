@@ -20,6 +20,26 @@ FILES = (
 )
 
 
+def test_a_workspace_without_ignored_files_reads_those_of_the_main_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main, workspace = tmp_path / "main", tmp_path / "workspace"
+    for file in ("main/data/a.txt", "main/data/b.txt", "workspace/data/a.txt", "workspace/c/d.txt"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    monkeypatch.chdir(workspace)
+    monkeypatch.setenv("DVC_ROOT", str(main))  # as in the workspace of an experiment
+
+    def found(pattern: str) -> list[Path]:
+        return [file.path for file in local_paths.find(pattern, LeftOut())]
+
+    for pattern in ("data", "data/*.txt", "**/*.txt"):
+        assert found(pattern) == [main / "data/a.txt", main / "data/b.txt"]
+    assert found("data/a.txt") == [workspace / "data/a.txt"]
+    assert found("data/b.txt") == [main / "data/b.txt"]
+    assert found("c/*.txt") == [workspace / "c/d.txt"]
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder `in` with files, links and special files, in the current folder."""

@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 from pipeline.runtime.errors import UserError
 from tests.support.repo import REPO
 from train.params import TrainParams
+from train.preset import merge
 from train.study import study_file
 from train.study.definition import Study
 
@@ -54,6 +55,39 @@ def test_a_run_has_all_sections_and_the_tokens_of_the_budget(folder: Path) -> No
     assert study.parameters("b", 1)["tokenize"]["val_per_10k"] == 500  # mini, which has every key
 
 
+TWO = {"sources.main.kind": "sample", "sources.web": {"kind": "hub", "files": 1}}
+
+
+def test_sources_are_changed_by_name_or_replaced_with_their_mixture(folder: Path) -> None:
+    Path("text.jsonl").write_text('{"text": "some text"}')
+    variants = {
+        "a": {},
+        "less": {"sources.main.files": 2},
+        "own": {"sources": {"code": {"kind": "files", "paths": ["x"]}}},
+        "b": {"sources.web": {"files": 3}, "train.mixture": {"main": 1, "web": 4}},
+    }
+    mixed = {**TWO, "train.mixture": {"main": 1, "web": 1}}
+    study = load({"params": mixed, "variants": variants, "held_out": "text.jsonl"})
+    a, less, own, b = (study.parameters(name, 1) for name in variants)
+    assert [p["sources"]["main"]["files"] for p in (a, less, b)] == [None, 2, None]
+    assert b["sources"]["web"] == {**a["sources"]["web"], "files": 3}
+    assert list(own["sources"]) == ["code"]
+    assert [p["train"]["mixture"] is None for p in (a, less, own, b)] == [False, False, True, False]
+    committed = (REPO / "params.yaml").read_text()  # what a run reads: complete, nothing of before
+    for params in (a, less, own, b):
+        text = merge(committed, params)
+        assert YAML(typ="safe", pure=True).load(text) == params
+    assert len({study.data_key(name) for name in variants}) == 4
+
+
+def test_mixtures_of_the_same_sources_have_the_same_data(folder: Path) -> None:
+    variants = {"even": {}, "uneven": {"train.mixture": {"main": 1, "web": 4}}}
+    mixed = {**TWO, "train.mixture": {"main": 1, "web": 1}}
+    study = load({"params": mixed, "variants": variants, "metric": "val_loss"})
+    assert study.same_data
+    assert study.parameters("uneven", 1)["train"]["mixture"] == {"main": 1, "web": 4}
+
+
 def test_the_budget_counts_a_growing_batch(folder: Path) -> None:
     ramp = {"train": {"batch_doublings": 2, "batch_ramp_steps": 10, "warmup_steps": 0}}
     study = load({"params": ramp})
@@ -81,6 +115,15 @@ def test_comparisons(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
+        ({"variants": {"a": {}, "b": {"sources.web.paths": ["x"]}}}, "sources.web"),
+        ({"variants": {"a": {}, "b": {"sources": {"main": 3}}}}, "main"),
+        ({"variants": {"a": {}, "b": {"sources.main.kinds": "x"}}}, "sources.main.kinds"),
+        ({"variants": {"a": {}, "b": {"sources.main.kind": "x"}}}, "sources.main.kind"),
+        ({"variants": {"a": {}, "b": {"train.mixture": {"web": 1}}}}, "train.mixture.web"),
+        (
+            {"params": {"sources": {"main": {"files": 1}}, "sources.main.files": 2}},
+            "sources.main.files",
+        ),
         ({"variants": {"a": {}, "b": {"train.learning_rat": 1e-3}}}, "b: train.learning_rat"),
         ({"variants": {"a": {}, "b": {"train.learning_rate": 2.0}}}, "train.learning_rate"),
         ({"variants": {"a": {}, "b": {"trian.beta1": 0.5}}}, "trian"),
@@ -90,11 +133,17 @@ def test_comparisons(folder: Path) -> None:
         ({"variants": {"a": {}, "b": {}}}, "variants.b"),
         ({"variants": {"a": {}, "b": {"train.log_every": 7}}}, "variants.b"),  # observes
         ({"variants": {"a": {}, "b": {"train.beta1": 0.5, "train": {"beta1": 0.6}}}}, "beta1"),
+        ({"variants": {"a": {}, "b": {"evaluate.val_tokens": 1024}}}, "evaluate.val_tokens"),
+        ({"variants": {"a": {}, "b": {"evaluate": {"samples": 3}}}}, "evaluate.samples"),
+        ({"variants": {"a": {}, "b": {"model.block_size": 32}}}, "held_out"),
         ({"variants": {"a": {}}}, "variants"),
         ({"variants": {"a": {}, "../b": {"train.beta1": 0.5}}}, "../b"),
         ({"variants": {"a": {}, "b/c": {"train.beta1": 0.5}}}, "b/c"),
         ({"variants": {"a": {}, "b..c": {"train.beta1": 0.5}}}, "b..c"),
         ({"variants": {"a": {}, "b": DATA}}, "held_out"),
+        ({"variants": {"a": {}, "b": DATA}, "held_out": "one-document.txt"}, "held_out"),
+        ({"held_out": "empty.jsonl"}, "held_out"),
+        ({"held_out": "text.csv"}, "held_out"),
         ({"held_out": "../text.txt"}, "held_out"),
         ({"held_out": "/etc/hostname"}, "held_out"),
         ({"held_out": "link.txt"}, "held_out"),
@@ -119,6 +168,9 @@ def test_faults_are_refused_in_one_line_that_names_them(
 ) -> None:
     (folder / "outside").mkdir(exist_ok=True)
     Path("link.txt").symlink_to("/etc/hostname")
+    Path("empty.jsonl").write_text("{}\n")
+    for name in ("one-document.txt", "text.csv"):
+        Path(name).write_text("some text")
     with pytest.raises(UserError) as error:
         load(changes)
     assert named in str(error.value)
@@ -142,15 +194,38 @@ def test_the_key_follows_all_that_decides(folder: Path, monkeypatch: pytest.Monk
         return load({"held_out": "text.txt", **changes}).run("a", seed).key
 
     first = key({})
+    assert key({"params": {"sources.main.exclude": []}}) == first  # the default
     assert key({}) == key({"seeds": 9, "compare": "all", "alpha": 0.05}) == first
-    others = [key({}, seed=2), key({"params": DATA}), key({"budget": {"tokens": 30_720}})]
+    others = [key({}, seed=2), key({"budget": {"tokens": 30_720}})]
+    others += [key({"params": {"train.mixture": {"main": 2}}}), key({"params": DATA})]
     Path("text.txt").write_text("other text")
-    assert len({first, *others, key({})}) == 5
+    assert len({first, *others, key({})}) == 6
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["curate.decontaminate", "evaluate.hellaswag", "evaluate.lambada", "evaluate.val_shards"],
+)
+def test_the_key_follows_the_content_of_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(Study, "code_key", "x")
+    changes = {"params": {name: ["tasks.jsonl"] if "curate" in name else "tasks.jsonl"}}
+    keys = set()
+    for content in ("one", "another"):
+        Path("tasks.jsonl").write_text(content)
+        study = load(changes)
+        keys.add(study.run("a", 1).key)
+        assert list(study.files) == ["tasks.jsonl"]
+        (machine, other) = ({"cores": 1, "compile": c} for c in (True, False))
+        assert study.speed_key("a", machine) != study.speed_key("a", other)
+    assert len(keys) == 2
 
 
 def test_the_committed_studies_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPO)
     monkeypatch.setattr(study_file, "_inside", lambda name, where: name)  # data is not committed
+    monkeypatch.setattr(study_file, "read_documents", lambda path, where: ["some text"])
     assert len(study_file.study_files()) >= 2
     for name in study_file.study_files():
         study = study_file.load(name)
