@@ -54,7 +54,7 @@ CHECKPOINT = Path("artifacts/checkpoint")
 SUMMARY = Path("artifacts/training.json")
 METRICS = Path("metrics/train.json")
 # Numbers of the summary by which runs are compared, and the head of the chain, for git to keep.
-COMPARED = ("loss", "val_loss", "hellaswag_acc_completion", "tokens_per_second", "mfu", "chain")
+COMPARED = ("loss", "val_loss", "hellaswag_acc_completion", "tokens_per_second", "mfu")
 RECORD = "run.json"
 FINAL = "final.json"
 FAILED = "failed.json"

@@ -114,7 +114,7 @@ def _parser() -> command.Parser:
     parser = command.Parser(prog="python -m train.audit", description=main.__doc__)
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="the run's folder, .work/runs/KEY")
-    add("--head", metavar="HASH", help="head of the chain that was published, metrics/train.json")
+    add("--head", metavar="HASH", help="published head of the chain")
     add("--chain", action="store_true", help="check the chain only; run nothing")
     add("--segments", type=count, default=1, metavar="K", help="segments to run again; default 1")
     add("--seed", metavar="S", help="any text, chosen after the head was published")

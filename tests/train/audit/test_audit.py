@@ -39,7 +39,7 @@ def test_an_honest_run_is_equal_and_another_processor_cannot_judge(
     project: Project, honest: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     head = str(Audited.open(honest).chain.head)
-    assert f'"chain": "{head}"' in Path("metrics/train.json").read_text()
+    assert f'"chain": "{head}"' in Path("artifacts/training.json").read_text()
     assert status(str(honest), "--chain", "--head", head) == 0
     assert status(str(honest), "--chain", "--head", "0" * 64) == audit.DIFFERS
     assert status(str(honest), "--segments", "4", "--seed", "any") == 0
