@@ -139,7 +139,7 @@ def power(n: np.ndarray, std: float, difference: float, alpha: float) -> np.ndar
 
 
 def _nct_cdf(t: np.ndarray, df: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """Distribution function of the noncentral t; where scipy has no number, an approximation.
+    """Distribution function of the noncentral t; an approximation where scipy returns NaN.
 
     scipy returns NaN for some large shifts. Abramowitz and Stegun 26.7.10 is close there.
     """
