@@ -72,11 +72,7 @@ def _cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     The variables by which PyTorch and oneDNN are limited to older instructions count as an older
     CPU. Where there is no `/proc` (macOS), PyTorch has no such kernels.
     """
-    try:
-        found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
-    except OSError:
-        return False
-    flags = set(found[1].split()) if found else set()
+    flags = set(_cpuinfo(_FLAGS, cpuinfo).split())
     if "bf16" in flags:  # ARM
         return "ATEN_CPU_CAPABILITY" not in os.environ
     isa = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
@@ -225,21 +221,26 @@ def environment(device: torch.device, *, compiled: bool = False) -> dict[str, st
     }
 
 
-def _simd_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Vector and matrix instructions of the processor; empty where there is no `/proc`."""
+_FLAGS = "flags|Features"  # on x86, and on ARM
+
+
+def _cpuinfo(field: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The first value of a field, a regular expression; empty without one, or without `/proc`."""
     with contextlib.suppress(OSError):
-        if found := re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE):
-            simd = ("amx", "asimd", "avx", "bf16", "fma", "sve")
-            return " ".join(sorted(flag for flag in found[1].split() if flag.startswith(simd)))
+        if found := re.search(rf"^(?:{field})\s*:[ \t]*(.*)$", cpuinfo.read_text(), re.MULTILINE):
+            return found[1]
     return ""
 
 
-def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Name of the processor; where there is no `/proc`, its architecture."""
-    with contextlib.suppress(OSError):
-        if found := re.search(r"^model name\s*:\s*(.*)$", cpuinfo.read_text(), re.MULTILINE):
-            return found[1]
-    return platform.processor() or platform.machine()
+def _simd_flags() -> str:
+    """Vector and matrix instructions of the processor."""
+    simd = ("amx", "asimd", "avx", "bf16", "fma", "sve")
+    return " ".join(sorted(flag for flag in _cpuinfo(_FLAGS).split() if flag.startswith(simd)))
+
+
+def _cpu_name() -> str:
+    """Name of the processor, or its architecture."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:

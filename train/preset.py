@@ -60,10 +60,15 @@ class Parameters:
     evaluate: EvaluateParams
 
 
+def shipped_files(folder: str) -> dict[str, Path]:
+    """Return the YAML files of a folder in `train`, by name."""
+    found = Path(str(resources.files("train"))) / folder
+    return {path.stem: path for path in sorted(found.glob("*.yaml"))}
+
+
 def preset_files() -> dict[str, Path]:
     """Return the preset files by name."""
-    folder = Path(str(resources.files("train"))) / "presets"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return shipped_files("presets")
 
 
 def read_preset(name: str) -> dict[str, dict[str, Any]]:

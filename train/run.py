@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,7 +33,7 @@ from pipeline.runtime.machine import Machine
 from pipeline.runtime.params_file import load_section
 from pipeline.store import atomic
 from pipeline.store.code_key import code_key
-from pipeline.store.store import Busy, Store, publish
+from pipeline.store.store import Store, publish
 from train.checkpoint import directory, init_from
 from train.data.mixed_order import MixedOrder, sampling_order
 from train.data.order import DataOrder
@@ -203,19 +202,11 @@ class Run:
             Busy: Another process still holds it after `LOCK_TIMEOUT` seconds.
             UserError: The store cannot be written.
         """
-        end, announced = time.monotonic() + LOCK_TIMEOUT, False
-        with contextlib.ExitStack() as stack:
-            while True:
-                try:
-                    stack.enter_context(self.store.lock("runs", self.key, wait=False))
-                    break
-                except Busy:
-                    if time.monotonic() > end:
-                        raise
-                    if not announced:
-                        print("waiting for another process to release this run", file=sys.stderr)
-                        announced = True
-                    time.sleep(0.5)
+
+        def announce() -> None:
+            print("waiting for another process to release this run", file=sys.stderr)
+
+        with self.store.lock_within("runs", self.key, LOCK_TIMEOUT, announce):
             yield
 
     def record(self) -> dict[str, Any]:

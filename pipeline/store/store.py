@@ -20,7 +20,7 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,34 @@ class Store:
                             f"another process is working on {kind}/{key[:12]}; wait until it ends"
                         ) from None
                 time.sleep(0.02)  # `is_locked` of another process may hold it for an instant
+            yield
+
+    @contextlib.contextmanager
+    def lock_within(
+        self, kind: str, key: str, seconds: float, before_waiting: Callable[[], object]
+    ) -> Iterator[None]:
+        """Hold the key's lock, and wait for it at most so long.
+
+        Args:
+            before_waiting: Called once, if another process holds it.
+
+        Raises:
+            Busy: Another process still holds it.
+            UserError: The store cannot be written.
+        """
+        end, waits = time.monotonic() + seconds, False
+        with contextlib.ExitStack() as stack:
+            while True:
+                try:
+                    stack.enter_context(self.lock(kind, key, wait=False))
+                    break
+                except Busy:
+                    if time.monotonic() > end:
+                        raise
+                    if not waits:
+                        before_waiting()
+                        waits = True
+                    time.sleep(0.5)
             yield
 
     def is_locked(self, kind: str, key: str) -> bool:

@@ -13,16 +13,13 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from pipeline.runtime.params_file import Section
 from pipeline.store import atomic
 from train.audit.run_folder import Audited
 from train.checkpoint import directory
 from train.checkpoint.chain import HASH, STOPPED, conditions_hash, link_hash, log_hash
+from train.launch.adopt import differences
 from train.monitor.history import Record
-from train.params import ModelParams, TrainParams
 from train.run import CHECKPOINT, FINAL, RECORD
-
-SECTIONS: dict[str, type[Section]] = {"model": ModelParams, "train": TrainParams}
 
 
 def problems(run: Audited, head: str | None) -> list[str]:
@@ -88,23 +85,11 @@ def _identity_problems(run: Audited) -> Iterator[str]:
         then = part["identity"]
         if then == identity:
             continue
-        differs = _differences(then, identity)
+        differs = differences(then, identity)
         if atomic.sha256_json(then) not in adopted:
             differs = differs or ["code_key"]
         if differs:
             yield f"since step {part['since']}: another run: {', '.join(differs)}"
-
-
-def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two runs, other than code and keys that then had their default."""
-    found = [name for name in ("dataset_key", "starts_from") if then[name] != now[name]]
-    for name, section in SECTIONS.items():
-        fields = section.model_fields
-        for key in sorted({**then[name], **now[name]}):
-            default = fields[key].default if key in fields else None
-            if then[name].get(key, default) != now[name].get(key, default):
-                found.append(f"{name}.{key}")
-    return found
 
 
 def _file_problems(run: Audited) -> Iterator[str]:

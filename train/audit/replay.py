@@ -26,7 +26,6 @@ from pipeline.runtime import command
 from pipeline.runtime.machine import Machine
 from pipeline.store import atomic
 from train.checkpoint import directory
-from train.checkpoint.directory import Keep
 from train.data.loader import Batches
 from train.distributed.interrupt import Interrupt
 from train.distributed.rendezvous import process_group
@@ -34,7 +33,6 @@ from train.distributed.torchrun import run_torchrun
 from train.distributed.world import World
 from train.invariant import InvariantTrainer
 from train.monitor.history import SOURCE_LOSS
-from train.optim.param_groups import flat_state
 from train.params import ModelParams, TrainParams
 from train.run import TOKENS, Run
 from train.trainer import Trainer
@@ -197,7 +195,7 @@ def steps_again(job: Job, world: World) -> dict[str, Any]:
     )
     steps: list[list[float | None]] = []
     validations: list[tuple[int, int, dict[str, float | None]]] = []
-    with batches, Interrupt(world) as interrupt:
+    with trainer.writer, batches, Interrupt(world) as interrupt:
         for step in range(job.first, job.stop):
             rate, numbers = trainer.step(step, batches, interrupt)
             row = [run.tokens(step + 1), rate, *numbers.tolist()]
@@ -208,20 +206,10 @@ def steps_again(job: Job, world: World) -> dict[str, Any]:
                     texts[f"{SOURCE_LOSS}{name}"] = part
                 losses = {k: _finite(trainer.loss_on(*v, interrupt)) for k, v in texts.items()}
                 validations.append((step + 1, n, losses))
+        trainer.save(job.stop)
     if not world.first:
         return {}
-    state = trainer.state(job.stop)
-    del state["chain"]  # of the run, not of this part
-    saved = directory.save(
-        run.folder,
-        model={name: tensor.cpu() for name, tensor in trainer.gpt.state_dict().items()},
-        optimizer={
-            name: tensor.cpu()
-            for name, tensor in flat_state(trainer.optimizer, trainer.named).items()
-        },
-        state=state,
-        keep=Keep(last=2),
-    )
+    saved = run.folder / directory.folder_name(job.stop)
     files = directory.read_state(saved)["sha256"]
     return {
         "steps": steps,

@@ -40,6 +40,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 
@@ -182,6 +183,13 @@ class _Phase:
     tree: _Node
     keys: UInt64Array
 
+    @cached_property
+    def movable(self) -> np.ndarray:
+        """Which sources a swap cannot take farther than `BOUND` from the ideal: (sources,) bool."""
+        movable = np.zeros(len(self.before), bool)
+        movable[[leaf.source for leaf in self.tree.leaves() if leaf.error + HALF <= BOUND]] = True
+        return movable
+
     def counts(self, samples: int) -> list[int]:
         """Return the count of each source after so many samples of the phase, before the swaps."""
         counts = list(self.before)
@@ -196,9 +204,7 @@ class _Phase:
         sources = _sources(self.tree, begin, end - begin)
         pairs = sources[: len(sources) // 2 * 2].reshape(-1, 2)  # a view
         numbers = np.arange(len(pairs), dtype=np.uint64) + np.uint64(begin // 2)
-        movable = np.zeros(len(self.before), bool)
-        movable[[leaf.source for leaf in self.tree.leaves() if leaf.error + HALF <= BOUND]] = True
-        is_swapped = movable[pairs].all(1)
+        is_swapped = self.movable[pairs].all(1)
         is_swapped &= mix(mix(numbers + self.keys[0]) ^ self.keys[1]) % np.uint64(2) == 1
         pairs[is_swapped] = pairs[is_swapped, ::-1]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from train.params import ModelParams, TrainParams
 from train.run import FINAL, RECORD, Run
 
 SECTIONS: dict[str, type[Section]] = {"model": ModelParams, "train": TrainParams}
+_UNKNOWN = object()  # value of a parameter that this code does not have
 
 
 def adopt(run: Run, name: str) -> str:
@@ -45,7 +46,7 @@ def adopt(run: Run, name: str) -> str:
             raise UserError(f"--adopt {name}: {other / RECORD} is missing or damaged")
         if (other / FINAL).exists():
             raise UserError(f"--adopt {name}: that run is finished")
-        if differs := _differences(run, record):
+        if differs := differences(record, run.identity):
             raise UserError(
                 f"--adopt {name}: that run differs in more than code: {', '.join(differs)}"
             )
@@ -70,7 +71,7 @@ def adoptable(run: Run) -> Iterator[tuple[str, int]]:
         saved = directory.checkpoints(folder)
         if folder.name == run.key or record is None or (folder / FINAL).exists():
             continue
-        if saved and not _differences(run, record):
+        if saved and not differences(record, run.identity):
             yield folder.name, directory.step_of(saved[-1])
 
 
@@ -94,19 +95,19 @@ def _record(folder: Path) -> dict[str, Any] | None:
     return record if is_complete else None
 
 
-def _differences(run: Run, record: dict[str, Any]) -> list[str]:
-    """What differs between two runs other than code; a parameter unknown then had its default."""
-    now = run.identity
-    differs = [key for key in ("dataset_key", "starts_from") if record[key] != now[key]]
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two identities of runs other than code.
+
+    A parameter that one of them does not have had its default there.
+    """
+    found = [key for key in ("dataset_key", "starts_from") if then[key] != now[key]]
     for name, section in SECTIONS.items():
-        fields, then = section.model_fields, record[name]
-        differs += [f"{name}.{key}" for key in then if key not in fields]
-        differs += [
-            f"{name}.{key}"
-            for key, known in fields.items()
-            if then.get(key, known.default) != now[name].get(key, known.default)
-        ]
-    return differs
+        known = {key: field.default for key, field in section.model_fields.items()}
+        for key in [*sorted({**then[name], **now[name]}.keys() - known.keys()), *known]:
+            default = known.get(key, _UNKNOWN)
+            if then[name].get(key, default) != now[name].get(key, default):
+                found.append(f"{name}.{key}")
+    return found
 
 
 def _link_checkpoints(run: Run, other: Path, adopted: list[dict[str, Any]]) -> None:

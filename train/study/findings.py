@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -170,13 +169,7 @@ def find(study: Study, results: Results) -> Findings:
             f"study {study.name}: no speed is measured on this machine with these settings "
             f"(machine.yaml, GPT2_*); python -m train.study {study.name}"
         )
-    by_variant: dict[str, list[Finished]] = {name: [] for name in study.variants}
-    for run in runs:
-        record = results.read("results", run.key)
-        value = math.nan
-        if record is not None and "evaluation" in record:
-            value = study.metric.value(record["evaluation"], bool(study.file.held_out))
-        by_variant[run.variant].append(Finished(run, record, value))
+    by_variant = _read(study, results, runs)
     if all(one.record is None for found in by_variant.values() for one in found):
         raise UserError(
             f"study {study.name}: no run is finished; python -m train.study {study.name}"
@@ -195,6 +188,17 @@ def find(study: Study, results: Results) -> Findings:
     compared = _compare(study, by_variant, study.comparisons)
     pairs = list(itertools.combinations(study.variants, 2))
     return Findings(study, by_variant, compared, _compare(study, by_variant, pairs))
+
+
+def _read(study: Study, results: Results, runs: list[Planned]) -> dict[str, list[Finished]]:
+    """Read the records of all runs, by variant, in the order of the seeds."""
+    found: dict[str, list[Finished]] = {name: [] for name in study.variants}
+    for run in runs:
+        record, value = results.read("results", run.key), math.nan
+        if record is not None and "evaluation" in record:
+            value = study.metric.value(record["evaluation"], bool(study.file.held_out))
+        found[run.variant].append(Finished(run, record, value))
+    return found
 
 
 def _compare(
@@ -324,21 +328,19 @@ def status(study: Study, results: Results) -> str:
     runs = planned(study, results)
     if runs is None:
         return f"{study.name}: the speed of each variant is measured first; nothing has run"
-    lines, total = [], Counter[str]()
-    for variant in study.variants:
-        states = []
-        for run in (run for run in runs if run.variant == variant):
-            record, text = results.read("results", run.key), "missing"
-            if record is not None and "failed" in record:
-                text = "diverged"
-            elif record is not None:
-                found = study.metric.value(record["evaluation"], bool(study.file.held_out))
-                text = number(found)
-            total["missing" if text == "missing" else "finished"] += 1
-            states.append(f"{run.seed}: {text}")
-        lines.append(f"{variant:24} {'  '.join(states)}")
-    finished = f"{total['finished']} of {total.total()} runs are finished"
-    return "\n".join([f"{study.name}: {finished}; {study.file.metric} by seed", *lines])
+    lines, by_variant = [], _read(study, results, runs)
+    for variant, found in by_variant.items():
+        states = "  ".join(f"{one.run.seed}: {_state(one)}" for one in found)
+        lines.append(f"{variant:24} {states}")
+    finished = sum(one.record is not None for found in by_variant.values() for one in found)
+    summary = f"{finished} of {len(runs)} runs are finished; {study.file.metric} by seed"
+    return "\n".join([f"{study.name}: {summary}", *lines])
+
+
+def _state(one: Finished) -> str:
+    if one.record is None:
+        return "missing"
+    return "diverged" if one.failed else number(one.value)
 
 
 def _as_json(found: Found) -> dict[str, Any]:

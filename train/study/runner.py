@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import queue
 import re
-import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pipeline.runtime.errors import UserError
@@ -94,24 +93,17 @@ def _lock(store: Store, name: str) -> Iterator[None]:
     Raises:
         UserError: Another process runs it.
     """
-    end = time.monotonic() + _LOCK_SECONDS
     store.folder("studies", name)
-    while True:
-        lock = store.lock("studies", name, wait=False)
+    with ExitStack() as stack:
         try:
-            lock.__enter__()
-            break
+            lock = store.lock_within("studies", name, _LOCK_SECONDS, lambda: None)
+            stack.enter_context(lock)
         except Busy:
-            if time.monotonic() > end:
-                raise UserError(
-                    f"study {name}: another process runs it; wait until it ends, or see "
-                    f"python -m train.study {name} --status"
-                ) from None
-            time.sleep(0.5)
-    try:
+            raise UserError(
+                f"study {name}: another process runs it; wait until it ends, or see "
+                f"python -m train.study {name} --status"
+            ) from None
         yield
-    finally:
-        lock.__exit__(None, None, None)
 
 
 def _prepare(study: Study, results: Results, space: Workspace) -> None:

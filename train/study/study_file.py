@@ -24,7 +24,6 @@ import copy
 import itertools
 import os
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +32,14 @@ from pipeline.runtime.params_file import nearest, read_yaml, validate
 from pipeline.store import atomic
 from train.evals.held_out import read_documents
 from train.params import TrainParams
-from train.preset import apply, read_preset, validated
+from train.preset import apply, read_preset, shipped_files, validated
 from train.study.definition import MANY_STEPS, Overlay, Study, path_of
 from train.study.study_params import NAME, StudyParams
 
 
 def study_files() -> dict[str, Path]:
     """Return the study files by name."""
-    folder = Path(str(resources.files("train"))) / "studies"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return shipped_files("studies")
 
 
 def load(name: str) -> Study:
