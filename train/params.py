@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -11,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from model.config import Activation, GPTConfig, Positions, check_temperature
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.params_file import Section
+from train.checkpoint.start import Start
 from train.data import phases
 from train.optim.schedule import BatchSchedule, Schedule
 
@@ -67,42 +66,6 @@ class ModelParams(Section):
         """The model's configuration."""
         values = self.model_dump(exclude={"size"}, exclude_none=True)
         return GPTConfig.named(self.size, **values) if self.size else GPTConfig.from_dict(values)
-
-
-@dataclass(frozen=True)
-class Start:
-    """The weights that a run starts from, parsed from `train.init` and `train.init_with`.
-
-    Attributes:
-        kind: "checkpoint" or "hf".
-        folder: The checkpoint, or the folder that `transformers` wrote.
-        with_optimizer: Whether a checkpoint's optimizer state and step are taken as well.
-    """
-
-    kind: str
-    folder: Path
-    with_optimizer: bool
-
-    @classmethod
-    def parse(cls, init: str, init_with: str) -> Start | None:
-        """Parse the two parameters; None for `scratch`.
-
-        Raises:
-            ValueError: They do not fit each other or the grammar.
-        """
-        kind, _, folder = init.partition(" ")
-        with_optimizer = init_with == "all"
-        fits = kind in ("scratch", "checkpoint", "hf") and "\0" not in folder
-        if not fits or bool(folder.strip()) != (kind != "scratch"):
-            raise ValueError(f"init {init!r}: set scratch, checkpoint DIR, or hf DIR")
-        if with_optimizer and kind != "checkpoint":
-            raise ValueError(f"init_with all needs init: checkpoint DIR, but init is {init}")
-        if kind == "scratch":
-            return None
-        try:
-            return cls(kind, Path(folder.strip()).expanduser(), with_optimizer)
-        except RuntimeError as error:  # a user who does not exist
-            raise ValueError(f"init {init!r}: {error}") from None
 
 
 class ObservingParams(Section):

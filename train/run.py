@@ -29,7 +29,7 @@ from typing import Any
 from model.size import flops_per_token
 from pipeline import TokenStream
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.machine import Machine
+from pipeline.runtime.machine import Machine, project_root
 from pipeline.runtime.params_file import load_section
 from pipeline.store import atomic
 from pipeline.store.code_key import code_key
@@ -91,7 +91,8 @@ class Run:
                 "rounding, which train.invariant keeps; remove it"
             )
         start = params.start()
-        if start is not None and CHECKPOINT.resolve() in (p := start.folder.resolve(), *p.parents):
+        outs = {root.resolve() / CHECKPOINT for root in (Path(), project_root())}
+        if start and not outs.isdisjoint((at := start.folder.resolve(), *at.parents)):
             raise UserError(
                 f"params.yaml: train.init: {CHECKPOINT} is an out of this stage, which DVC removes "
                 f"before the stage runs; name the run's folder in the store, or a copy"

@@ -11,7 +11,8 @@ from model import GPT
 from pipeline.format import tokenizer
 from pipeline.runtime.errors import UserError, printable
 from train.checkpoint import init_from
-from train.params import EvaluateParams, Start
+from train.checkpoint.start import Start
+from train.params import EvaluateParams
 
 
 def sample(gpt: GPT, params: EvaluateParams) -> list[tuple[str, str]]:

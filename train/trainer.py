@@ -22,7 +22,7 @@ from train.data.loader import Batches
 from train.distributed.interrupt import Interrupt
 from train.distributed.world import World
 from train.evals import hellaswag
-from train.monitor import peak_flops
+from train.monitor import history, peak_flops
 from train.numerics import clip_gradients, summed_loss
 from train.optim.param_groups import (
     decay_groups,
@@ -35,8 +35,6 @@ from train.optim.param_groups import (
 from train.plan import fit
 from train.run import Run
 from train.validation import WINDOWS, mean_loss
-
-SAMPLE_PROMPT = 16  # tokens of validation text that a sample continues
 
 
 class Trainer:
@@ -323,12 +321,11 @@ class Trainer:
     def sample(self) -> list[int]:
         """Continue the first tokens of the validation split, on rank 0; empty elsewhere.
 
-        Prompt (`SAMPLE_PROMPT` tokens) and random numbers are the same each time: what differs is
-        what the model has learnt.
+        Prompt and random numbers are the same each time: what differs is what the model has learnt.
         """
         if not self.world.first or not self.params.sample_tokens:
             return []
-        prompt = self.run.val_data[:SAMPLE_PROMPT].tolist()
+        prompt = self.run.val_data[: history.SAMPLE_PROMPT].tolist()
         return self.gpt.generate(
             [prompt], self.params.sample_tokens, 0.8, top_k=50, seed=self.params.seed
         )[0]

@@ -39,14 +39,19 @@ def project_root() -> Path:
 
 
 def find_file(path: str) -> Path:
-    """Find a file of `params.yaml` in the working directory or in the main checkout.
+    """Find a file or folder of `params.yaml` in the working directory or in the main checkout.
 
     DVC experiments run in a workspace of their own, without the files that git ignores.
+
+    Returns:
+        The path as it is written, with `~` expanded, unless it is only in the main checkout.
     """
     here = Path(path)
     with contextlib.suppress(RuntimeError):  # no such user
         here = here.expanduser()
-    return here if here.exists() else project_root() / here
+    there = project_root() / here
+    # `Path.exists` fails for a name that is too long; callers name it when they open the file.
+    return there if os.path.lexists(there) and not os.path.lexists(here) else here
 
 
 def usable_cores() -> int:

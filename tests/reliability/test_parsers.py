@@ -23,8 +23,8 @@ from pipeline.runtime.errors import UserError
 from tests.support.damage import FEW, JSON_VALUES, damaged
 from train.checkpoint import directory, init_from
 from train.checkpoint.directory import BrokenCheckpoint, Keep
+from train.checkpoint.start import Start
 from train.evals import hellaswag, lambada, reference_curve
-from train.params import Start
 
 CONFIG = GPTConfig(n_layer=1, n_head=1, n_embd=4, block_size=8, vocab_size=64)
 

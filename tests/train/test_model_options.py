@@ -12,7 +12,7 @@ from model import GPT, GPTConfig, checkpoint
 from pipeline.runtime.errors import UserError
 from tests.support.training import Project, stop_in, train_here
 from train.checkpoint import init_from
-from train.params import Start
+from train.checkpoint.start import Start
 from train.play import GenerateRequest, generate
 
 OPTIONS: dict[str, Any] = {

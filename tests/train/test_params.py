@@ -9,7 +9,8 @@ import pytest
 
 from pipeline.runtime.params_file import validate
 from tests.support.repo import REPO
-from train.params import EvaluateParams, ModelParams, ObservingParams, Start, TrainParams
+from train.checkpoint.start import Start
+from train.params import EvaluateParams, ModelParams, ObservingParams, TrainParams
 
 
 def test_sizes_have_names() -> None:

@@ -22,7 +22,7 @@ from model.files import read_json
 from pipeline.runtime.errors import UserError
 from pipeline.store import atomic
 from train.checkpoint import directory
-from train.params import Start
+from train.checkpoint.start import Start
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 

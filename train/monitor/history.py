@@ -38,6 +38,9 @@ SOURCE_LOSS = "val/source/"
 
 CHECKSUM = "crc32"
 
+SAMPLE_PROMPT = 16
+"""Tokens at the start of a sample that are its prompt: those of the validation split."""
+
 Record = dict[str, Any]
 
 

@@ -146,6 +146,7 @@ def dot_chart(
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set(xlabel=x_label)
     axes.xaxis.set_major_formatter(lambda x, _: tick_label(x))
+    axes.use_sticky_edges = False  # of bars, which would have no margin
     axes.margins(x=0.05)
     return _svg(figure, name)
 

@@ -19,7 +19,7 @@ from pipeline.runtime.errors import UserError
 from pipeline.store import atomic
 from train.report import html
 from train.report.charts import SERIES, Curve, line_chart, running_mean
-from train.report.run_log import Log, sample_text
+from train.report.run_log import Log, sample_texts
 
 OUT = Path("artifacts/compare.html")
 WORKSPACE = "workspace"
@@ -142,7 +142,7 @@ def render(revs: Sequence[str]) -> str:
             if (svg := _chart(experiments, key, title, unit, smoothed="mean" in note))
         ],
         samples=[
-            (one.name, sample_text(samples[-1][1]).strip())
+            (one.name, "".join(sample_texts(samples[-1][1])).strip())
             for one in experiments
             if (samples := one.log.samples())
         ],

@@ -20,10 +20,9 @@ from pipeline.store import atomic
 from pipeline.store.store import Store
 from train.params import ModelParams, TrainParams
 from train.report import html, run_charts
-from train.report.run_log import Log, LogReader, sample_text
+from train.report.run_log import Log, LogReader, sample_texts
 
 MOST_RUNS = 50
-SAMPLE_PROMPT = 16  # tokens of the prompt of a logged sample (train/trainer.py)
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def render_body(run: Found, runs: list[Found], reader: LogReader | None = None) 
         else [],
         training_charts=run_charts.training_charts(log),
         samples=[
-            (step, sample_text(tokens[:SAMPLE_PROMPT]), sample_text(tokens[SAMPLE_PROMPT:]))
+            (step, *sample_texts(tokens))
             for step, tokens in log.samples()[:-6:-1]
             if all(0 <= token < tokenizer.N_VOCAB for token in tokens)
         ],

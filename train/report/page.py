@@ -23,7 +23,7 @@ from pipeline.store.store import mark_damaged
 from train.data.phases import phases_of
 from train.params import EvaluateParams
 from train.report import html, model_probe, run_charts
-from train.report.run_log import Log, sample_text
+from train.report.run_log import Log, sample_texts
 
 OUT = Path("artifacts/report.html")
 DATA = Path("data/statistics.json")
@@ -52,7 +52,6 @@ MADE_BY = {
 
 ACTIVATION_TOKENS = 2048  # of the validation split, to measure activations
 PROMPTS = 2  # of evaluate.prompts, shown token by token
-SAMPLE_PROMPT = 16  # tokens of the prompt of a logged sample (train/trainer.py)
 
 EVALUATION_METRICS = {
     "val_loss": ("validation loss", "nats per token, mean over {val_tokens} tokens"),
@@ -280,10 +279,7 @@ def training_samples(log: Log) -> list[tuple[int, str, str]]:
     samples = log.samples()
     most = min(8, len(samples))
     chosen = sorted({round(i * (len(samples) - 1) / max(1, most - 1)) for i in range(most)})
-    return [
-        (step, sample_text(tokens[:SAMPLE_PROMPT]), sample_text(tokens[SAMPLE_PROMPT:]))
-        for step, tokens in (samples[i] for i in chosen)
-    ]
+    return [(step, *sample_texts(tokens)) for step, tokens in (samples[i] for i in chosen)]
 
 
 def samples(evaluation: Mapping[str, Any]) -> str:

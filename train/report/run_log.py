@@ -80,6 +80,11 @@ class LogReader:
         return Log(self._records + history.parse(data[end:]))
 
 
-def sample_text(tokens: list[int]) -> str:
-    """Decode tokens of a sample, without <|endoftext|>."""
+def sample_texts(tokens: list[int]) -> tuple[str, str]:
+    """Decode the prompt and the continuation of a sample, without <|endoftext|>."""
+    prompt, continuation = tokens[: history.SAMPLE_PROMPT], tokens[history.SAMPLE_PROMPT :]
+    return _text(prompt), _text(continuation)
+
+
+def _text(tokens: list[int]) -> str:
     return tokenizer.decode([token for token in tokens if token != tokenizer.EOT])

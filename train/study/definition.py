@@ -18,6 +18,7 @@ from pipeline.runtime.machine import find_file
 from pipeline.runtime.params_file import validate
 from pipeline.store import atomic
 from pipeline.store.code_key import modules_key, stage_modules
+from train.checkpoint.start import Start
 from train.params import ModelParams, TrainParams
 from train.study.metrics import METRICS, Metric
 from train.study.study_params import StudyParams
@@ -121,7 +122,7 @@ class Study:
 
     @cached_property
     def files(self) -> dict[str, str]:
-        """Hashes of the files that parameters name, other than sources, which DVC pins."""
+        """Hashes of the files and weights that parameters name; DVC pins those of sources."""
         return {k: v for params in self.variants.values() for k, v in _files(params).items()}
 
     def key(self, params: Overlay) -> str:
@@ -185,11 +186,17 @@ def _files(params: Overlay) -> dict[str, str]:
     named = [*params.get("curate", {}).get("decontaminate", [])]
     named += [evaluate.get(key) for key in ("held_out", "hellaswag", "lambada", "val_shards")]
     found = {name: find_file(name) for name in named if name}  # `hub` is no file
-    return {
+    hashes = {
         name: _sha256(path, path.stat().st_mtime_ns)
         for name, path in found.items()
         if path.is_file()
     }
+    train = params.get("train", {})
+    if start := Start.parse(train.get("init", "scratch"), train.get("init_with", "weights")):
+        from train.checkpoint import init_from  # here: it imports torch
+
+        hashes[str(start.folder)] = init_from.content_key(start)
+    return hashes
 
 
 @lru_cache

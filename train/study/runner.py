@@ -13,11 +13,13 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from model.size import parameter_count
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
 from pipeline.store import atomic
 from pipeline.store.store import Busy, Store
 from train.evals.held_out import read_documents
+from train.params import ModelParams, TrainParams
 from train.study import pilot
 from train.study.definition import OF_THE_MODEL, Planned, Study, path_of
 from train.study.environment import environment
@@ -54,6 +56,12 @@ def run(study: Study, machine: Machine, jobs: int = 1) -> Results:
         try:
             _prepare(study, results, spaces[0])
             todo = missing(study, results) or []
+            size = sum(checkpoint_bytes(run) for run in todo)
+            print(
+                f"{study.name}: {len(todo)} runs, whose checkpoints take up to {size / 1e9:.3g} GB "
+                f"in {store.root} until a prune",
+                flush=True,
+            )
             _run_all(study, results, spaces, todo)
         finally:
             for space in spaces:
@@ -78,6 +86,13 @@ def _check_files(study: Study, results: Results) -> None:
                 f"{path_of(study.name)}: {name}: has changed under its name, and DVC has results "
                 "of the old file; give it a new name"
             )
+
+
+def checkpoint_bytes(run: Planned) -> int:
+    """Return the most bytes of the checkpoints that a finished run leaves in the store."""
+    config = ModelParams.model_validate(run.params["model"]).config()
+    # AdamW's: weights and two moments of 4 bytes; Muon has one moment.
+    return 12 * parameter_count(config) * TrainParams.model_validate(run.params["train"]).kept()
 
 
 def missing(study: Study, results: Results) -> list[Planned] | None:

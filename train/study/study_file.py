@@ -177,6 +177,10 @@ def _check(study: Study, where: str) -> None:
             )
         if file.budget.tokens is not None:
             study.parameters(name, study.seeds[0])
+    try:
+        study.files  # noqa: B018
+    except UserError as error:  # of `train.init`, which it reads
+        raise UserError(str(error).replace("params.yaml", where, 1)) from None
 
 
 def _deciding(train: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from model import checkpoint as model_format
 from pipeline.runtime.errors import UserError
 from tests.support.training import Project, records, train_here
 from train.checkpoint import directory, init_from
+from train.checkpoint.start import Start
 from train.launch import stage
-from train.params import Start
 from train.run import Run
 
 CONSTANT: dict[str, Any] = {"schedule": "constant", "val_every": 6, "checkpoint_every": 6}
@@ -87,6 +87,22 @@ def test_the_content_of_initial_weights_is_in_the_run_key(project: Project, sour
     assert Run.open().key != before.key
     with pytest.raises(UserError, match=r"train\.init: source/model\.safetensors"):
         train_here()
+
+
+def test_an_experiment_finds_weights_that_git_ignores_in_the_main_checkout(
+    project: Project, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.write(train={"init": "checkpoint source"})
+    before = Run.open().identity["starts_from"]
+    root = tmp_path / "main"
+    root.mkdir()
+    source.rename(root / "source")
+    monkeypatch.setenv("DVC_ROOT", str(root))
+    assert Run.open().identity["starts_from"] == before
+    shutil.copytree(root / "source", root / "artifacts/checkpoint")  # which the next run replaces
+    project.write(train={"init": "checkpoint artifacts/checkpoint"})
+    with pytest.raises(UserError, match=r"train\.init: artifacts/checkpoint"):
+        Run.open()
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [

@@ -24,6 +24,7 @@ from tests.support.browser import CHROMIUM, browser
 from tests.support.small_data import flip
 from tests.support.training import Project, make_project, train_here
 from train import evaluate
+from train.monitor.history import SAMPLE_PROMPT
 from train.params import EvaluateParams
 from train.report import compare, html, model_probe, run_charts
 from train.report import page as report
@@ -146,7 +147,7 @@ def test_samples_are_parsed_as_they_were_written() -> None:
 
 def test_training_samples_include_the_first_and_the_last() -> None:
     prompt, more = tokenizer.encode("The state of the Union")[:4], tokenizer.encode(" is strong")
-    tokens = [tokenizer.EOT, *prompt, *[11] * (report.SAMPLE_PROMPT - 5), *more]
+    tokens = [tokenizer.EOT, *prompt, *[11] * (SAMPLE_PROMPT - 5), *more]
     log = Log([{"step": step, "sample": tokens} for step in range(5, 205, 5)])
     shown = report.training_samples(log)
     assert [shown[0][0], shown[-1][0], len(shown)] == [5, 200, 8]

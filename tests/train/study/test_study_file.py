@@ -15,6 +15,7 @@ from train.params import TrainParams
 from train.preset import merge
 from train.study import study_file
 from train.study.definition import Study
+from train.study.runner import checkpoint_bytes
 
 DATA = {"curate.exact_duplicates": True}  # a key of the data
 VALID: dict[str, Any] = {
@@ -94,6 +95,25 @@ def test_the_budget_counts_a_growing_batch(folder: Path) -> None:
     train = TrainParams.model_validate(study.parameters("a", 1)["train"])
     tokens = [train.batches(64)(train.steps + more)[0] * 64 for more in (0, 1)]
     assert tokens[0] <= 20_480 < tokens[1]
+
+
+def test_the_checkpoints_of_a_run_have_the_bytes_of_adamw(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Study, "code_key", "x")
+    size = {
+        "model": {
+            "size": "gpt2",
+            "n_layer": None,
+            "n_head": None,
+            "n_embd": None,
+            "block_size": 1024,
+        }
+    }
+    study = load({"params": {**size, "train.keep_checkpoints": 2}})
+    # 124,439,808 parameters (Radford et al. 2019, small) of 4 bytes, with two moments; the best
+    # checkpoint as well.
+    assert checkpoint_bytes(study.run("a", 1)) == pytest.approx(3 * 12 * 124_439_808, rel=1e-3)
 
 
 def test_seeds_are_paired_or_all_different(folder: Path) -> None:
@@ -220,6 +240,23 @@ def test_the_key_follows_the_content_of_files(
         (machine, other) = ({"cores": 1, "compile": c} for c in (True, False))
         assert study.speed_key("a", machine) != study.speed_key("a", other)
     assert len(keys) == 2
+
+
+def test_the_key_follows_the_content_of_initial_weights(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Study, "code_key", "x")
+    Path("start").mkdir()
+    keys = set()
+    for content in ("one", "another"):
+        Path("start/model.safetensors").write_text(content)
+        study = load({"params": {"train.init": "hf start"}})
+        keys.add(study.run("a", 1).key)
+        assert list(study.files) == ["start"]
+    assert len(keys) == 2
+    Path("start/model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"one\.yaml: train\.init: start"):
+        load({"params": {"train.init": "hf start"}})
 
 
 def test_the_committed_studies_load(monkeypatch: pytest.MonkeyPatch) -> None:
