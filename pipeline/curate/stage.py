@@ -65,7 +65,7 @@ def curate(
     source = RawManifest.load(raw)
     if not params.has_rules:
         return write_all_kept(out, source)
-    if not any(origin.has_text for origin in source.sources.values()):
+    if not source.has_text:
         raise UserError(
             "params.yaml: curate: sources of kind tokens have no text; turn all rules off"
         )

@@ -165,6 +165,11 @@ class RawManifest(_Manifest):
             raise ValueError("its files are not in the order of its sources")
         return self
 
+    @property
+    def has_text(self) -> bool:
+        """Whether any source has text."""
+        return any(source.has_text for source in self.sources.values())
+
     def column(self, file: SourceFile) -> str:
         """Return the column with the text of a file."""
         return self.sources[file.source].text_column

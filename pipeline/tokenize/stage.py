@@ -185,7 +185,7 @@ def _check_splits(source: RawManifest, records: Sequence[Record], params: Tokeni
     splits = [record["splits"] for record in records]
     train, val = (sum(s[name]["tokens"] for s in splits if name in s) for name in SPLITS)
     by_position = params.val_split == "position"
-    if not by_position and not any(origin.has_text for origin in source.sources.values()):
+    if not by_position and not source.has_text:
         return  # split by file name
     if params.val_per_10k and not (train and val):
         empty, other = ("validation", "training") if train else ("training", "validation")

@@ -261,7 +261,7 @@ class DataReport:
 def _unit(manifest: Manifest) -> str:
     """Return the question of what a document is, from the source files."""
     source = manifest.source
-    if not any(origin.has_text for origin in source.sources.values()):
+    if not source.has_text:
         return "what <|endoftext|> delimits?"
     if any(".txt" in PurePosixPath(file.path.lower()).suffixes for file in source.files):
         return "a line? Set sources.NAME.text_documents to line, paragraph or file"

@@ -136,7 +136,7 @@ def _tasks(
     selection: Path | None,
 ) -> list[_Task]:
     """Return a task per source file, per shard, and per chunk to encode again; largest first."""
-    has_text = {file.path: not is_token_file(file.path) for file in raw_manifest.files}
+    has_text = {f.path: raw_manifest.sources[f.source].has_text for f in raw_manifest.files}
     columns = {file.path: raw_manifest.column(file) for file in raw_manifest.files}
     file_indices = manifest.source.numbers()
     of_file: dict[str, list[checks.PartSpan]] = {file.path: [] for file in raw_manifest.files}
