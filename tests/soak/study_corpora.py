@@ -185,10 +185,10 @@ def write(path: Path, study: dict[str, Any]) -> None:
         YAML(typ="safe", pure=True).dump(study, file)
 
 
-def run(clone: Clone, name: str) -> dict[str, Any]:
+def run(clone: Clone, name: str, jobs: int) -> dict[str, Any]:
     """Run a study to its end; return its report."""
     study = (sys.executable, "-m", "train.study", name)
-    subprocess.run(study, cwd=clone.folder, env=clone.env, check=True)
+    subprocess.run((*study, "--jobs", str(jobs)), cwd=clone.folder, env=clone.env, check=True)
     report = subprocess.check_output((*study, "--json"), cwd=clone.folder, env=clone.env)
     found: dict[str, Any] = json.loads(report)
     return found
@@ -225,15 +225,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=80 * 1024, help="of each run")
     parser.add_argument("--groups", type=int, default=20, help="repetitions of the A/A study")
     parser.add_argument("--group", type=int, default=3, help="seeds per repetition")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; set GPT2_CORES=1")
     args = parser.parse_args()
     folder = args.folder.absolute() if args.folder else Path(tempfile.mkdtemp())
     clone = make(folder / "project", args.seeds, args.tokens, args.groups, args.group)
     begin = time.monotonic()
-    right = ranked_right(run(clone, "corpora"))
+    right = ranked_right(run(clone, "corpora", args.jobs))
     print(f"{right} of 10 pairs are ranked right, {(time.monotonic() - begin) / 60:.1f} minutes")
     assert right >= 9
     if args.groups:
-        false = false_verdicts(run(clone, "equal"), args.groups, args.group)
+        false = false_verdicts(run(clone, "equal", args.jobs), args.groups, args.group)
         print(f"{false} of {args.groups} repetitions of equal variants have a verdict")
         assert false <= max(1, args.groups // 20)
 
