@@ -23,7 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from pipeline.runtime import command
 from pipeline.runtime.errors import StageFailed, UserError
 from pipeline.runtime.machine import usable_cores
-from train.distributed.devices import device_type
+from train.distributed.devices import device_type, keep_freed_memory
 from train.distributed.group import Group, open_store, read_group, stay_on_this_machine
 from train.distributed.world import HOW_TO_RESUME, World, process_name, sign_in
 
@@ -68,6 +68,7 @@ def process_group(
     else:
         own_device = torch.device("cpu")
         torch.set_num_threads(cores)
+        keep_freed_memory()
     wait = timedelta(seconds=timeout)
     store, restarted = _join_store(group, wait)
     # NCCL ends a process without naming the rank it waited for: the control group times out first.

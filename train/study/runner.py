@@ -136,9 +136,10 @@ def _prepare(study: Study, results: Results, space: Workspace) -> None:
 
 
 def data_key(study: Study, variant: str) -> str:
-    """Address of the record of a variant's data."""
+    """Address of the record of a variant's data, checked against this held-out text."""
     params = study.variants[variant]
-    return study.key({name: v for name, v in params.items() if name not in OF_THE_MODEL})
+    data = {name: v for name, v in params.items() if name not in OF_THE_MODEL}
+    return study.key({**data, "held_out": study.held_out_sha256})
 
 
 def _check_held_out(

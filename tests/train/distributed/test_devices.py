@@ -1,8 +1,11 @@
-"""Tests for train.distributed.devices: reasons why a GPU cannot be used, on a simulated machine."""
+"""Tests for train.distributed.devices: why a GPU cannot be used, and memory on a CPU."""
 
 from __future__ import annotations
 
+import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.machine import Machine
+from tests.support.repo import REPO
 from train.distributed import compiler, devices
 from train.distributed.devices import device_type, processes_here
 from train.numerics import Dtype
@@ -161,3 +165,26 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     assert processes_here(Machine(processes=1), "cuda") == 1
     with pytest.raises(UserError, match=r"GPT2_PROCESSES\): 3, but there are 2 GPUs"):
         processes_here(Machine(processes=3), "cuda")
+
+
+# Page faults of 20 tensors of 64 MB, one after the other, after the first ones.
+COUNT_FAULTS = """
+import resource, sys, torch
+from train.distributed.devices import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for _ in range(10):
+    torch.ones(1 << 24)
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_kept_for_the_next_tensor() -> None:
+    def faults(how: str) -> int:
+        return int(subprocess.check_output([sys.executable, "-c", COUNT_FAULTS, how], cwd=REPO))
+
+    assert faults("keep") * 100 < faults("return")
