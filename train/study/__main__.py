@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.jobs < 1:
         parser.error("--jobs: at least 1")
     # scipy and DVC take seconds to import.
+    from pipeline.runtime.errors import printable
     from pipeline.runtime.machine import Machine
     from pipeline.store import atomic
     from train.study import findings, page, runner, study_file
@@ -33,8 +34,8 @@ def main(argv: list[str] | None = None) -> None:
 
     if args.name is None:
         for name, path in study_file.study_files().items():
-            first = path.read_text(encoding="utf-8").splitlines()[:1]
-            print(f"{name:20} {''.join(first).lstrip('# ')}")
+            first = path.read_text(encoding="utf-8", errors="replace").splitlines()[:1]
+            print(f"{name:20} {printable(''.join(first).lstrip('# '))}")
         return
     study, machine = study_file.load(args.name), Machine.load()
     if args.status:

@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.runtime.errors import UserError
+from pipeline.runtime.errors import UserError, printable
 from pipeline.runtime.machine import find_file
 from pipeline.runtime.params_file import validate
 from pipeline.store import atomic
@@ -21,7 +21,7 @@ from pipeline.store.code_key import modules_key, stage_modules
 from train.checkpoint.start import Start
 from train.params import ModelParams, TrainParams
 from train.study.metrics import METRICS, Metric
-from train.study.study_params import StudyParams
+from train.study.study_params import SEED_STEP, StudyParams
 
 STAGES = ("download", "curate", "tokenize", "verify", "train", "evaluate")
 """The stages that a run needs, in order."""
@@ -148,7 +148,7 @@ class Study:
         """
         number = 0 if self.file.pair_seeds else 1 + list(self.variants).index(variant)
         params = {section: dict(values) for section, values in self.variants[variant].items()}
-        params["train"]["seed"] = seed + number * 1_000_003
+        params["train"]["seed"] = seed + number * SEED_STEP
         params["train"]["steps"] = self._steps(variant, seconds_per_step)
         where = f"{path_of(self.name)}: variants.{variant}: train"
         validate(TrainParams, params["train"], where)
@@ -182,26 +182,42 @@ def _message(study: str, variant: str, seed: int) -> str:
 
 
 def _files(params: Overlay) -> dict[str, str]:
-    evaluate = params.get("evaluate", {})
-    named = [*params.get("curate", {}).get("decontaminate", [])]
-    named += [evaluate.get(key) for key in ("held_out", "hellaswag", "lambada", "val_shards")]
-    found = {name: find_file(name) for name in named if name}  # `hub` is no file
-    hashes = {
-        name: _sha256(path, path.stat().st_mtime_ns)
-        for name, path in found.items()
-        if path.is_file()
-    }
-    train = params.get("train", {})
+    evaluate, train = params.get("evaluate", {}), params.get("train", {})
+    named = [("curate.decontaminate", name) for name in params["curate"]["decontaminate"]]
+    named += [
+        (f"evaluate.{key}", evaluate[key])
+        for key in ("held_out", "hellaswag", "lambada", "val_shards")
+        if evaluate.get(key) not in (None, "hub")
+    ]
+    hashes = {}
+    for key, name in named:
+        try:
+            hashes[name] = _hash(find_file(name))
+        except OSError as error:
+            raise UserError(
+                f"params.yaml: {key}: {printable(name)[:200]}: {error.strerror}; name a file"
+            ) from None
     if start := Start.parse(train.get("init", "scratch"), train.get("init_with", "weights")):
-        from train.checkpoint import init_from  # here: it imports torch
-
-        hashes[str(start.folder)] = init_from.content_key(start)
+        changed = [path.stat().st_mtime_ns for path in sorted(start.folder.glob("*"))]
+        hashes[str(start.folder)] = _hash_of_start(start, tuple(changed))
     return hashes
 
 
+def _hash(path: Path) -> str:
+    atomic.check_regular(path)
+    return _hash_of_file(path, path.stat().st_mtime_ns)
+
+
 @lru_cache
-def _sha256(path: Path, changed: int) -> str:
+def _hash_of_file(path: Path, changed: int) -> str:
     return atomic.sha256_file(path)
+
+
+@lru_cache
+def _hash_of_start(start: Start, changed: tuple[int, ...]) -> str:
+    from train.checkpoint import init_from  # here: it imports torch
+
+    return init_from.content_key(start)
 
 
 def path_of(name: str) -> str:

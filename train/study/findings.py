@@ -41,9 +41,9 @@ class Finished:
         return self.record.get("training") if self.record else None
 
     @property
-    def environment(self) -> dict[str, str] | None:
+    def environments(self) -> list[dict[str, str]]:
         """Its device, versions, and settings of rounding."""
-        return self.record.get("environment") if self.record else None
+        return self.record.get("environments", []) if self.record else []
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ class Findings:
     @property
     def environments(self) -> list[str]:
         """The devices and versions of the finished runs."""
-        every = (one.environment for runs in self.runs.values() for one in runs)
-        return sorted({_device(one) for one in every if one})
+        runs = (one for runs in self.runs.values() for one in runs)
+        return _described([environment for one in runs for environment in one.environments])
 
     def as_json(self) -> dict[str, Any]:
         """Return the page as data: NaN is null."""
@@ -222,12 +222,25 @@ def _values(first: list[Finished], second: list[Finished]) -> tuple[list[float],
 
 
 def _on_two_machines(a: Finished, b: Finished) -> bool:
-    return bool(a.environment and b.environment) and a.environment != b.environment
+    return bool(a.environments and b.environments) and a.environments != b.environments
 
 
-def _device(environment: dict[str, str]) -> str:
-    device = environment.get("gpu", environment.get("cpu"))
-    return f"{device}, torch {environment['torch']}"
+def _described(environments: list[dict[str, str]]) -> list[str]:
+    """Name each environment by its device and version, and by all in which it differs."""
+    names = {name for one in environments for name in one}
+    differ = {name for name in names if len({one.get(name) for one in environments}) > 1}
+    differ -= {"gpu", "cpu", "torch"}
+    return sorted(
+        {
+            ", ".join(
+                [
+                    f"{one.get('gpu', one.get('cpu'))}, torch {one['torch']}",
+                    *(f"{name} {one.get(name, 'none')}" for name in sorted(differ)),
+                ]
+            )
+            for one in environments
+        }
+    )
 
 
 def _found(
@@ -276,9 +289,12 @@ def _found(
                 if one.training
             ]
             seconds = 2 * more * sum(each) / len(each) if each else None
+        hint = f"{what} would resolve {_amount(resolves)}"
+        if needed is None and study.file.resolve is None:
+            hint = "set resolve in the study to learn how many seeds would show a difference"
         sentence = (
             f"no difference between {first} and {second} can be claimed ({size}, {_p(p)}, "
-            f"{_seeds(result.n)}); {what} would resolve {_amount(resolves)}{missing}"
+            f"{_seeds(result.n)}); {hint}{missing}"
         )
     if preliminary:
         sentence = f"preliminary: {sentence}"
@@ -327,7 +343,10 @@ def status(study: Study, results: Results) -> str:
     """Return what is finished, for the terminal; writes nothing."""
     runs = planned(study, results)
     if runs is None:
-        return f"{study.name}: the speed of each variant is measured first; nothing has run"
+        return (
+            f"{study.name}: no speed is measured on this machine with these settings "
+            "(machine.yaml, GPT2_*); it is measured before the first run"
+        )
     lines, by_variant = [], _read(study, results, runs)
     for variant, found in by_variant.items():
         states = "  ".join(f"{one.run.seed}: {_state(one)}" for one in found)

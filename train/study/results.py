@@ -43,7 +43,8 @@ class Results:
     def read(self, kind: str, key: str) -> dict[str, Any] | None:
         """Read a record; None if there is none, or a damaged one."""
         with contextlib.suppress(OSError, ValueError):
-            return atomic.read_sealed(self.folder / kind / f"{key}.json")
+            value = atomic.read_sealed(self.folder / kind / f"{key}.json")
+            return value or None  # `{}` has no seal, so it passes
         return None
 
     @cached_property

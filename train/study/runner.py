@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import queue
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from model.size import parameter_count
 from pipeline.runtime.errors import UserError
@@ -22,10 +24,11 @@ from train.evals.held_out import read_documents
 from train.params import ModelParams, TrainParams
 from train.study import pilot
 from train.study.definition import OF_THE_MODEL, Planned, Study, path_of
-from train.study.environment import environment
 from train.study.held_out_check import count_shared
 from train.study.results import Results, planned
 from train.study.workspace import Diverged, Workspace, check_committed, check_names
+
+T = TypeVar("T")
 
 _LOCK_SECONDS = 20.0  # a killed study's commands need some to end
 
@@ -41,17 +44,20 @@ def run(study: Study, machine: Machine, jobs: int = 1) -> Results:
         StageFailed: A run failed for another reason than a non-finite loss.
     """
     store, results, main = Store.open(machine), Results.of(study, machine), Path.cwd()
-    check_committed(main, study.files)
-    check_names(main, study.messages)
     with _lock(store, study.name):
+        check_committed(main, study.files)
+        check_names(main, study.messages)
         _check_files(study, results)
         todo = missing(study, results)
+        for left in results.folder.glob("tree-*"):  # by a study that was killed
+            atomic.remove(left)
         if todo == []:
             print(f"{study.name}: all runs are finished", flush=True)
             return results
+        most = len(study.variants) * len(study.seeds) if todo is None else len(todo)
         spaces = [
             Workspace(main, results.folder / f"tree-{i}", results.folder / f"logs/tree-{i}.log")
-            for i in range(min(jobs, len(todo) if todo else jobs))
+            for i in range(min(jobs, most))
         ]
         try:
             _prepare(study, results, spaces[0])
@@ -139,7 +145,7 @@ def data_key(study: Study, variant: str) -> str:
     """Address of the record of a variant's data, checked against this held-out text."""
     params = study.variants[variant]
     data = {name: v for name, v in params.items() if name not in OF_THE_MODEL}
-    return study.key({**data, "held_out": study.held_out_sha256})
+    return study.key({**data, "held_out": {"sha256": study.held_out_sha256}})
 
 
 def _check_held_out(
@@ -163,14 +169,19 @@ def _run_all(study: Study, results: Results, spaces: list[Workspace], todo: list
     free: queue.SimpleQueue[Workspace] = queue.SimpleQueue()
     for space in spaces:
         free.put(space)
+    # Variants may differ in nothing that their data shows: then the second waits for the first's
+    # weights, which are its own.
+    trainings = {run.key: _training_key(study, results, run) for run in todo}
+    one_at_a_time = {key: threading.Lock() for key in trainings.values()}
 
     def one(number: int, run: Planned) -> None:
-        space = free.get()
-        try:
-            print(f"{run.experiment}: run {number} of {len(todo)}", flush=True)
-            print(f"{run.experiment}: {_run_one(study, results, space, run)}", flush=True)
-        finally:
-            free.put(space)
+        with one_at_a_time[trainings[run.key]]:
+            space = free.get()
+            try:
+                print(f"{run.experiment}: run {number} of {len(todo)}", flush=True)
+                print(f"{run.experiment}: {_run_one(study, results, space, run)}", flush=True)
+            finally:
+                free.put(space)
 
     with ThreadPoolExecutor(len(spaces)) as pool:
         futures = [pool.submit(one, i, run) for i, run in enumerate(todo, 1)]
@@ -186,15 +197,29 @@ def _run_all(study: Study, results: Results, spaces: list[Workspace], todo: list
             raise
 
 
+def _distinct(values: Iterable[T]) -> list[T]:
+    found: list[T] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
+
+
+def _training_key(study: Study, results: Results, run: Planned) -> str:
+    """Hash of all that decides the weights of a run of this study."""
+    data = results.read("data", data_key(study, run.variant))
+    train = TrainParams.model_validate(run.params["train"]).deciding()
+    dataset_key = data["dataset_key"] if data else None
+    return atomic.sha256_json([dataset_key, run.params["model"], train])
+
+
 def _run_one(study: Study, results: Results, space: Workspace, run: Planned) -> str:
+    speed = results.speed(study, run.variant)
+    setting = pilot.compile_setting(speed["compiled"] if speed else None)
     try:
-        speed = results.speed(study, run.variant)
-        space.reproduce(
-            run.params,
-            "evaluate",
-            run.experiment,
-            pilot.compile_setting(speed["compiled"] if speed else None),
-        )
+        # The data has been made and checked; its hash is compared below.
+        space.reproduce(run.params, "verify", run.experiment, run_cache=True)
+        space.reproduce(run.params, "evaluate", run.experiment, setting)
     except Diverged as error:
         results.write("results", run.key, {"name": run.experiment, "failed": str(error)})
         return f"diverged: {error}"
@@ -211,12 +236,19 @@ def _run_one(study: Study, results: Results, space: Workspace, run: Planned) -> 
             f"{path_of(study.name)}: variants.{run.variant}: its data has changed since it was "
             f"checked; remove {results.folder / 'data'} and {results.folder / 'results'}"
         )
+    if study.key(run.params) != run.key:
+        raise UserError(
+            f"{path_of(study.name)}: a file of tasks or weights has changed during a run; give the "
+            "new one another name"
+        )
+    conditions = space.json("artifacts/checkpoint/state.json")["chain"]["conditions"]
     record = {
         "name": run.experiment,
         "evaluation": evaluation,
         "training": space.json("artifacts/training.json"),
         "dataset_key": dataset_key,
-        "environment": environment(results.machine.device),
+        # Those of training, which may have been resumed elsewhere, or be of an earlier study.
+        "environments": _distinct(part["environment"] for part in conditions),
         "commit": space.save(run.experiment, run.message),
     }
     results.write("results", run.key, record)

@@ -27,14 +27,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.runtime.errors import UserError
+from pipeline.runtime.errors import UserError, printable
 from pipeline.runtime.params_file import nearest, read_yaml, validate
 from pipeline.store import atomic
 from train.evals.held_out import read_documents
-from train.params import TrainParams
+from train.params import ModelParams, TrainParams
 from train.preset import apply, read_preset, shipped_files, validated
 from train.study.definition import MANY_STEPS, Overlay, Study, path_of
 from train.study.study_params import NAME, StudyParams
+
+_MOST_CHARS = 1000  # of a message
 
 
 def study_files() -> dict[str, Path]:
@@ -49,15 +51,31 @@ def load(name: str) -> Study:
         UserError: The study is unknown, a key or value is invalid, two variants are equal, or the
             held-out text is missing.
     """
+    try:
+        return _load(name)
+    except UserError as error:  # one line, whatever names the file has
+        raise UserError(printable(str(error))[:_MOST_CHARS]) from None
+
+
+def _load(name: str) -> Study:
     files = study_files()
-    if not NAME.fullmatch(name) or ".." in name or name not in files:
+    if name not in files:
         raise UserError(f"study {name[:80]}: unknown; {nearest(name, list(files))}")
+    if not NAME.fullmatch(name) or ".." in name:
+        raise UserError(
+            f"study {name[:80]}: not a name of an experiment; rename the file: lower case letters, "
+            "digits, - and _, up to 40"
+        )
     where = path_of(name)
     _refuse_repeated_names(files[name], where)
     file = validate(StudyParams, read_yaml(files[name]), where)
     base: Overlay = read_preset("mini")
     for preset in [file.base] if isinstance(file.base, str) else file.base:
-        apply(base, read_preset(preset), f"{where}: base")
+        try:
+            values = read_preset(preset)
+        except UserError as error:
+            raise UserError(f"{where}: base: {error}") from None
+        apply(base, values, f"{where}: base")
     apply(base, _overlay(file.params, f"{where}: params"), f"{where}: params")
     # Part of the parameters: the stage finds the file there, and DVC shows the result.
     base["evaluate"]["held_out"] = _inside(file.held_out, where) if file.held_out else None
@@ -162,10 +180,16 @@ def _check(study: Study, where: str) -> None:
                 f"{where}: held_out: {file.held_out}: a .txt is one document, which cannot be "
                 "looked for in the data of variants; write .jsonl"
             )
-    if not file.held_out and len({p["model"]["block_size"] for p in study.variants.values()}) > 1:
+    windows = len({p["model"]["block_size"] for p in study.variants.values()})
+    if windows > 1 and (not file.held_out or file.metric == "val_loss"):
         raise UserError(
-            f"{where}: held_out: missing, but the variants differ in model.block_size, and so in "
-            "the windows that they are measured on; name a file of text"
+            f"{where}: held_out: the variants differ in model.block_size, and so in the windows of "
+            "the validation split; name a file of text in held_out, with metric: bits_per_byte"
+        )
+    if len({p["train"].get("document_masking") for p in study.variants.values()}) > 1:
+        raise UserError(
+            f"{where}: variants: train.document_masking differs, and the evaluation masks "
+            "documents as training does: the losses do not compare; set it in params"
         )
     metric = study.metric
     if file.metric == "val_loss" and not study.same_data:
@@ -175,6 +199,12 @@ def _check(study: Study, where: str) -> None:
             raise UserError(
                 f"{where}: metric: {file.metric} needs evaluate.{metric.task}; set it in params"
             )
+        try:
+            size = ModelParams.model_validate(params["model"]).block_size
+            TrainParams.model_validate(params["train"]).batches(size)
+        except UserError as error:
+            at = f"{where}: variants.{name}"
+            raise UserError(str(error).replace("params.yaml", at, 1)) from None
         if file.budget.tokens is not None:
             study.parameters(name, study.seeds[0])
     try:
@@ -209,6 +239,10 @@ def _inside(name: str, where: str) -> str:
     root = Path().resolve()
     if not Path(os.path.realpath(path)).is_relative_to(root):
         raise UserError(f"{where}: held_out: {name}: a link out of the project; copy the file")
-    if not path.is_file():
-        raise UserError(f"{where}: held_out: {name}: no such file; name a file of text")
+    try:
+        atomic.check_regular(path)
+    except OSError as error:
+        raise UserError(
+            f"{where}: held_out: {name[:200]}: {error.strerror}; name a file of text"
+        ) from None
     return path.as_posix()

@@ -7,21 +7,25 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pipeline.runtime.errors import printable
 from pipeline.runtime.params_file import Section, nearest
 from train.study.metrics import METRICS
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,39}")
 """Of a study, and of a variant: both are part of the name of an experiment."""
 MOST_VARIANTS = 12
+MOST_SEEDS = 1000
+SEED_STEP = 1_000_003
+"""Between the seeds of two variants where these are not paired; a seed is below it."""
 
 
 class Budget(Section):
     """`budget`: what each run may spend, the same for all."""
 
-    tokens: int | None = Field(default=None, ge=1)
+    tokens: int | None = Field(default=None, ge=1, le=10**15)
     """Tokens to train on, rounded down to whole steps of each variant."""
 
-    seconds: float | None = Field(default=None, gt=0)
+    seconds: float | None = Field(default=None, gt=0, le=1e9)
     """Seconds of training on this machine: the steps follow from a measured speed, which is
     recorded once."""
 
@@ -72,15 +76,39 @@ class StudyParams(Section):
     """The difference that matters, in the metric's unit, for the number of further seeds; null: the
     one that was measured."""
 
-    @field_validator("seeds")
+    @field_validator("seeds", mode="before")
     @classmethod
-    def _seeds_are_some(cls, value: int | list[int]) -> int | list[int]:
-        seeds = list(range(1, value + 1)) if isinstance(value, int) else value
-        if not 1 <= len(seeds) <= 1000:
-            raise ValueError("set 1 to 1000 seeds")
-        if len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**31 for seed in seeds):
-            raise ValueError("list each seed once, from 0 to 2^31 - 1")
+    def _seeds_are_some(cls, value: Any) -> Any:
+        seeds = value if isinstance(value, list) else [value]
+        if not all(type(seed) is int for seed in seeds):
+            raise ValueError("not whole numbers; write how many seeds, or a list of them")
+        if not 1 <= (len(seeds) if isinstance(value, list) else value) <= MOST_SEEDS:
+            raise ValueError(f"set 1 to {MOST_SEEDS} seeds")
+        if len(set(seeds)) < len(seeds) or not all(0 <= seed < SEED_STEP for seed in seeds):
+            raise ValueError(f"list each seed once, from 0 to {SEED_STEP - 1:,}")
         return value
+
+    @field_validator("compare", mode="before")
+    @classmethod
+    def _compare_is_known(cls, value: Any) -> Any:
+        is_list = isinstance(value, list) and all(isinstance(pair, list) for pair in value)
+        if value not in ("first", "all") and not is_list:
+            raise ValueError("write first, all, or a list of pairs: [[a, b], [a, c]]")
+        return value
+
+    @field_validator("variants", mode="before")
+    @classmethod
+    def _variants_are_mappings(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError("not a mapping; write a name and its keys: a: {train.beta2: 0.9}")
+        found = {name: {} if keys is None else keys for name, keys in value.items()}
+        for name, keys in found.items():
+            shown = printable(str(name))[:80]
+            if not isinstance(name, str):
+                raise ValueError(f"{shown}: not text; write the name in quotes")
+            if not isinstance(keys, dict):
+                raise ValueError(f"{shown}: not a mapping; write {shown}: {{section.key: value}}")
+        return found
 
     @field_validator("metric")
     @classmethod

@@ -9,6 +9,10 @@ files changed. A study works in a clone of the last commit instead, below its fo
 
 The clone uses the cache, the store (`$DVC_ROOT`) and `machine.yaml` of the main checkout, has no
 remote, and pushes nothing. It is rebuilt at each start of a study, and removed at its end.
+
+DVC knows a stage by parameters that name files of tasks and weights, not by what is in them. So no
+result comes from its run cache, or from `dvc.lock` of the commit: only from the store, which is
+addressed by content.
 """
 
 from __future__ import annotations
@@ -43,14 +47,16 @@ if os.getppid() != int(sys.argv[1]):
 os.execvp(sys.argv[2], sys.argv[2:])
 """
 _FETCH = ("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance")
-# Prints why the run of the workspace failed, if its loss or gradient was not finite.
+# Prints why the run of the workspace failed, if its loss or gradient was not finite, now or before.
 _FAILURE = """
+from pipeline.runtime.errors import UserError
 from pipeline.store import atomic
 from train.run import FAILED, Run
+run = Run.open()
 try:
-    print(atomic.read_sealed(Run.open().folder / FAILED)["what"])
-except FileNotFoundError:
-    pass
+    run.check_not_failed()
+except UserError:
+    print("diverged:", atomic.read_sealed(run.folder / FAILED)["what"])
 """
 
 
@@ -87,16 +93,23 @@ class Workspace:
             atomic.write_bytes(folder / ".dvc/config.local", local.read_bytes())
         cache = _cache(main)
         self.dvc("config", "--local", "cache.dir", str(cache))
-        self._empty_other_stages(cache / "files/md5")
+        self._empty_lock(cache / "files/md5")
 
     def reproduce(
-        self, params: Overlay, stage: str, name: str, environment: Mapping[str, str] = EMPTY
+        self,
+        params: Overlay,
+        stage: str,
+        name: str,
+        environment: Mapping[str, str] = EMPTY,
+        *,
+        run_cache: bool = False,
     ) -> str:
         """Run the pipeline with these parameters up to a stage; return its output.
 
         Args:
             name: Of the run, for messages.
             environment: Variables in addition to those of this process.
+            run_cache: Whether stages that ran before may come from DVC's run cache.
 
         Raises:
             Diverged: The loss or a gradient was not finite.
@@ -104,12 +117,13 @@ class Workspace:
             StageFailed: A stage failed otherwise; its last line.
         """
         atomic.write_bytes(self.folder / "params.yaml", merge(self._params, params).encode())
-        status, output = self._run("-m", "dvc", "repro", stage, environment=environment)
+        cache = () if run_cache else ("--no-run-cache",)
+        status, output = self._run("-m", "dvc", "repro", *cache, stage, environment=environment)
         if status:
             if "failed to reproduce 'train'" in output:
-                unknown, what = self._run("-c", _FAILURE)
-                if not unknown and what.strip():
-                    raise Diverged(what.strip().splitlines()[-1])
+                _, what = self._run("-c", _FAILURE)
+                if found := re.search(r"^diverged: (.*)$", what, re.MULTILINE):
+                    raise Diverged(found[1])
             reason = f"{name}: {_reason(output)}; the output is in {self.log}"
             exited = re.search(r"exited with (\d+)$", output, re.MULTILINE)  # DVC's own is 255
             if exited and exited[1] == "2":
@@ -133,15 +147,14 @@ class Workspace:
         git(self.folder, "reset", "--quiet", "--soft", self.baseline)
         return git(self.main, "rev-parse", ref)
 
-    def _empty_other_stages(self, objects: Path) -> None:
-        """Make the outs of the stages after those of a run empty in dvc.lock.
+    def _empty_lock(self, objects: Path) -> None:
+        """Write a dvc.lock that has nothing of a run, and empty outs of the stages after it.
 
-        Those of the last commit are of another run. Without any, `dvc exp apply` would fail; with
-        these it puts nothing there, and `dvc repro` runs the stages.
+        That of the last commit is of another run. Without outs of all stages `dvc exp apply` would
+        fail; with these it puts nothing there, and `dvc repro` runs the stages.
         """
         path, stages = self.folder / "dvc.lock", read_yaml(self.folder / "dvc.yaml")["stages"]
-        lock: dict[str, Any] = read_yaml(path) if path.is_file() else {"schema": "2.0"}
-        kept = {name: one for name, one in (lock.get("stages") or {}).items() if name in STAGES}
+        kept: dict[str, Any] = {}
         for name in [name for name in stages if name not in STAGES]:
             outs = []
             for out in filter(lambda out: isinstance(out, str), stages[name].get("outs", [])):
@@ -152,7 +165,7 @@ class Workspace:
                 outs.append({"path": out, "hash": "md5", "md5": md5, "size": 0})
             kept[name] = {"cmd": "", "outs": outs}
         with open(path, "w", encoding="utf-8") as file:
-            YAML(typ="safe", pure=True).dump({**lock, "stages": kept}, file)
+            YAML(typ="safe", pure=True).dump({"schema": "2.0", "stages": kept}, file)
 
     def json(self, path: str) -> dict[str, Any]:
         """Read a JSON file of the workspace."""
@@ -195,6 +208,8 @@ class Workspace:
             variables = {**_environment(self.main), **environment}
             process = subprocess.Popen(tied, cwd=self.folder, env=variables, stdout=log, stderr=log)
             self._processes.add(process)
+            if self.stopped:  # since the question above
+                process.terminate()
             try:
                 status = process.wait()
             finally:
@@ -218,7 +233,8 @@ def git(folder: Path, *args: str) -> str:
     except FileNotFoundError:
         raise UserError("git: not installed; experiments are commits") from None
     if done.returncode:
-        raise UserError(f"git {args[0]}: {_reason(done.stderr)}; correct it in {folder}")
+        what = next(arg for arg in args if re.fullmatch(r"[a-z][a-z-]+", arg))
+        raise UserError(f"git {what}: {_reason(done.stderr)}; correct it in {folder}")
     return done.stdout.strip()
 
 
@@ -248,7 +264,8 @@ def check_committed(main: Path, files: Iterable[str] = ()) -> None:
     git(main, "rev-parse", "--verify", "HEAD^{commit}")
     code = ("dvc.yaml", *(f":(glob){room}/**/*.py" for room in ("pipeline", "model", "train")))
     changed = git(main, "status", "--porcelain", "--", *code).splitlines()
-    if inside := [name for name in files if (main / name).is_relative_to(main)]:
+    paths = (Path(os.path.normpath(main / name)) for name in files)
+    if inside := [str(path) for path in paths if path.is_relative_to(main)]:
         status = ("--literal-pathspecs", "status", "--porcelain", "--untracked-files=no", "--")
         changed += git(main, *status, *inside).splitlines()
     if changed:

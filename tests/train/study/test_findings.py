@@ -49,8 +49,11 @@ def find(
             run, change = study.run(variant, seed), changes.get((variant, seed), {})
             value = 2.0 + 0.01 * seed - (0.1 + 0.001 * seed) * (variant == "b")
             training = {"seconds": 1.0, "val_loss": 3.0, "validations": [[1, 3.0]]}
-            record = {"name": run.experiment, "evaluation": {"bits_per_byte": value}}
-            record |= {"training": training, "dataset_key": "d", "environment": CPU}
+            record: dict[str, Any] = {
+                "name": run.experiment,
+                "evaluation": {"bits_per_byte": value},
+            }
+            record |= {"training": training, "dataset_key": "d", "environments": [CPU]}
             if change is not None:
                 results.write("results", run.key, change if "failed" in change else record | change)
     found = findings.find(study, results)
@@ -82,12 +85,41 @@ def test_nothing_is_claimed_before_all_runs_are_finished(results: Results) -> No
 
 
 def test_a_pair_on_two_machines_is_no_pair_and_both_are_named(results: Results) -> None:
-    found = find(results, {("b", 1): {"environment": GPU}})
+    found = find(results, {("b", 1): {"environments": [GPU]}})
     assert found.comparisons[0].result.n == N - 1
     assert len(found.environments) == 2
     assert any("a GPU" in line and "a processor" in line for line in found.verdicts())
-    both = {(variant, 1): {"environment": GPU} for variant in ("a", "b")}
+    both = {(variant, 1): {"environments": [GPU]} for variant in ("a", "b")}
     assert find(results, both).comparisons[0].result.n == N
+
+
+def test_all_in_which_machines_differ_is_named(results: Results) -> None:
+    found = find(results, {("b", 1): {"environments": [{**CPU, "flags": "avx2 fma"}]}})
+    assert found.comparisons[0].result.n == N - 1
+    assert len(found.environments) == 2
+    assert any("avx2 fma" in line for line in found.verdicts())
+    resumed = find(results, {("b", 1): {"environments": [GPU, CPU]}})  # begun on another machine
+    assert resumed.comparisons[0].result.n == N - 1
+
+
+def test_an_empty_result_is_none(results: Results) -> None:
+    find(results)
+    study = study_file.load("one")
+    path = results.folder / "results" / f"{study.run('a', 1).key}.json"
+    path.write_text("{}")
+    assert findings.find(study, results).unfinished == 1
+
+
+def test_no_number_of_seeds_is_named_for_a_difference_of_nothing(results: Results) -> None:
+    noise = [0.02, -0.02, 0.01, -0.01, 0.03, -0.03]
+    values = {
+        (variant, seed): {"evaluation": {"bits_per_byte": 2.0 + noise[seed - 1] * (variant == "b")}}
+        for variant in ("a", "b")
+        for seed in range(1, N + 1)
+    }
+    (found,) = find(results, values).comparisons
+    assert found.more_seeds is None
+    assert "set resolve" in found.sentence
 
 
 def test_other_data_of_the_same_parameters_is_refused(results: Results) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from pipeline.runtime.errors import UserError
 from tests.support.repo import REPO
 from train.params import TrainParams
 from train.preset import merge
-from train.study import study_file
+from train.study import definition, study_file
 from train.study.definition import Study
-from train.study.runner import checkpoint_bytes
+from train.study.runner import checkpoint_bytes, data_key
 
 DATA = {"curate.exact_duplicates": True}  # a key of the data
 VALID: dict[str, Any] = {
@@ -56,6 +57,10 @@ def test_a_run_has_all_sections_and_the_tokens_of_the_budget(folder: Path) -> No
     assert study.parameters("b", 1)["tokenize"]["val_per_10k"] == 500  # mini, which has every key
 
 
+LONG = "x" * 300  # no name of a file
+SECONDS = {"budget": {"seconds": 8.0}}
+HELD_OUT = {"held_out": "text.jsonl"}
+VAL_LOSS = {"held_out": "text.jsonl", "metric": "val_loss"}
 TWO = {"sources.main.kind": "sample", "sources.web": {"kind": "hub", "files": 1}}
 
 
@@ -95,6 +100,29 @@ def test_the_budget_counts_a_growing_batch(folder: Path) -> None:
     train = TrainParams.model_validate(study.parameters("a", 1)["train"])
     tokens = [train.batches(64)(train.steps + more)[0] * 64 for more in (0, 1)]
     assert tokens[0] <= 20_480 < tokens[1]
+
+
+def test_a_variant_without_keys_may_be_left_empty(folder: Path) -> None:
+    text = "variants:\n  a:\n  b: {train.beta2: 0.9}\nbudget: {tokens: 102400}\n"
+    assert load(text).changes["a"] == {}
+
+
+def test_a_study_that_no_experiment_can_be_named_by_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"MyStudy.*rename"):
+        load(name="MyStudy")
+
+
+def test_another_held_out_text_is_looked_for_in_the_data(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Study, "code_key", "x")
+    keys = set()
+    for text in ("one", "another"):
+        Path("text.jsonl").write_text(json.dumps({"text": text}))
+        study = load(HELD_OUT)
+        keys.add(data_key(study, "a"))
+        assert data_key(study, "a") == data_key(study, "b")  # which has the same data
+    assert len(keys) == 2
 
 
 def test_the_checkpoints_of_a_run_have_the_bytes_of_adamw(
@@ -171,6 +199,30 @@ def test_comparisons(folder: Path) -> None:
         ({"base": "smok"}, "smok"),
         ({"seeds": 0}, "seeds"),
         ({"seeds": [1, 1]}, "seeds"),
+        ({"seeds": 2**62}, "seeds"),
+        ({"seeds": "three"}, "seeds"),
+        ({"seeds": [1.5]}, "seeds"),
+        ({"seeds": [1, 1_000_004]}, "seeds"),  # 1 of the second variant, if they are not paired
+        ({"budget": {"seconds": 1e308}}, "budget.seconds"),
+        ({"variants": {"a": {}, "b": 3}}, "b"),
+        ({"variants": {"a": {}, 1: {"train.beta1": 0.5}}}, "1"),
+        ({"variants": {"a": {}, "b": {"train.batch_tokens": 1000}}}, "b: train.batch_tokens"),
+        ({"variants": {"a": {}, "b": {"train.batch_tokens": 1000}}, **SECONDS}, "b: train.batch_"),
+        ({"variants": {"a": {}, "b": {"model.block_size": 50}}, **HELD_OUT}, "variants.b"),
+        ({"variants": {"a": {}, "b": {"model.block_size": 32}}, **VAL_LOSS}, "model.block_size"),
+        ({"variants": {"a": {}, "b": {"train.document_masking": True}}}, "train.document_masking"),
+        ({"params": {"evaluate.hellaswag": "missing.jsonl"}}, "evaluate.hellaswag: missing.jsonl"),
+        ({"params": {"evaluate.val_shards": LONG}}, "evaluate.val_shards"),
+        ({"params": {"curate.decontaminate": [LONG]}}, "curate.decontaminate"),
+        ({"params": {"curate.decontaminate": ["."]}}, "curate.decontaminate"),
+        ({"params": {"train.init": "hf ../nowhere"}}, "train.init"),
+        ({"held_out": LONG}, "held_out"),
+        ({"held_out": "a\nb.jsonl"}, "held_out"),
+        ({"base": "a\nb"}, "base"),
+        ({"base": "x" * 5000}, "base"),
+        ({"compare": [["a\nb", "b"]]}, "compare"),
+        ({"compare": ["a", "b"]}, "compare"),
+        ({"params": {"sources": {"a\nb": 3}}}, "sources"),
         ({"budget": {"tokens": 10}}, "budget"),
         ({"budget": {"tokens": 10_000, "seconds": 3.0}}, "budget"),
         ({"budget": {"tokens": 4096}}, "warmup_steps"),
@@ -189,12 +241,14 @@ def test_faults_are_refused_in_one_line_that_names_them(
     (folder / "outside").mkdir(exist_ok=True)
     Path("link.txt").symlink_to("/etc/hostname")
     Path("empty.jsonl").write_text("{}\n")
+    Path("text.jsonl").write_text('{"text": "some text"}')
     for name in ("one-document.txt", "text.csv"):
         Path(name).write_text("some text")
     with pytest.raises(UserError) as error:
         load(changes)
     assert named in str(error.value)
-    assert str(error.value).count("\n") == 0
+    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value)) <= 1000
     assert "one.yaml" in str(error.value) or "smok" in named
 
 
@@ -263,6 +317,7 @@ def test_the_committed_studies_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPO)
     monkeypatch.setattr(study_file, "_inside", lambda name, where: name)  # data is not committed
     monkeypatch.setattr(study_file, "read_documents", lambda path, where: ["some text"])
+    monkeypatch.setattr(definition, "_hash", lambda path: "x")
     assert len(study_file.study_files()) >= 2
     for name in study_file.study_files():
         study = study_file.load(name)

@@ -19,6 +19,7 @@ EVALUATE = """
 status=$(sed -nE 's/^  seed. ([12])( .*)?$/\\1/p' params.yaml)
 test -n "$status" && exit $status
 mkdir -p artifacts/checkpoint && grep " learning_rate" params.yaml > artifacts/checkpoint/x
+cat "${DVC_ROOT:-.}/weights" >> artifacts/checkpoint/x
 """
 PIPELINE = """
 stages:
@@ -64,7 +65,7 @@ def test_an_experiment_of_another_study_is_not_replaced(main: Path) -> None:
 def test_what_differs_from_the_commit_is_refused(main: Path, name: str) -> None:
     check_committed(main, ["held-out.jsonl", "untracked.jsonl"])
     (main / "untracked.jsonl").write_text("1\n")
-    check_committed(main, ["held-out.jsonl", "untracked.jsonl", "/elsewhere/x", "missing"])
+    check_committed(main, ["held-out.jsonl", "untracked.jsonl", "/elsewhere/x", "missing", "../x"])
     (main / name).write_text("2\n")
     with pytest.raises(UserError, match=name):
         check_committed(main, ["held-out.jsonl", "untracked.jsonl"])
@@ -80,7 +81,8 @@ def test_an_experiment_is_complete_and_has_nothing_of_other_runs(
     shutil.copy(REPO / "params.yaml", clone.folder)
     (clone.folder / "dvc.yaml").write_text(PIPELINE)
     (clone.folder / "evaluate.sh").write_text(EVALUATE)
-    (clone.folder / ".gitignore").write_text("/artifacts\n/tree\n/log\n")
+    (clone.folder / ".gitignore").write_text("/artifacts\n/tree\n/log\n/weights\n")
+    (clone.folder / "weights").write_text("old")
     clone.git("init", "-q")
     clone.git("config", "user.name", "Test")
     clone.git("config", "user.email", "test@example.org")
@@ -100,6 +102,11 @@ def test_an_experiment_is_complete_and_has_nothing_of_other_runs(
     assert not [*(clone.folder / "artifacts/hf").iterdir()]
     assert (clone.folder / "artifacts/report.html").read_bytes() == b""
     assert stages_run(clone.run("dvc", "repro", "--dry")) == {"export", "report"}
+    # Of the same parameters, but of a file that has changed: nothing comes from the run cache.
+    (clone.folder / "weights").write_text("new")
+    other = Workspace(clone.folder, clone.folder / "tree", clone.folder / "log")
+    other.reproduce(params, "evaluate", "one-a-1")
+    assert (other.folder / "artifacts/checkpoint/x").read_text().endswith("new")
     for status, error in ((1, StageFailed), (2, UserError)):
         params["train"]["seed"] = status
         with pytest.raises(error, match="one-b-1"):
