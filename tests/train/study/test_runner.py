@@ -19,6 +19,8 @@ from tests.support.clone import Clone, make_clone, stages_run
 from tests.support.small_data import hashes
 from tests.support.waiting import wait_for
 
+pytestmark = pytest.mark.timeout(1800)
+
 STUDY: dict[str, Any] = {
     "base": "smoke",
     "variants": {"cold": {"train.learning_rate": 1e-4}, "warm": {"train.learning_rate": 8e-3}},
