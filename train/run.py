@@ -91,7 +91,7 @@ class Run:
                 "rounding, which train.invariant keeps; remove it"
             )
         start = params.start()
-        outs = {root.resolve() / CHECKPOINT for root in (Path(), project_root())}
+        outs = {(root / CHECKPOINT).resolve() for root in (Path(), project_root())}
         if start and not outs.isdisjoint((at := start.folder.resolve(), *at.parents)):
             raise UserError(
                 f"params.yaml: train.init: {CHECKPOINT} is an out of this stage, which DVC removes "

@@ -68,7 +68,7 @@ def processes_here(machine: Machine, kind: DeviceType) -> int:
 def keep_freed_memory() -> None:
     """Have glibc keep the memory of freed tensors for the next ones, rather than give it back.
 
-    Otherwise every tensor over 32 MB, such as the logits, is mapped anew at each step, and the
+    Otherwise every tensor over 32 MB, such as the logits, is mapped again at each step, and the
     system fills all its pages with zeros: half of the time of a small model's step.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 from model.size import parameter_count
 from pipeline.runtime.errors import UserError
@@ -27,8 +26,6 @@ from train.study.definition import OF_THE_MODEL, Planned, Study, path_of
 from train.study.held_out_check import count_shared
 from train.study.results import Results, planned
 from train.study.workspace import Diverged, Workspace, check_committed, check_names
-
-T = TypeVar("T")
 
 _LOCK_SECONDS = 20.0  # a killed study's commands need some to end
 
@@ -197,11 +194,11 @@ def _run_all(study: Study, results: Results, spaces: list[Workspace], todo: list
             raise
 
 
-def _distinct(values: Iterable[T]) -> list[T]:
-    found: list[T] = []
-    for value in values:
-        if value not in found:
-            found.append(value)
+def _distinct(environments: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = []
+    for one in environments:
+        if one not in found:
+            found.append(one)
     return found
 
 

@@ -24,6 +24,7 @@ import copy
 import itertools
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -199,17 +200,21 @@ def _check(study: Study, where: str) -> None:
             raise UserError(
                 f"{where}: metric: {file.metric} needs evaluate.{metric.task}; set it in params"
             )
-        try:
+        with _errors_at(f"{where}: variants.{name}"):
             size = ModelParams.model_validate(params["model"]).block_size
             TrainParams.model_validate(params["train"]).batches(size)
-        except UserError as error:
-            at = f"{where}: variants.{name}"
-            raise UserError(str(error).replace("params.yaml", at, 1)) from None
         if file.budget.tokens is not None:
             study.parameters(name, study.seeds[0])
-    try:
+    with _errors_at(where):
         study.files  # noqa: B018
-    except UserError as error:  # of `train.init`, which it reads
+
+
+@contextmanager
+def _errors_at(where: str) -> Iterator[None]:
+    """Name the place in the study, where an error names `params.yaml`."""
+    try:
+        yield
+    except UserError as error:
         raise UserError(str(error).replace("params.yaml", where, 1)) from None
 
 

@@ -105,6 +105,15 @@ def test_an_experiment_finds_weights_that_git_ignores_in_the_main_checkout(
         Run.open()
 
 
+def test_an_out_of_the_stage_is_refused_behind_a_link(project: Project, source: Path) -> None:
+    shutil.move("artifacts", "elsewhere")
+    Path("artifacts").symlink_to("elsewhere")
+    for name in ("artifacts/checkpoint", "elsewhere/checkpoint"):
+        project.write(train={"init": f"checkpoint {name}"})
+        with pytest.raises(UserError, match=r"train\.init: artifacts/checkpoint"):
+            Run.open()
+
+
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"init": "scratch source"}, r"train: init 'scratch source'"),  # more: test_params.py
     ({"init": "checkpoint nowhere"}, r"train\.init: nowhere/model\.safetensors"),
